@@ -1,0 +1,85 @@
+"""LoRA layers that cost what their frozen linear layer costs.
+
+Names are imported on first use: ``import lora_kernels`` loads neither torch's compiler, nor Triton, nor a model library.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_kernels.adapters import load_adapter, merge_lora, save_adapter, unmerge_lora
+    from lora_kernels.autograd.lora_linear import lora_linear
+    from lora_kernels.config import LoRAConfig
+    from lora_kernels.errors import (
+        AdapterFormatError,
+        BackendUnavailableError,
+        ConfigError,
+        FrozenWeightError,
+        LoRAKernelsError,
+        MergeError,
+        ShapeError,
+    )
+    from lora_kernels.finetune import LoRA, Trainer
+    from lora_kernels.inject import apply_lora, explain
+    from lora_kernels.layers import LoRALinear
+    from lora_kernels.plan import use_backend
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "lora_linear": "lora_kernels.autograd.lora_linear",
+    "LoRALinear": "lora_kernels.layers",
+    "LoRAConfig": "lora_kernels.config",
+    "apply_lora": "lora_kernels.inject",
+    "explain": "lora_kernels.inject",
+    "save_adapter": "lora_kernels.adapters",
+    "load_adapter": "lora_kernels.adapters",
+    "merge_lora": "lora_kernels.adapters",
+    "unmerge_lora": "lora_kernels.adapters",
+    "use_backend": "lora_kernels.plan",
+    "LoRA": "lora_kernels.finetune",
+    "Trainer": "lora_kernels.finetune",
+    "LoRAKernelsError": "lora_kernels.errors",
+    "BackendUnavailableError": "lora_kernels.errors",
+    "ShapeError": "lora_kernels.errors",
+    "FrozenWeightError": "lora_kernels.errors",
+    "ConfigError": "lora_kernels.errors",
+    "AdapterFormatError": "lora_kernels.errors",
+    "MergeError": "lora_kernels.errors",
+}
+
+__all__ = [
+    "AdapterFormatError",
+    "BackendUnavailableError",
+    "ConfigError",
+    "FrozenWeightError",
+    "LoRA",
+    "LoRAConfig",
+    "LoRAKernelsError",
+    "LoRALinear",
+    "MergeError",
+    "ShapeError",
+    "Trainer",
+    "apply_lora",
+    "explain",
+    "load_adapter",
+    "lora_linear",
+    "merge_lora",
+    "save_adapter",
+    "unmerge_lora",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lora_kernels' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,51 @@
+"""The seam between a frozen weight and what computes with it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from lora_kernels.errors import ShapeError
+
+
+class WeightFormat(Protocol):
+    """One way to store W (N, K)."""
+
+    name: str
+
+    def matches(self, W: torch.Tensor) -> bool:
+        """Whether W is stored this way."""
+
+    def shape(self, W: torch.Tensor) -> tuple[int, int]:
+        """(N, K) of the matrix that W stands for."""
+
+    def dense(self, W: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """W as a plain (N, K) tensor of ``dtype``; W itself where it already is one."""
+
+    def nbytes(self, N: int, K: int, dtype: torch.dtype) -> int:
+        """Bytes read when the whole of W is read once."""
+
+
+_FORMATS: dict[str, WeightFormat] = {}
+
+
+def register(fmt: WeightFormat) -> WeightFormat:
+    """Make ``fmt`` known; tests, benchmarks and the command line iterate over what is registered."""
+    _FORMATS[fmt.name] = fmt
+    return fmt
+
+
+def format_of(W: torch.Tensor) -> WeightFormat:
+    """The format W is stored in.
+
+    Raises:
+        ShapeError: W is in no registered format.
+    """
+    for fmt in _FORMATS.values():
+        if fmt.matches(W):
+            return fmt
+    raise ShapeError(
+        f"the base weight is {type(W).__name__} of {W.dtype} and shape {tuple(W.shape)}; accepted is a 2-D tensor in "
+        f"one of the formats {sorted(_FORMATS)}; dequantize it first"
+    )

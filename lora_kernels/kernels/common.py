@@ -1,0 +1,145 @@
+"""Pieces every kernel shares: dropout's keep mask, tile order, the K loop, and the dtype of a product."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """Inverted dropout as kernels take it: probability p and an int64 tensor (2,) of seed and offset, on the device."""
+
+    p: float
+    seed: Tensor
+
+    @property
+    def inv_keep(self) -> float:
+        return 0.0 if self.p >= 1.0 else 1.0 / (1.0 - self.p)
+
+    @property
+    def threshold(self) -> int:
+        """16-bit lanes below this value are dropped."""
+        return round(self.p * 65536)
+
+
+def dropout_args(drop: Dropout | None) -> dict[str, Any]:
+    """Keyword arguments seed_ptr, threshold and DROPOUT of a kernel."""
+    if drop is None:
+        return {"seed_ptr": None, "threshold": 0, "DROPOUT": False}
+    return {"seed_ptr": drop.seed, "threshold": drop.threshold, "DROPOUT": True}
+
+
+def inv_keep(drop: Dropout | None) -> float:
+    return 1.0 if drop is None else drop.inv_keep
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """Triton's input_precision for a dot of ``dtype``: what torch.matmul would use under the same settings."""
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "ieee"
+
+
+@triton.jit
+def tile_order(pid, num_m, num_n, GROUP_M: tl.constexpr):
+    """(pid_m, pid_n): tiles run down GROUP_M row blocks before the next column block, so that W tiles stay in L2."""
+    width = GROUP_M * num_n
+    first_m = (pid // width) * GROUP_M
+    rows = tl.minimum(num_m - first_m, GROUP_M)
+    return first_m + (pid % width) % rows, (pid % width) // rows
+
+
+@triton.jit
+def keep_tile(seed_ptr, offs_m, col, threshold, BLOCK_K: tl.constexpr):
+    """Keep mask (BLOCK_M, BLOCK_K) of rows offs_m and columns col .. col + BLOCK_K; col and BLOCK_K are multiples of 8.
+
+    Philox4x32-7, key = seed, counter = (column // 8, row, offset): reference/dropout.py has it in words.
+    """
+    BLOCK_M: tl.constexpr = offs_m.shape[0]
+    seed = tl.load(seed_ptr)
+    offset = tl.load(seed_ptr + 1)
+    # a draw for 8 columns; all four counters in the tile's shape, as tl.philox wants them
+    c0 = tl.broadcast_to((col // 8 + tl.arange(0, BLOCK_K // 8))[None, :], (BLOCK_M, BLOCK_K // 8))
+    c1 = tl.broadcast_to(offs_m[:, None], (BLOCK_M, BLOCK_K // 8))
+    zero = c0 * 0
+    c2 = zero.to(tl.uint32) + (offset & 0xFFFFFFFF).to(tl.uint32)
+    c3 = zero.to(tl.uint32) + ((offset >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3, 7)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # last two axes read w0 w1 w2 w3
+    lanes = tl.join(words & 0xFFFF, words >> 16)
+    return tl.reshape(lanes, (BLOCK_M, BLOCK_K)).to(tl.int32) >= threshold
+
+
+@triton.jit
+def accumulate(
+    acc,
+    P_ptr,
+    Q_ptr,
+    offs_m,
+    offs_n,
+    mask_m,
+    mask_n,
+    K,
+    stride_pm,
+    stride_pk,
+    stride_qn,
+    stride_qk,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc (BLOCK_M, BLOCK_N) + P Q^T over the whole of K, for P (M, K) and Q (N, K) of any strides."""
+    offs_k = tl.arange(0, BLOCK_K)
+    p_ptrs = P_ptr + offs_m[:, None].to(tl.int64) * stride_pm + offs_k[None, :].to(tl.int64) * stride_pk
+    q_ptrs = Q_ptr + offs_n[None, :].to(tl.int64) * stride_qn + offs_k[:, None].to(tl.int64) * stride_qk
+    step_p = tl.cast(stride_pk, tl.int64) * BLOCK_K
+    step_q = tl.cast(stride_qk, tl.int64) * BLOCK_K
+    for k in range(0, tl.cdiv(K, BLOCK_K)):
+        if EVEN_K:
+            p = tl.load(p_ptrs, mask=mask_m[:, None], other=0.0)
+            q = tl.load(q_ptrs, mask=mask_n[None, :], other=0.0)
+        else:
+            mask_k = offs_k < K - k * BLOCK_K
+            p = tl.load(p_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+            q = tl.load(q_ptrs, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
+        acc = tl.dot(p, q, acc, input_precision=PRECISION)
+        p_ptrs += step_p
+        q_ptrs += step_q
+    return acc
+
+
+@triton.jit
+def low_rank(
+    S_ptr,
+    T_ptr,
+    offs_m,
+    offs_n,
+    mask_m,
+    mask_n,
+    r,
+    stride_sm,
+    stride_sr,
+    stride_tn,
+    stride_tr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """S T^T (BLOCK_M, BLOCK_N) in fp32 for S (M, r) and T (N, r) of any strides; T is converted to S's dtype."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for r0 in tl.range(0, r, BLOCK_R, num_stages=1):
+        offs_r = r0 + tl.arange(0, BLOCK_R)
+        mask_r = offs_r < r
+        s_ptrs = S_ptr + offs_m[:, None].to(tl.int64) * stride_sm + offs_r[None, :] * stride_sr
+        t_ptrs = T_ptr + offs_n[None, :].to(tl.int64) * stride_tn + offs_r[:, None].to(tl.int64) * stride_tr
+        s = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+        t = tl.load(t_ptrs, mask=mask_n[None, :] & mask_r[:, None], other=0.0)
+        acc = tl.dot(s, t.to(s.dtype), acc, input_precision=PRECISION)
+    return acc

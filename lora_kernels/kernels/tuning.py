@@ -1,0 +1,113 @@
+"""Tile configurations: frozen, chosen by a pure function of shape, dtype and chip, checked in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lora_kernels.kernels.chip import Chip
+
+RANK_BLOCK = 64  # larger ranks are walked in blocks of this many columns
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tiles of a product over the whole of K: rows, columns, reduction step, L2 grouping."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    GROUP_M: int = 8
+
+
+@dataclass(frozen=True)
+class ShrinkConfig:
+    """Tiles of the pass that makes XA."""
+
+    BLOCK_M: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """Tiles of a pass whose sum over M is split: one program sums SPAN_M rows, a later launch sums the spans."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    SPAN_M: int
+    num_warps: int
+    num_stages: int
+
+
+Config = GemmConfig | ShrinkConfig | SplitConfig
+
+
+def rank_tile(r: int) -> int:
+    """Columns a rank takes in a tile: a power of two from 16 (the narrowest matrix unit) to RANK_BLOCK."""
+    return min(RANK_BLOCK, max(16, 1 << (r - 1).bit_length()))
+
+
+def shared_bytes(config: Config, itemsize: int, r: int) -> int:
+    """Shared memory one block needs for its pipeline stages, as an upper estimate."""
+    R = rank_tile(r)
+    match config:
+        case GemmConfig():
+            tiles = config.BLOCK_K * (config.BLOCK_M + config.BLOCK_N + R)
+        case ShrinkConfig():
+            tiles = config.BLOCK_K * (config.BLOCK_M + R)
+        case SplitConfig():
+            tiles = config.BLOCK_M * (config.BLOCK_N + R)
+    return tiles * itemsize * max(1, config.num_stages - 1)
+
+
+def is_valid(config: Config, dtype: torch.dtype, r: int, chip: Chip) -> str | None:
+    """None where ``config`` can run on ``chip``; otherwise the reason it is refused."""
+    need = shared_bytes(config, dtype.itemsize, r)
+    if need > chip.shared:
+        return f"{config} needs about {need} bytes of shared memory, {chip.arch} has {chip.shared}"
+    if isinstance(config, SplitConfig) and config.SPAN_M % config.BLOCK_M:
+        return f"SPAN_M={config.SPAN_M} is not a multiple of BLOCK_M={config.BLOCK_M}"
+    return None
+
+
+def _rows(M: int, most: int) -> int:
+    """The smallest power of two from 16 to ``most`` that covers M rows."""
+    return min(most, max(16, 1 << (max(M, 1) - 1).bit_length()))
+
+
+def gemm_config(M: int, N: int, dtype: torch.dtype, chip: Chip) -> GemmConfig:
+    """Tiles of the extended GEMM and of one_pass."""
+    if dtype == torch.float32:  # dots on scalar units: small tiles keep registers and code size down
+        return GemmConfig(_rows(M, 64), 64, 32, num_warps=4, num_stages=2)
+    rows = _rows(M, 128)
+    if chip.is_amd:
+        return GemmConfig(rows, 128 if rows == 128 else 64, 32, num_warps=8 if rows == 128 else 4, num_stages=2)
+    if rows < 64:
+        return GemmConfig(rows, 64, 64, num_warps=4, num_stages=3)
+    if rows == 64 or N <= 64:
+        return GemmConfig(64, 64, 64, num_warps=4, num_stages=3)
+    stages = 3 if chip.shared >= 128 * 1024 else 2
+    return GemmConfig(128, 128, 64, num_warps=8, num_stages=stages)
+
+
+def shrink_config(M: int, dtype: torch.dtype, chip: Chip, dropout: bool) -> ShrinkConfig:
+    """Tiles of the shrink pass: enough row blocks to fill the chip, wide reads along K."""
+    if dtype == torch.float32:
+        return ShrinkConfig(_rows(M, 32), 64, num_warps=4, num_stages=2)
+    rows = _rows(-(-M // chip.units), 64)
+    stages = 2 if dropout or chip.is_amd else 3
+    return ShrinkConfig(rows, 64 if dropout else 128, num_warps=4, num_stages=stages)
+
+
+def split_config(M: int, dtype: torch.dtype, chip: Chip, r: int) -> SplitConfig:
+    """Tiles of the passes over dY (dYB and dB) and over X (dA)."""
+    span = 512 if M >= 4096 else 256
+    if dtype == torch.float32:
+        return SplitConfig(32, 32, span, num_warps=4, num_stages=1)
+    wide = 128 if r <= 32 and not chip.is_amd else 64
+    return SplitConfig(64, wide, span, num_warps=4, num_stages=2)

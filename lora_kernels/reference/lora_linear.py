@@ -1,0 +1,92 @@
+"""LoRA on one linear layer, forward and backward.
+
+    XA  = s/(1-p) (D*X) A^T                 (M, r)   saved
+    Y   = X W^T + bias + XA B^T             (M, N)
+    dYB = s dY B                            (M, r)
+    dX  = dY W + D/(1-p) * (dYB A)          (M, K)
+    dA  = dYB^T (D*X) / (1-p)               (r, K)
+    dB  = dY^T XA                           (N, r)
+    dbias = sum over the rows of dY         (N,)
+
+D is the 0/1 keep mask of inverted dropout on the adapter's input, s the scaling. s enters twice only, into XA and into
+dYB, before they are rounded: no product is rounded once more for it, and no other term needs it.
+Source: Hu et al., LoRA, arXiv 2106.09685, equation 3.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward call makes."""
+
+    X: bool = True
+    A: bool = True
+    B: bool = True
+    bias: bool = False
+
+
+def _inv_keep(p: float) -> float:
+    return 0.0 if p >= 1.0 else 1.0 / (1.0 - p)
+
+
+def _scaled_mm(P: Tensor, Q: Tensor, factor: float) -> Tensor:
+    """factor * P Q with the factor applied before rounding, in one matrix product."""
+    out = P.new_empty(P.shape[0], Q.shape[1])
+    return torch.addmm(out, P, Q, beta=0, alpha=factor)
+
+
+def lora_linear_fwd(
+    X: Tensor,
+    W: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    keep: Tensor | None = None,
+    p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Y (M, N) and XA (M, r) for X (M, K), W (N, K), A (r, K), B (N, r), bias (N,) and keep (M, K) or None.
+
+    A and B may have another float dtype than X: they are rounded to X's, as under autocast.
+    """
+    XD = X if keep is None else X * keep
+    XA = _scaled_mm(XD, A.to(X.dtype).t(), scaling * _inv_keep(p))
+    Y = torch.nn.functional.linear(X, W, bias)
+    return Y.addmm_(XA, B.to(X.dtype).t()), XA
+
+
+def lora_linear_bwd(
+    dY: Tensor,
+    X: Tensor,
+    W: Tensor,
+    A: Tensor,
+    B: Tensor,
+    XA: Tensor,
+    scaling: float,
+    keep: Tensor | None = None,
+    p: float = 0.0,
+    needs: Needs = Needs(),  # noqa: B008  (immutable)
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dX (M, K), dA (r, K) in A's dtype, dB (N, r) in B's, dbias (N,); None for each that ``needs`` leaves out."""
+    dX = dA = dB = dbias = None
+    if needs.X or needs.A:
+        dYB = _scaled_mm(dY, B.to(X.dtype), scaling)
+        if needs.X:
+            dX = dY @ W
+            if keep is None:
+                dX.addmm_(dYB, A.to(X.dtype))
+            else:
+                dX.addcmul_(dYB @ A.to(X.dtype), keep.to(X.dtype), value=_inv_keep(p))
+        if needs.A:
+            XD = X if keep is None else X * keep
+            dA = _scaled_mm(dYB.t(), XD, _inv_keep(p)).to(A.dtype)
+    if needs.B:
+        dB = (dY.t() @ XA).to(B.dtype)
+    if needs.bias:
+        dbias = dY.sum(0)
+    return dX, dA, dB, dbias
