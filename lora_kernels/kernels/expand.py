@@ -1,6 +1,6 @@
 """dX += factor D*(dYB A): the masked low-rank term added to a base gradient that the vendor's library made.
 
-    dX (M, K), dYB (M, r), A (r, K);  D = dropout's keep mask, factor = 1 / (1 - p)
+dX (M, K), dYB (M, r), A (r, K);  D = dropout's keep mask, factor = 1 / (1 - p)
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def _expand_kernel(
     mask_m = offs_m < M
     mask_k = offs_k < K
     term = low_rank(
-        dYB_ptr, A_ptr, offs_m, offs_k, mask_m, mask_k, r, stride_sm, 1, stride_ak, stride_ar, BLOCK_M, BLOCK_K, BLOCK_R,
-        PRECISION,
+        dYB_ptr, A_ptr, offs_m, offs_k, mask_m, mask_k, r, stride_sm, 1, stride_ak, stride_ar, BLOCK_M, BLOCK_K,
+        BLOCK_R, PRECISION,
     )  # fmt: skip
     if DROPOUT:
         term = tl.where(keep_tile(seed_ptr, offs_m, col, threshold, BLOCK_K), term * factor, 0.0)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.kernels.chip import Chip
 from lora_kernels.kernels.common import (
     Dropout,
     accumulate,
@@ -28,7 +29,8 @@ from lora_kernels.kernels.common import (
     precision_of,
     tile_order,
 )
-from lora_kernels.kernels.tuning import GemmConfig, rank_tile
+from lora_kernels.kernels.shrink import shrink
+from lora_kernels.kernels.tuning import GemmConfig, gemm_config, rank_tile, shrink_config
 
 
 @triton.jit
@@ -254,3 +256,29 @@ def one_pass(
         **dropout_args(drop),
     )
     return Y, XA
+
+
+def lora_linear_fwd(
+    X: Tensor,
+    W: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+    plan: str,
+    chip: Chip,
+) -> tuple[Tensor, Tensor]:
+    """Y (M, N) and XA (M, r) by ``plan``; seed int64 (2,) or None for no dropout; M > 0."""
+    drop = None if seed is None else Dropout(p, seed)
+    M, N = X.shape[0], B.shape[0]
+    if plan == "one_pass":
+        return one_pass(X, W, A, B, bias, scaling, drop, gemm_config(M, N, X.dtype, chip))
+    if plan == "eager" and drop is None:
+        XA = torch.addmm(X.new_empty(M, A.shape[0]), X, A.to(X.dtype).t(), beta=0, alpha=scaling)
+    else:
+        XA = shrink(X, A, scaling, drop, shrink_config(M, X.dtype, chip, drop is not None))
+    if plan == "eager":
+        return torch.nn.functional.linear(X, W, bias).addmm_(XA, B.to(X.dtype).t()), XA
+    return extend(X, W, XA, B, bias, gemm_config(M, N, X.dtype, chip)), XA

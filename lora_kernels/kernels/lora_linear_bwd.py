@@ -4,18 +4,21 @@
     dX  = dY W + D/(1-p) * (dYB A) (M, K)             dA = dYB^T (D*X) / (1-p) (r, K)         one GEMM, X read once
 
 Sums over M are split into spans: each program writes an fp32 partial, and a reduction adds the partials in a fixed
-order, so the gradients are the same bits in every run (no float atomics). dA comes out of dX's epilogue, where dYB is at
-hand and the X tile is as wide as the output tile; for r > 64, or where X needs no gradient, it is a pass of its own.
+order, so the gradients are the same bits in every run (no float atomics). dA comes out of dX's epilogue, where dYB is
+at hand; for r > 64, or where X needs no gradient, it is a pass of its own.
 The masked term opens the dX accumulator: the mask's registers are dead before the K loop begins.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.kernels.chip import Chip
 from lora_kernels.kernels.common import (
     Dropout,
     accumulate,
@@ -26,8 +29,16 @@ from lora_kernels.kernels.common import (
     precision_of,
     tile_order,
 )
+from lora_kernels.kernels.expand import expand_add_
 from lora_kernels.kernels.reduce import Partial, reduce_partials
-from lora_kernels.kernels.tuning import RANK_BLOCK, GemmConfig, SplitConfig, rank_tile
+from lora_kernels.kernels.tuning import (
+    RANK_BLOCK,
+    GemmConfig,
+    SplitConfig,
+    gemm_config,
+    rank_tile,
+    split_config,
+)
 
 
 @triton.jit
@@ -55,7 +66,7 @@ def _dyb_db_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Partials of dY B, dY^T XA and dY's column sums for SPAN_M rows, BLOCK_N columns and BLOCK_R ranks of one dY read."""
+    """Partials of dY B, dY^T XA and dY's column sums for SPAN_M rows, BLOCK_N columns, BLOCK_R ranks: one dY read."""
     span = tl.program_id(0)
     pid_n = tl.program_id(1)
     pid_r = tl.program_id(2)
@@ -134,8 +145,8 @@ def _dx_kernel(
     mask_m = offs_m < M
     mask_k = offs_k < K
     acc = low_rank(
-        dYB_ptr, A_ptr, offs_m, offs_k, mask_m, mask_k, r, stride_sm, 1, stride_ak, stride_ar, BLOCK_M, BLOCK_N, BLOCK_R,
-        PRECISION,
+        dYB_ptr, A_ptr, offs_m, offs_k, mask_m, mask_k, r, stride_sm, 1, stride_ak, stride_ar, BLOCK_M, BLOCK_N,
+        BLOCK_R, PRECISION,
     )  # fmt: skip
     if DROPOUT:
         acc = tl.where(keep_tile(seed_ptr, offs_m, pid_k * BLOCK_N, threshold, BLOCK_N), acc * factor, 0.0)
@@ -213,7 +224,7 @@ def dyb_db(
     make_db: bool = True,
     make_dbias: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dYB (M, r) in dY's dtype, dB (N, r) in B's, dbias (N,) in dY's: two launches, dY read once per 64 ranks; M > 0."""
+    """dYB (M, r) in dY's dtype, dB (N, r) in B's, dbias (N,) in dY's: two launches, one dY read per 64 ranks; M > 0."""
     (M, N), r = dY.shape, B.shape[1]
     spans, blocks_n = triton.cdiv(M, config.SPAN_M), triton.cdiv(N, config.BLOCK_N)
     BLOCK_R = rank_tile(r)
@@ -251,7 +262,8 @@ def dyb_db(
         num_stages=config.num_stages,
     )
     sums = (Partial(part_dyb, dY.dtype, scaling), Partial(part_db, B.dtype), Partial(part_dbias, dY.dtype))
-    return reduce_partials(*sums)
+    dYB, dB, dbias = reduce_partials(*sums)
+    return dYB, dB, dbias
 
 
 def dx_da(
@@ -338,6 +350,44 @@ def da(dYB: Tensor, X: Tensor, drop: Dropout | None, dtype: torch.dtype, config:
     return dA
 
 
-def fuses_da(r: int) -> bool:
-    """Whether dX's epilogue makes dA: one block of ranks must hold all of them."""
-    return r <= RANK_BLOCK
+def lora_linear_bwd(
+    dY: Tensor,
+    X: Tensor,
+    W: Tensor,
+    A: Tensor,
+    B: Tensor,
+    XA: Tensor,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+    needs: Sequence[bool],
+    plan: str,
+    chip: Chip,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dX, dA, dB, dbias by ``plan``; None for each that ``needs`` (X, A, B, bias) leaves out; M > 0."""
+    need_x, need_a, need_b, need_bias = needs
+    drop = None if seed is None else Dropout(p, seed)
+    (M, K), r = X.shape, A.shape[0]
+    split = split_config(M, X.dtype, chip, r)
+    tiles = gemm_config(M, K, X.dtype, chip)
+    dX = dA = None
+    if plan == "eager":
+        dB = (dY.t() @ XA).to(B.dtype) if need_b else None
+        dbias = dY.sum(0) if need_bias else None
+        dYB = torch.addmm(XA, dY, B.to(X.dtype), beta=0, alpha=scaling) if need_x or need_a else None
+    else:
+        make = {"make_dyb": need_x or need_a, "make_db": need_b, "make_dbias": need_bias}
+        dYB, dB, dbias = dyb_db(dY, B, XA, scaling, split, **make)
+    if dYB is None:
+        return None, None, dB, dbias
+    if need_x and plan == "eager":
+        dX = dY @ W
+        dX = dX.addmm_(dYB, A.to(X.dtype)) if drop is None else expand_add_(dX, dYB, A, drop, tiles)
+    elif need_x:
+        dX, dA = dx_da(dY, W, dYB, A, X, drop, tiles, make_da=need_a and r <= RANK_BLOCK)
+    if need_a and dA is None:
+        if plan == "eager" and drop is None:
+            dA = (dYB.t() @ X).to(A.dtype)
+        else:
+            dA = da(dYB, X, drop, A.dtype, split)
+    return dX, dA, dB, dbias

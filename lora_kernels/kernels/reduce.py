@@ -1,6 +1,6 @@
 """out = factor * (part_0 + part_1 + ... ): fp32 partials summed in a fixed order, several outputs in one launch.
 
-    part (P, n) fp32 -> out (n,) in any dtype
+part (P, n) fp32 -> out (n,) in any dtype
 """
 
 from __future__ import annotations
@@ -66,9 +66,10 @@ def _reduce_kernel(
         blocks1 = tl.cdiv(n1, BLOCK)
         if (pid >= blocks0) & (pid < blocks0 + blocks1):
             _sum_block(part1_ptr, out1_ptr, n1, count1, factor1, pid - blocks0, BLOCK)
-        if OUTPUTS > 2:
-            if pid >= blocks0 + blocks1:
-                _sum_block(part2_ptr, out2_ptr, n2, count2, factor2, pid - blocks0 - blocks1, BLOCK)
+        if OUTPUTS > 2:  # a compile-time question, kept apart from the run-time one
+            last = pid - blocks0 - blocks1
+            if last >= 0:
+                _sum_block(part2_ptr, out2_ptr, n2, count2, factor2, last, BLOCK)
 
 
 def reduce_partials(*partials: Partial) -> tuple[Tensor | None, ...]:

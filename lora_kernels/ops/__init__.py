@@ -1,0 +1,5 @@
+"""The operators torch.compile and torch.export see."""
+
+from lora_kernels.ops.lora_linear import lora_linear_bwd, lora_linear_fwd
+
+__all__ = ["lora_linear_bwd", "lora_linear_fwd"]

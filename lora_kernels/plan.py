@@ -1,0 +1,185 @@
+"""Which implementation runs: backend (where it runs) and plan (how the work is cut into launches), and why.
+
+A backend is asked for per call, for a block of code (``use_backend``) or for a program (LORA_KERNELS_BACKEND), in that
+order; "auto" takes Triton where it can run and the reference elsewhere. "triton:one_pass" names a plan as well.
+A plan is chosen by the time cost.py predicts for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+
+from lora_kernels.cost import Plan, Problem, launches, seconds
+from lora_kernels.errors import BackendUnavailableError, ConfigError
+from lora_kernels.kernels.chip import CHIPS, Chip, chip_of
+from lora_kernels.kernels.tuning import RANK_BLOCK, Config, gemm_config, is_valid, shrink_config, split_config
+
+BACKENDS = ("auto", "reference", "triton")
+PLANS = ("eager", "shrink_extend", "one_pass")
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_backend: contextvars.ContextVar[str] = contextvars.ContextVar("lora_kernels_backend", default="auto")
+_environment = os.environ.get("LORA_KERNELS_BACKEND", "auto")
+
+
+def split_name(requested: str) -> tuple[str, str | None]:
+    """("triton", "one_pass") from "triton:one_pass"; the plan is None where none is named.
+
+    Raises:
+        ConfigError: not a backend or plan of ours.
+    """
+    backend, _, plan = requested.partition(":")
+    if backend not in BACKENDS or (plan and (plan not in PLANS or backend != "triton")):
+        raise ConfigError(
+            f"backend {requested!r} is unknown; accepted are {', '.join(BACKENDS)} and triton:PLAN with PLAN one of "
+            f"{', '.join(PLANS)}"
+        )
+    return backend, plan or None
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every call inside the block with backend ``name`` ("auto", "reference", "triton", "triton:PLAN").
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    split_name(name)
+    token = _backend.set(name)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+@functools.cache
+def triton_missing(device_type: str) -> str | None:
+    """None where Triton kernels can run on tensors of this device type; otherwise the reason."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device_type == "cuda":
+        return None
+    if device_type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return (
+            "the tensors are on the CPU (TRITON_INTERPRET=1, set before Triton is imported, interprets kernels there)"
+        )
+    return f"no Triton kernels for {device_type} tensors"
+
+
+def triton_kernels() -> ModuleType:
+    """The Triton kernels; the only place that imports them, and with them Triton."""
+    return importlib.import_module("lora_kernels.kernels.launchers")
+
+
+def backend_status() -> dict[str, str | None]:
+    """For each backend None where it can run here, or the reason it cannot."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {
+        "reference": None,
+        "triton": triton_missing(device),
+        "cuda": "not part of this version",
+    }
+
+
+def requested_backend(backend: str = "auto") -> str:
+    """What was asked for: the argument, else the enclosing use_backend, else LORA_KERNELS_BACKEND, else "auto"."""
+    if backend == "auto":
+        backend = _backend.get()
+    if backend == "auto":
+        backend = _environment
+    return backend
+
+
+def resolve_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
+    """The backend, with its plan where one was named, that runs a call on tensors of this device and dtype.
+
+    Raises:
+        BackendUnavailableError: "triton" was asked for by name and cannot run.
+        ConfigError: unknown name.
+    """
+    backend = requested_backend(backend)
+    kind, _ = split_name(backend)
+    if kind == "reference":
+        return backend
+    if kind == "auto":
+        usable = device_type == "cuda" and dtype in TRITON_DTYPES and triton_missing(device_type) is None
+        return "triton" if usable else "reference"
+    reason = triton_missing(device_type)
+    if reason is None and dtype not in TRITON_DTYPES:
+        reason = f"its kernels take float32, float16 and bfloat16, not {dtype}"
+    if reason is not None:
+        raise BackendUnavailableError(
+            f"backend {backend!r} cannot run here: {reason}; use backend='auto' or 'reference'"
+        )
+    return backend
+
+
+def chip_for(device: torch.device) -> Chip:
+    """The Chip behind a device; under the interpreter an H100-like one stands in."""
+    if device.type == "cuda":
+        return chip_of(device.index if device.index is not None else torch.cuda.current_device())
+    return CHIPS["sm_90"]
+
+
+def _refusal(name: str, q: Problem, chip: Chip) -> str | None:
+    if name == "eager":
+        return None
+    if name == "one_pass" and q.op == "bwd":
+        return "it is a forward plan"
+    if name == "one_pass" and q.r > RANK_BLOCK:
+        return f"r={q.r} is above {RANK_BLOCK}, one tile of ranks"
+    configs: list[Config]
+    if q.op == "fwd":
+        configs = [gemm_config(q.M, q.N, q.dtype, chip), shrink_config(q.M, q.dtype, chip, q.dropout)]
+    else:
+        configs = [gemm_config(q.M, q.K, q.dtype, chip), split_config(q.M, q.dtype, chip, q.r)]
+    return next((why for c in configs if (why := is_valid(c, q.dtype, q.r, chip))), None)
+
+
+@functools.lru_cache(maxsize=4096)
+def candidates(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
+    """Every plan for ``problem``, the fastest predicted first, refused ones last."""
+    plans = []
+    for name in PLANS:
+        refused = _refusal(name, problem, chip)
+        parts = () if refused else launches(name, problem)
+        time = float("inf") if refused else sum(seconds(launch, problem.dtype, chip) for launch in parts)
+        plans.append(Plan(name, parts, time, refused))
+    return tuple(sorted(plans, key=lambda plan: plan.seconds))
+
+
+def choose(problem: Problem, chip: Chip, forced: str | None = None) -> Plan:
+    """The plan that runs. A backward has no one_pass: asked for it, the planner's own choice stands there.
+
+    Raises:
+        BackendUnavailableError: the plan asked for by name is not valid for this problem.
+    """
+    plans = candidates(problem, chip)
+    if forced is None or (forced == "one_pass" and problem.op == "bwd"):
+        return plans[0]
+    plan = next(p for p in plans if p.name == forced)
+    if plan.refused:
+        raise BackendUnavailableError(f"plan {forced!r} cannot run here: {plan.refused}; name another or none")
+    return plan
+
+
+def describe(N: int, K: int, r: int, dtype: torch.dtype, device: torch.device, backend: str, tokens: int = 2048) -> str:
+    """One phrase for a layer: its backend, and on Triton the forward and backward plan at ``tokens`` rows."""
+    backend = resolve_backend(backend, device.type, dtype)
+    kind, forced = split_name(backend)
+    if kind == "reference":
+        return "reference"
+    chip = chip_for(device)
+    fwd, bwd = (choose(Problem(op, tokens, N, K, r, dtype), chip, forced).name for op in ("fwd", "bwd"))
+    return f"triton ({fwd} / {bwd} at {tokens} tokens)"
