@@ -116,7 +116,7 @@ class Pool:
     SMALL = 64
 
     def __init__(self) -> None:
-        self._small: dict[tuple[str, torch.dtype, torch.dtype], list[tuple[Tensor, Tensor, Tensor]]] = {}
+        self._small: dict[tuple[str, torch.dtype, torch.dtype], list[tuple[Tensor, ...]]] = {}
 
     def assert_close(
         self, got: Tensor, plain: Tensor, truth: Tensor, *, what: str = "result", dtype: torch.dtype | None = None
