@@ -1,0 +1,224 @@
+"""LoRAConfig: the adapter's configuration, with PEFT's field names and meaning, validated once."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Mapping
+from dataclasses import InitVar, asdict, dataclass, field, fields
+from typing import Any
+
+from lora_kernels.errors import ConfigError
+
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+BASE_CHANGING_INITS = ("pissa", "olora")
+ALL_LINEAR = "all-linear"
+MAX_RANK, MAX_ALPHA = 2**31 - 1, 3e38  # sizes are int32 and scaling is a float32 in the kernels
+
+# What PEFT's own loader passes over: notes of the writer, and settings that hold for a process only.
+_NOT_PART_OF_THE_ADAPTER = ("peft_version", "runtime_config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """What to adapt and how. Field names, defaults and meaning are those of ``peft.LoraConfig``.
+
+    r, lora_alpha: rank, and numerator of the scaling: lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
+    lora_dropout: probability in [0, 1) with which an element of the LoRA branch's input is dropped in training.
+    target_modules: names (a module matches if its dotted path is the name or ends in ``.name``), a regular expression
+        for the whole path, or "all-linear" (every nn.Linear but the output head). None: the query and value
+        projections, see lora_kernels.targets.
+    exclude_modules: names or a regular expression, matched likewise; exclusion wins.
+    rank_pattern, alpha_pattern: {regular expression for the end of a path: rank or alpha}; the first match counts.
+    layers_to_transform, layers_pattern: adapt only the layers with these indices (in module lists of these names).
+    bias: "none", "all" (every bias of the model is trained and saved) or "lora_only" (those of the adapted layers).
+    modules_to_save: ends of the paths of modules that are trained whole and saved with the adapter. The task types
+        SEQ_CLS, TOKEN_CLS and QUESTION_ANS add the names of their heads.
+    init_lora_weights: True (A Kaiming-uniform, B zero), False (both random), "gaussian", "pissa" or "olora"; the last
+        two move the principal part of the base weight into the adapter and leave the rest in the base weight.
+    task_type, base_model_name_or_path, revision, auto_mapping: PEFT's bookkeeping. inference_mode: a frozen adapter.
+
+    PEFT's other fields (the second group below) may be given with the value that switches them off, and no other.
+    Raises ConfigError for a value that cannot be carried out; the object cannot be changed afterwards
+    (dataclasses.replace makes a changed copy).
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    use_rslora: bool = False
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    init_lora_weights: bool | str = True
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    auto_mapping: dict[str, Any] | None = None
+    peft_type: str = "LORA"
+
+    fan_in_fan_out: InitVar[Any] = False
+    megatron_config: InitVar[Any] = None
+    megatron_core: InitVar[Any] = "megatron.core"
+    trainable_token_indices: InitVar[Any] = None
+    loftq_config: InitVar[Any] = None
+    eva_config: InitVar[Any] = None
+    corda_config: InitVar[Any] = None
+    lora_ga_config: InitVar[Any] = None
+    use_dora: InitVar[Any] = False
+    velora_config: InitVar[Any] = None
+    kasa_config: InitVar[Any] = None
+    alora_invocation_tokens: InitVar[Any] = None
+    use_qalora: InitVar[Any] = False
+    qalora_group_size: InitVar[Any] = 16
+    monteclora_config: InitVar[Any] = None
+    layer_replication: InitVar[Any] = None
+    lora_bias: InitVar[Any] = False
+    target_parameters: InitVar[Any] = None
+    use_bdlora: InitVar[Any] = None
+    arrow_config: InitVar[Any] = None
+    ensure_weight_tying: InitVar[Any] = False
+
+    def __post_init__(self, *unsupported: Any) -> None:
+        refuse_unsupported(dict(zip(UNSUPPORTED_FIELDS, unsupported, strict=True)))
+        _check(_is_int(self.r) and 1 <= self.r <= MAX_RANK, "r", self.r, "an integer of at least 1")
+        _check(_is_alpha(self.lora_alpha), "lora_alpha", self.lora_alpha, "a finite number")
+        drops = _is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1
+        _check(drops, "lora_dropout", self.lora_dropout, "a probability p with 0 <= p < 1")
+        _check(self.bias in ("none", "all", "lora_only"), "bias", self.bias, '"none", "all" or "lora_only"')
+        for name in ("use_rslora", "inference_mode"):
+            _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
+        for name in ("base_model_name_or_path", "revision"):
+            _check(isinstance(getattr(self, name), str | None), name, getattr(self, name), "a string or None")
+        self._check_modules()
+        self._check_patterns()
+        self._check_layers()
+        self._check_bookkeeping()
+
+    def _check_modules(self) -> None:
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, set | frozenset | tuple | list):
+                value = sorted(value, key=str) if isinstance(value, set | frozenset) else list(value)
+                object.__setattr__(self, name, value)
+            if isinstance(value, str) and name != "modules_to_save":
+                _check_regex(name, value, value)
+            else:
+                _check(value is None or _is_names(value), name, value, "a list of module names")
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
+            object.__setattr__(self, "target_modules", ALL_LINEAR)
+        _check(self.target_modules not in ([], ""), "target_modules", self.target_modules, "at least one name")
+        for name in self.modules_to_save or ():
+            _check_regex("modules_to_save", name, rf"(^|.*\.){name}($|\..*)")
+
+    def _check_patterns(self) -> None:
+        for name, accepts, what in (
+            ("rank_pattern", lambda v: _is_int(v) and v >= 1, "integers of at least 1"),
+            ("alpha_pattern", _is_alpha, "finite numbers"),
+        ):
+            pattern = {} if getattr(self, name) is None else getattr(self, name)
+            _check(isinstance(pattern, dict), name, pattern, f"a dictionary from patterns to {what}")
+            object.__setattr__(self, name, dict(pattern))
+            for key, value in pattern.items():
+                _check(isinstance(key, str), name, key, "patterns that are strings")
+                _check_regex(name, key, rf"(.*\.)?({key})$")
+                _check(accepts(value), f"{name}[{reprlib.repr(key)}]", value, what)
+
+    def _check_layers(self) -> None:
+        layers, names = self.layers_to_transform, self.layers_pattern
+        indices = _is_int(layers) or (isinstance(layers, list) and all(_is_int(i) for i in layers))
+        _check(layers is None or indices, "layers_to_transform", layers, "an index or a list of them")
+        _check(names is None or isinstance(names, str) or _is_names(names), "layers_pattern", names, "a name or a list")
+        for name in [names] if isinstance(names, str) else names or ():
+            _check_regex("layers_pattern", name, rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\.")
+        if isinstance(self.target_modules, str) and (layers is not None or names is not None):
+            raise ConfigError("layers_to_transform and layers_pattern need target_modules as a list, not a string")
+        if names and layers is None:
+            raise ConfigError("layers_pattern was given without layers_to_transform, which says which layers to adapt")
+
+    def _check_bookkeeping(self) -> None:
+        init = self.init_lora_weights
+        if isinstance(init, str):
+            object.__setattr__(self, "init_lora_weights", init := init.lower())
+        known = isinstance(init, bool) or init in ("gaussian", *BASE_CHANGING_INITS)
+        _check(known, "init_lora_weights", init, 'True, False, "gaussian", "pissa" or "olora"')
+        for name in ("task_type", "peft_type"):  # PEFT passes members of its enumerations
+            object.__setattr__(self, name, getattr(getattr(self, name), "value", getattr(self, name)))
+        _check(self.peft_type == "LORA", "peft_type", self.peft_type, '"LORA"')
+        _check(self.task_type in (None, *TASK_TYPES), "task_type", self.task_type, f"None or one of {TASK_TYPES}")
+        mapping = self.auto_mapping
+        flat = isinstance(mapping, dict) and all(isinstance(x, str | None) for kv in mapping.items() for x in kv)
+        _check(mapping is None or flat, "auto_mapping", mapping, "None or a dictionary of strings")
+
+    def scaling(self, r: int | None = None, lora_alpha: float | None = None) -> float:
+        """lora_alpha / r or lora_alpha / sqrt(r), for the configured or the given rank and alpha."""
+        r, alpha = self.r if r is None else r, self.lora_alpha if lora_alpha is None else lora_alpha
+        return alpha / r**0.5 if self.use_rslora else alpha / r
+
+    def to_peft_dict(self) -> dict[str, Any]:
+        """Everything of adapter_config.json that PEFT needs, as JSON values; PeftConfig.from_pretrained reads it."""
+        return asdict(self) | {"fan_in_fan_out": False}
+
+    @classmethod
+    def from_peft_dict(cls, values: Mapping[str, Any]) -> LoRAConfig:
+        """The configuration in an adapter_config.json of PEFT 0.17 to 0.21, or of to_peft_dict.
+
+        Raises ConfigError for another peft_type, values of wrong type or range, and features this package lacks.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"an adapter configuration is a JSON object, not {type(values).__name__}")
+        _check(values.get("peft_type") == "LORA", "peft_type", values.get("peft_type"), '"LORA"')
+        refuse_unsupported(values)
+        return cls(**{name: value for name, value in values.items() if name in OWN_FIELDS})
+
+
+OWN_FIELDS = tuple(f.name for f in fields(LoRAConfig))
+UNSUPPORTED_FIELDS = tuple(name for name in LoRAConfig.__dataclass_fields__ if name not in OWN_FIELDS)
+
+
+def refuse_unsupported(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError if `values` switches on something of PEFT's that this package does not have."""
+    for name, value in values.items():
+        if name in OWN_FIELDS or name in _NOT_PART_OF_THE_ADAPTER:
+            continue
+        off = getattr(LoRAConfig, name, None) if name in UNSUPPORTED_FIELDS else None
+        if value is None or value is False or value in ({}, []) or (type(value) is type(off) and value == off):
+            continue
+        raise ConfigError(
+            f"{name[:60]} = {reprlib.repr(value)} is a feature of PEFT's that lora_kernels does not have; "
+            "leave it out or use PEFT for this adapter"
+        )
+
+
+def _check(ok: bool, name: str, value: Any, accepted: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name} = {reprlib.repr(value)}: accepted is {accepted}")
+
+
+def _check_regex(name: str, value: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, ValueError, RecursionError, OverflowError) as error:
+        raise ConfigError(f"{name}: {reprlib.repr(value)} is no regular expression ({error})") from None
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_int(value) or isinstance(value, float)
+
+
+def _is_alpha(value: Any) -> bool:
+    return _is_number(value) and -MAX_ALPHA <= value <= MAX_ALPHA
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
