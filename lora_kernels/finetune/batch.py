@@ -1,0 +1,74 @@
+"""What a batch is: (inputs, targets), or a dict as Hugging Face collators make it. Stated here once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_kernels.errors import LoRAKernelsError
+
+_TARGET_KEYS = ("labels", "label", "targets")
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """``value`` with every tensor in its dicts, lists and tuples moved to ``device``."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(to_device(item, device) for item in value)
+    return value
+
+
+def split_batch(batch: Any) -> tuple[Any, torch.Tensor]:
+    """(inputs, targets) of a batch; a dict's targets lie under "labels", "label" or "targets"."""
+    if isinstance(batch, Mapping):
+        for key in _TARGET_KEYS:
+            if key in batch:
+                return {name: item for name, item in batch.items() if name != key}, batch[key]
+        raise LoRAKernelsError(f"a dict batch needs one of {_TARGET_KEYS}; this one has {sorted(batch)}")
+    if isinstance(batch, list | tuple) and len(batch) == 2:
+        return batch[0], batch[1]
+    raise LoRAKernelsError(f"a batch is (inputs, targets) or a dict with labels, not {type(batch).__name__}")
+
+
+def call_model(model: nn.Module, inputs: Any) -> torch.Tensor:
+    """The model's logits: dict inputs go in by keyword, tuples by position; an output object gives its ``logits``."""
+    if isinstance(inputs, Mapping):
+        outputs = model(**inputs)
+    elif isinstance(inputs, list | tuple):
+        outputs = model(*inputs)
+    else:
+        outputs = model(inputs)
+    if isinstance(outputs, torch.Tensor):
+        return outputs
+    logits = getattr(outputs, "logits", None)
+    return logits if logits is not None else outputs[0]
+
+
+def loss_weight(criterion: Any, targets: torch.Tensor) -> float:
+    """What the criterion's mean over a batch divides by, so that batches of unequal size add up to one big batch.
+
+    Rows for plain targets, targets that are not ``ignore_index`` for class indices, the sum of their class weights if
+    the criterion has them. A criterion that sums (reduction="sum") needs no weighting: 1.
+    """
+    if getattr(criterion, "reduction", "mean") == "sum":
+        return 1.0
+    if targets.is_floating_point() or not hasattr(criterion, "ignore_index"):
+        return float(targets.shape[0]) if targets.ndim else 1.0
+    counted = targets[targets != criterion.ignore_index]
+    weight = getattr(criterion, "weight", None)
+    return float(counted.numel() if weight is None else weight[counted].sum())
+
+
+def count_tokens(inputs: Any, targets: torch.Tensor) -> int:
+    """Tokens a batch holds, padding left out; rows where there are no tokens."""
+    if isinstance(inputs, Mapping):
+        for key in ("attention_mask", "input_ids"):
+            if key in inputs:
+                return int(inputs[key].sum()) if key == "attention_mask" else inputs[key].numel()
+    return int(targets.shape[0]) if targets.ndim else 1

@@ -1,0 +1,128 @@
+"""Training checkpoints without pickle: tensors as safetensors, the rest as JSON in the same file's metadata.
+
+A checkpoint is one file, so it has one commit point: it is written beside its final name, flushed to the disk, and
+renamed. A crash at any moment leaves the older checkpoints whole; only then are they thinned out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from lora_kernels.errors import LoRAKernelsError
+
+_NAME = re.compile(r"^step-(\d{9})\.safetensors$")
+_TAGS = ("$tensor", "$tuple", "$dict")
+
+
+class CheckpointError(LoRAKernelsError, RuntimeError):
+    """A checkpoint that cannot be written, read, or does not belong to this run."""
+
+
+def pack(tree: Any, tensors: dict[str, torch.Tensor], path: str = "state") -> Any:
+    """``tree`` as a JSON value; its tensors are put into ``tensors`` under their path and referred to by it.
+
+    Takes dicts, lists, tuples, tensors, strings, numbers, booleans and None (what the state_dict of a torch optimizer
+    or scheduler is made of); anything else raises CheckpointError rather than being pickled.
+    """
+    if tree is None or isinstance(tree, bool | int | float | str):
+        return tree
+    if isinstance(tree, torch.Tensor):
+        tensors[path] = tree.detach().cpu().contiguous()
+        return {"$tensor": path}
+    if isinstance(tree, list):
+        return [pack(value, tensors, f"{path}.{i}") for i, value in enumerate(tree)]
+    if isinstance(tree, tuple):
+        return {"$tuple": [pack(value, tensors, f"{path}.{i}") for i, value in enumerate(tree)]}
+    if isinstance(tree, dict):
+        if all(isinstance(key, str) for key in tree) and not any(tag in tree for tag in _TAGS):
+            return {key: pack(value, tensors, f"{path}.{key}") for key, value in tree.items()}
+        return {"$dict": [[key, pack(value, tensors, f"{path}.{key}")] for key, value in tree.items()]}
+    raise CheckpointError(f"{path} is a {type(tree).__name__}; a checkpoint holds tensors, numbers, strings and lists")
+
+
+def unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """Inverse of ``pack``."""
+    if isinstance(value, list):
+        return [unpack(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "$tensor" in value:
+        return tensors[value["$tensor"]]
+    if "$tuple" in value:
+        return tuple(unpack(item, tensors) for item in value["$tuple"])
+    if "$dict" in value:
+        return {key: unpack(item, tensors) for key, item in value["$dict"]}
+    return {key: unpack(item, tensors) for key, item in value.items()}
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes ``path`` so that a reader, or a crash, sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name != "posix":
+        return  # elsewhere a folder cannot be opened
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # so that the new name survives a power cut too
+    finally:
+        os.close(folder)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint files of ``folder``, newest first."""
+    found = [path for path in folder.glob("step-*.safetensors") if _NAME.match(path.name)]
+    return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
+    """Writes ``state`` as the checkpoint of ``step`` and keeps the ``keep`` newest."""
+    tensors: dict[str, torch.Tensor] = {}
+    text = json.dumps(pack(state, tensors))
+    path = folder / f"step-{step:09d}.safetensors"
+    write_whole(path, save(tensors, metadata={"format": "pt", "state": text}))
+    for old in checkpoints(folder)[keep:]:
+        old.unlink(missing_ok=True)
+    for left in folder.glob(".step-*.tmp"):  # what a killed run was writing
+        left.unlink(missing_ok=True)
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        metadata = file.metadata() or {}
+    return unpack(json.loads(metadata["state"]), tensors)
+
+
+def load_newest(folder: Path) -> dict[str, Any] | None:
+    """State of the newest whole checkpoint in ``folder``; None when there is none at all.
+
+    A damaged file is passed over for the next older one; CheckpointError when files exist and all are damaged.
+    """
+    reasons = []
+    for path in checkpoints(folder):
+        try:
+            return _read(path)
+        except (SafetensorError, ValueError, KeyError, OSError) as error:
+            reasons.append(f"{path.name}: {error}")
+    if reasons:
+        raise CheckpointError(f"no checkpoint in {folder} is whole ({'; '.join(reasons)}); delete them to start again")
+    return None

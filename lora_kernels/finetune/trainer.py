@@ -1,0 +1,193 @@
+"""Trainer: the loop around a model, an optimizer and a criterion, which a kill -9 at any moment does not disturb."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_kernels.errors import ConfigError, LoRAKernelsError
+from lora_kernels.finetune.bar import ProgressBar
+from lora_kernels.finetune.batch import call_model, count_tokens, loss_weight, split_batch, to_device
+from lora_kernels.finetune.options import History, TrainOptions
+from lora_kernels.finetune.rng import rng_state, set_rng_state
+from lora_kernels.finetune.run_state import RunState, changing_weights, load_weights
+from lora_kernels.finetune.schedule import make_schedule
+
+Metric = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | float]
+
+
+class TrainingError(LoRAKernelsError, RuntimeError):
+    """Training cannot go on: the loss is not finite."""
+
+
+class Trainer:
+    """Trains and evaluates ``model``.
+
+    optimizer: any torch.optim optimizer over the trainable parameters.
+    criterion: ``criterion(logits, targets)``, a mean over what it counts (or a sum: ``reduction="sum"``).
+    batches: (inputs, targets), or dicts with "labels", as Hugging Face collators make them; see batch.py.
+    metrics: name -> function of (logits, targets) giving a mean over the batch; shown with the validation loss.
+    scheduler: stepped after each optimizer step; made from the options when None.
+
+    With ``options.checkpoint_dir`` a run can be killed at any moment and goes on by ``train(..., resume=True)`` to the
+    result it would have had, bit for bit on one machine: trainable parameters, buffers, optimizer, schedule, random
+    states, the place in the data and the history are kept. The frozen weights are not: build the same model first.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        device: torch.device | str = "cpu",
+        options: TrainOptions | None = None,
+        *,
+        metrics: Mapping[str, Metric] | None = None,
+        scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    ) -> None:
+        self.device = torch.device(device)
+        self.model = model.to(self.device)
+        self.optimizer = optimizer
+        self.criterion = criterion.to(self.device) if isinstance(criterion, nn.Module) else criterion
+        self.options = options or TrainOptions()
+        self.metrics = dict(metrics or {})
+        self.scheduler = scheduler
+        if self.options.monitor not in ("loss", *self.metrics):
+            raise ConfigError(f"monitor is {self.options.monitor!r}; there are {['loss', *self.metrics]}")
+
+    def train(self, dataloader: Any, validation: Any = None, epochs: int = 1, resume: bool = False) -> History:
+        """Trains for ``epochs`` passes over ``dataloader``, evaluating on ``validation`` after each.
+
+        resume: go on from the newest whole checkpoint; from the start when there is none. Without it, a folder that
+        already holds checkpoints is refused (CheckpointError). TrainingError when the loss is not finite.
+        """
+        options = self.options
+        if epochs < 1 or not hasattr(dataloader, "__len__") or not len(dataloader):
+            raise ConfigError(f"nothing to train on: {epochs} epochs of a dataloader that is empty or has no length")
+        if options.patience is not None and validation is None:
+            raise ConfigError("early stopping (patience) needs validation data")
+        steps = epochs * math.ceil(len(dataloader) / options.accumulate)
+        schedule = self.scheduler or make_schedule(self.optimizer, options.schedule, options.warmup, steps)
+        facts = options.decisive(epochs, len(dataloader))
+        run = RunState(self.model, self.optimizer, schedule, options, facts)
+        run.begin(resume)
+        while run.epoch < epochs and not run.history.stopped_early:
+            self._train_epoch(run, dataloader, epochs)
+            self._finish_epoch(run, validation)
+            run.save(dataloader)
+        if run.best is not None:
+            load_weights(self.model, run.best)
+        return run.history
+
+    @torch.no_grad()
+    def predict(self, dataloader: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(logits, targets) of each batch, with the model in eval mode and the random states left as they were."""
+        training, state = self.model.training, rng_state()
+        self.model.eval()
+        try:
+            for batch in dataloader:
+                inputs, targets = split_batch(to_device(batch, self.device))
+                with self._autocast():
+                    logits = call_model(self.model, inputs)
+                yield logits, targets
+        finally:
+            self.model.train(training)
+            set_rng_state(state)
+
+    def evaluate(self, dataloader: Any) -> dict[str, float]:
+        """Mean loss and metrics over ``dataloader``: {"loss": ..., **metrics}."""
+        totals = dict.fromkeys(("loss", *self.metrics), 0.0)
+        counted = 0.0
+        for logits, targets in self.predict(dataloader):
+            weight = loss_weight(self.criterion, targets)
+            if not weight:
+                continue
+            counted += weight
+            totals["loss"] += float(self.criterion(logits, targets)) * weight
+            for name, metric in self.metrics.items():
+                totals[name] += float(metric(logits, targets)) * weight
+        return {name: total / counted if counted else math.nan for name, total in totals.items()}
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.options.bf16)
+
+    def _train_epoch(self, run: RunState, dataloader: Any, epochs: int) -> None:
+        """Trains from the run's position to the epoch's end."""
+        options, history = self.options, run.history
+        self.model.train()
+        batches = run.batches(dataloader)
+        title = f"epoch {run.epoch + 1}/{epochs}"
+        with ProgressBar(title, len(dataloader), run.position, shown=options.progress) as bar:
+            begun = time.perf_counter()
+            while group := list(islice(batches, options.accumulate)):
+                record, tokens = self._step(run, group)
+                run.position += len(group)
+                now = time.perf_counter()
+                history.steps.append(record)
+                history.tokens += tokens
+                history.seconds += now - begun
+                begun = now
+                bar.advance(len(group), record["loss"], tokens)
+                every = options.checkpoint_every
+                if every and len(history.steps) % every == 0 and run.position < len(dataloader):
+                    run.save(dataloader)
+                    begun = time.perf_counter()
+
+    def _step(self, run: RunState, group: list[Any]) -> tuple[dict[str, float], int]:
+        """One optimizer step over a group of batches: its record and its tokens."""
+        step = len(run.history.steps) + 1
+        rate = self.optimizer.param_groups[0]["lr"]
+        parts = [split_batch(to_device(batch, self.device)) for batch in group]
+        weights = [loss_weight(self.criterion, targets) for _, targets in parts]
+        summed = getattr(self.criterion, "reduction", "mean") == "sum"
+        divisor = 1.0 if summed else sum(weights)
+        loss_sum = torch.zeros((), device=self.device)
+        for (inputs, targets), weight in zip(parts, weights, strict=True):
+            if not weight:
+                continue  # every target is ignored: the mean over nothing would be NaN
+            with self._autocast():
+                loss = self.criterion(call_model(self.model, inputs), targets) * (weight / divisor)
+            loss.backward()
+            loss_sum += loss.detach()
+        value = float(loss_sum)  # the step's only wait for the device
+        if not math.isfinite(value):
+            raise TrainingError(f"the loss is {value} at step {step}; lower the learning rate or clip the gradients")
+        if self.options.clip_norm is not None:
+            parameters = [p for part in self.optimizer.param_groups for p in part["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.options.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        run.schedule.step()
+        record = {"step": step, "epoch": run.epoch, "loss": value, "weight": sum(weights), "lr": rate}
+        return record, sum(count_tokens(inputs, targets) for inputs, targets in parts)
+
+    def _finish_epoch(self, run: RunState, validation: Any) -> None:
+        """Records the epoch and, where early stopping is on, the best epoch's weights."""
+        options, history = self.options, run.history
+        steps = [record for record in history.steps if record["epoch"] == run.epoch]
+        total = sum(record["weight"] for record in steps)
+        loss = sum(record["loss"] * record["weight"] for record in steps) / total if total else math.nan
+        record = {"epoch": run.epoch, "loss": loss}
+        if validation is not None:
+            record |= {f"val_{name}": value for name, value in self.evaluate(validation).items()}
+        history.epochs.append(record)
+        run.epoch, run.position = run.epoch + 1, 0
+        if options.progress:
+            figures = ", ".join(f"{name} {value:.4f}" for name, value in record.items() if name != "epoch")
+            ProgressBar.write(f"epoch {run.epoch}: {figures}")
+        if options.patience is None:
+            return
+        value = record[f"val_{options.monitor}"]
+        best = history.best
+        better = best is None or (value < best if options.monitor == "loss" else value > best)
+        history.stale = 0 if better else history.stale + 1
+        history.stopped_early = history.stale >= options.patience
+        if better:
+            history.best = value
+            run.best = {name: tensor.detach().clone() for name, tensor in changing_weights(self.model).items()}
