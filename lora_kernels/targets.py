@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from torch import nn
@@ -33,6 +33,7 @@ DEFAULT_TARGETS_BY_TYPE: dict[str, list[str] | str] = {
     "rwkv": ["key", "value", "receptance", "output"],
     "rwkv7": ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"],
 }
+MAMBA_TYPES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 # Heads that start from random weights and are therefore trained whole.
 TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -50,7 +51,7 @@ def resolve(model: nn.Module, config: LoRAConfig, linear: tuple[type[nn.Module],
     """The configuration with its defaults filled in for this model: target_modules as names or a regular expression,
     and the task's head among modules_to_save. `linear` are the types that count as linear layers.
 
-    Raises ConfigError where target_modules is None and the model has no projection of a known name.
+    Raises ConfigError where nothing can be filled in.
     """
     heads = [name for name in TASK_HEADS.get(config.task_type or "", ()) if name not in (config.modules_to_save or ())]
     if heads:
@@ -58,11 +59,35 @@ def resolve(model: nn.Module, config: LoRAConfig, linear: tuple[type[nn.Module],
     if config.target_modules is None:
         return replace(config, target_modules=_default_targets(model, linear))
     if config.target_modules == ALL_LINEAR:
-        head = output_head(model, config.task_type)
-        names = [path for path, m in model.named_modules() if isinstance(m, linear) or is_conv1d(m)]
-        inside = {f"{path}.out_proj" for path, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
-        return replace(config, target_modules=[path for path in names if path and path != head and path not in inside])
+        skipped = left_out(model, config)
+        names = [path for path, m in model.named_modules() if path and (isinstance(m, linear) or is_conv1d(m))]
+        names = [path for path in names if path not in skipped]
+        if not names:
+            raise ConfigError(f'target_modules="all-linear", but {type(model).__name__} has no linear layer to adapt')
+        return replace(config, target_modules=names)
     return config
+
+
+def left_out(model: nn.Module, config: LoRAConfig) -> dict[str, str]:
+    """{path: reason} of the linear layers that "all-linear" leaves out."""
+    head = _output_head(model, config.task_type)
+    return uncalled(model) | ({head: "the output head, which all-linear leaves out"} if head else {})
+
+
+def uncalled(model: nn.Module) -> dict[str, str]:
+    """{path: reason} of linear layers whose owner reads their weight and never calls them: LoRA there does nothing."""
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            found[f"{path}.out_proj" if path else "out_proj"] = (
+                "nn.MultiheadAttention reads its weight and never calls it"
+            )
+    if model_type(model) in MAMBA_TYPES:
+        reason = "Mamba's fused scan reads its weight and never calls it"
+        found |= {
+            path: reason for path, _ in model.named_modules() if path.rpartition(".")[2] in ("out_proj", "conv1d")
+        }
+    return found
 
 
 def model_type(model: nn.Module) -> str:
@@ -72,8 +97,8 @@ def model_type(model: nn.Module) -> str:
     return found if isinstance(found, str) else ""
 
 
-def output_head(model: nn.Module, task_type: str | None) -> str | None:
-    """The path of the layer that makes logits, which "all-linear" leaves out, or None."""
+def _output_head(model: nn.Module, task_type: str | None) -> str | None:
+    """The path of the layer that makes a transformers model's logits, or None."""
     get = getattr(model, "get_output_embeddings", None)
     if not callable(get):
         return None
@@ -143,12 +168,28 @@ class Matcher:
             next((alpha for key, alpha in config.alpha_pattern.items() if _ends_in(key, path)), config.lora_alpha),
         )
 
-    def unused(self, adapted: list[str]) -> Iterator[str]:
-        """What the configuration names and the model does not have; most likely a slip of the pen."""
-        for name in ("rank_pattern", "alpha_pattern"):
-            for key in getattr(self.config, name):
+    def slips(self, paths: list[str], adapted: Iterable[str]) -> Iterator[str]:
+        """What the configuration names and the model, of these paths, does not have: most likely slips of the pen."""
+        config, adapted = self.config, list(adapted)
+        ends = {end for path in paths for end in _ends(path)}
+        for name in sorted((self._targets or frozenset()) - ends):
+            yield f"target_modules: no module is called {name!r}"
+        by_pattern = isinstance(config.exclude_modules, str)
+        if config.exclude_modules and not (
+            any(re.fullmatch(str(config.exclude_modules), path) for path in paths)
+            if by_pattern
+            else ends.intersection(config.exclude_modules)
+        ):
+            yield f"exclude_modules={config.exclude_modules!r} excludes nothing"
+        for name in config.modules_to_save or ():
+            if name not in TASK_HEADS.get(config.task_type or "", ()) and not any(
+                path.endswith(name) for path in paths
+            ):
+                yield f"modules_to_save: no module is called {name!r}"
+        for field in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(config, field):
                 if not any(_ends_in(key, path) for path in adapted):
-                    yield f"{name} key {key!r} matches no adapted layer"
+                    yield f"{field}: {key!r} matches no adapted layer"
 
 
 def _ends(path: str) -> Iterator[str]:

@@ -1,0 +1,59 @@
+"""Fold adapters into the base weights for inference, and take them out again to the last bit."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+
+from lora_kernels.errors import ConfigError, MergeError
+from lora_kernels.layers import LoRALinear
+from lora_kernels.report import unwrap
+
+
+def merge_lora(model: nn.Module) -> nn.Module:
+    """Put W + scaling * B A in the place of every adapted layer's W, in place; returns the model.
+
+    Each sum is rounded once to W's dtype, in which it is then used. The base weights are kept aside (their memory is
+    needed twice) for unmerge_lora. Layers that are merged already stay as they are. A weight tied to another module
+    becomes the layer's own while merged.
+    Raises MergeError naming the layer if a sum is not finite, with nothing merged; ConfigError without LoRA layers.
+    """
+    layers = {path: layer for path, layer in _layers(model).items() if not layer.merged}
+    for path, layer in layers.items():
+        try:
+            layer.merged_weight()
+        except MergeError as error:
+            raise MergeError(f"{path}: {error}. No layer of the model was merged") from None
+    owners: dict[int, int] = {}
+    for _, parameter in unwrap(model).named_parameters(remove_duplicate=False):
+        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    done = []
+    try:
+        for path, layer in layers.items():
+            if owners[id(layer.weight)] > 1:
+                warnings.warn(f"{path}.weight is tied to another module, which keeps the base weight", stacklevel=2)
+            layer.merge()
+            done.append(layer)
+    except BaseException:
+        for layer in done:
+            layer.unmerge()
+        raise
+    return model
+
+
+def unmerge_lora(model: nn.Module) -> nn.Module:
+    """Put the very base weights back that merge_lora kept aside, in place; returns the model.
+
+    Layers that are not merged stay as they are. Raises ConfigError without LoRA layers.
+    """
+    for layer in _layers(model).values():
+        layer.unmerge()
+    return model
+
+
+def _layers(model: nn.Module) -> dict[str, LoRALinear]:
+    layers = {path: module for path, module in unwrap(model).named_modules() if isinstance(module, LoRALinear)}
+    if not layers:
+        raise ConfigError(f"{type(model).__name__} has no LoRA layers; call apply_lora or load_adapter first")
+    return layers
