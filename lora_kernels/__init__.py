@@ -1,6 +1,6 @@
 """LoRA layers that cost what their frozen linear layer costs.
 
-Names are imported on first use: ``import lora_kernels`` loads neither torch's compiler, nor Triton, nor a model library.
+Names are imported on first use: ``import lora_kernels`` loads no Triton and no model library.
 """
 
 from __future__ import annotations

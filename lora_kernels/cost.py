@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_kernels.kernels.chip import Chip
-from lora_kernels.kernels.tuning import RANK_BLOCK
+from lora_kernels.kernels.tuning import rank_block
 
 LAUNCH_SECONDS = 2.5e-6
 LIBRARY_EFFICIENCY = 0.75  # of the data-sheet rate, a large product by the vendor's library
@@ -82,7 +82,7 @@ def seconds(launch: Launch, dtype: torch.dtype, chip: Chip) -> float:
 
 def _fwd_launches(name: str, q: Problem) -> tuple[Launch, ...]:
     e, (M, N, K, r) = q.dtype.itemsize, (q.M, q.N, q.K, q.r)
-    read_x = -(-r // RANK_BLOCK)
+    read_x = -(-r // rank_block(q.dtype))
     shrink = Launch("shrink", 2 * M * K * r, e * (read_x * M * K + r * K + M * r), library=not q.dropout)
     base = Launch("matmul", 2 * M * N * K, e * (M * K + N * K + M * N), library=True)
     add = Launch("addmm_", 2 * M * N * r, e * (2 * M * N + M * r + N * r), library=True)
@@ -93,7 +93,7 @@ def _fwd_launches(name: str, q: Problem) -> tuple[Launch, ...]:
         case "shrink_extend":
             return (Launch("shrink", shrink.flop, shrink.bytes), extend)
         case _:
-            tiles = -(-N // 128)
+            tiles = -(-N // 64)
             flop = 2 * M * N * (K + r) + 2 * tiles * M * K * max(r, 16)
             return (Launch("one_pass", flop, extend.bytes + e * r * K),)
 
@@ -101,7 +101,7 @@ def _fwd_launches(name: str, q: Problem) -> tuple[Launch, ...]:
 def _bwd_launches(name: str, q: Problem) -> tuple[Launch, ...]:
     e, (M, N, K, r) = q.dtype.itemsize, (q.M, q.N, q.K, q.r)
     dy, x, small = e * M * N, e * M * K, e * r * (M + N + K)
-    reads = -(-r // RANK_BLOCK)
+    reads = -(-r // rank_block(q.dtype))
     base = Launch("matmul", 2 * M * N * K, dy + x + e * N * K, library=True)
     launches: list[Launch] = []
     if name == "eager":
@@ -118,10 +118,10 @@ def _bwd_launches(name: str, q: Problem) -> tuple[Launch, ...]:
     launches += [Launch("dYB+dB", 4 * M * N * r, reads * dy + parts + small), Launch("reduce", 0, parts + small)]
     da_parts = 4 * r * K * -(-M // 128)
     if q.need_dx:
-        fused = r <= RANK_BLOCK
+        fused = r <= rank_block(q.dtype)
         extra = (x + da_parts) if fused else 0
         flop = 2 * M * K * (N + r) + (2 * M * K * r if fused else 0)
         launches += [Launch("dX+dA" if fused else "dX", flop, base.bytes + extra + small)]
-    if not q.need_dx or r > RANK_BLOCK:
+    if not q.need_dx or r > rank_block(q.dtype):
         launches += [Launch("dA", 2 * M * K * r, reads * x + da_parts + small)]
     return (*launches, Launch("reduce", 0, da_parts + small))

@@ -21,7 +21,15 @@ import torch
 from lora_kernels.cost import Plan, Problem, launches, seconds
 from lora_kernels.errors import BackendUnavailableError, ConfigError
 from lora_kernels.kernels.chip import CHIPS, Chip, chip_of
-from lora_kernels.kernels.tuning import RANK_BLOCK, Config, gemm_config, is_valid, shrink_config, split_config
+from lora_kernels.kernels.tuning import (
+    Config,
+    gemm_config,
+    is_valid,
+    one_pass_config,
+    rank_block,
+    shrink_config,
+    split_config,
+)
 
 BACKENDS = ("auto", "reference", "triton")
 PLANS = ("eager", "shrink_extend", "one_pass")
@@ -137,11 +145,13 @@ def _refusal(name: str, q: Problem, chip: Chip) -> str | None:
         return None
     if name == "one_pass" and q.op == "bwd":
         return "it is a forward plan"
-    if name == "one_pass" and q.r > RANK_BLOCK:
-        return f"r={q.r} is above {RANK_BLOCK}, one tile of ranks"
+    if name == "one_pass" and q.r > rank_block(q.dtype):
+        return f"r={q.r} is above {rank_block(q.dtype)}, one tile of ranks"
     configs: list[Config]
-    if q.op == "fwd":
-        configs = [gemm_config(q.M, q.N, q.dtype, chip), shrink_config(q.M, q.dtype, chip, q.dropout)]
+    if name == "one_pass":
+        configs = [one_pass_config(q.M, q.dtype, chip, q.dropout)]
+    elif q.op == "fwd":
+        configs = [gemm_config(q.M, q.N, q.dtype, chip), shrink_config(q.M, q.dtype, chip, q.r, q.dropout)]
     else:
         configs = [gemm_config(q.M, q.K, q.dtype, chip), split_config(q.M, q.dtype, chip, q.r)]
     return next((why for c in configs if (why := is_valid(c, q.dtype, q.r, chip))), None)

@@ -70,7 +70,7 @@ def expand_add_(dX: Tensor, dYB: Tensor, A: Tensor, drop: Dropout, config: GemmC
         PRECISION=precision_of(dX.dtype),
         BLOCK_M=config.BLOCK_M,
         BLOCK_K=config.BLOCK_N,
-        BLOCK_R=rank_tile(r),
+        BLOCK_R=rank_tile(r, dX.dtype),
         num_warps=config.num_warps,
         num_stages=1,
         **dropout_args(drop),

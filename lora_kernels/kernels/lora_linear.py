@@ -30,7 +30,7 @@ from lora_kernels.kernels.common import (
     tile_order,
 )
 from lora_kernels.kernels.shrink import shrink
-from lora_kernels.kernels.tuning import GemmConfig, gemm_config, rank_tile, shrink_config
+from lora_kernels.kernels.tuning import GemmConfig, gemm_config, one_pass_config, rank_tile, shrink_config
 
 
 @triton.jit
@@ -198,7 +198,7 @@ def extend(X: Tensor, W: Tensor, XA: Tensor, B: Tensor, bias: Tensor | None, con
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,
-        BLOCK_R=rank_tile(r),
+        BLOCK_R=rank_tile(r, X.dtype),
         GROUP_M=config.GROUP_M,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -216,7 +216,7 @@ def one_pass(
     drop: Dropout | None,
     config: GemmConfig,
 ) -> tuple[Tensor, Tensor]:
-    """Y (M, N) and XA (M, r) in one launch; r at most tuning.RANK_BLOCK, M > 0."""
+    """Y (M, N) and XA (M, r) in one launch; r at most rank_block, M > 0."""
     (M, K), (N, r) = X.shape, B.shape
     Y = torch.empty(M, N, dtype=X.dtype, device=X.device)
     XA = torch.empty(M, r, dtype=X.dtype, device=X.device)
@@ -249,7 +249,7 @@ def one_pass(
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,
-        BLOCK_R=rank_tile(r),
+        BLOCK_R=rank_tile(r, X.dtype),
         GROUP_M=config.GROUP_M,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -274,11 +274,11 @@ def lora_linear_fwd(
     drop = None if seed is None else Dropout(p, seed)
     M, N = X.shape[0], B.shape[0]
     if plan == "one_pass":
-        return one_pass(X, W, A, B, bias, scaling, drop, gemm_config(M, N, X.dtype, chip))
+        return one_pass(X, W, A, B, bias, scaling, drop, one_pass_config(M, X.dtype, chip, drop is not None))
     if plan == "eager" and drop is None:
         XA = torch.addmm(X.new_empty(M, A.shape[0]), X, A.to(X.dtype).t(), beta=0, alpha=scaling)
     else:
-        XA = shrink(X, A, scaling, drop, shrink_config(M, X.dtype, chip, drop is not None))
+        XA = shrink(X, A, scaling, drop, shrink_config(M, X.dtype, chip, A.shape[0], drop is not None))
     if plan == "eager":
         return torch.nn.functional.linear(X, W, bias).addmm_(XA, B.to(X.dtype).t()), XA
     return extend(X, W, XA, B, bias, gemm_config(M, N, X.dtype, chip)), XA

@@ -5,7 +5,7 @@
 
 Sums over M are split into spans: each program writes an fp32 partial, and a reduction adds the partials in a fixed
 order, so the gradients are the same bits in every run (no float atomics). dA comes out of dX's epilogue, where dYB is
-at hand; for r > 64, or where X needs no gradient, it is a pass of its own.
+at hand; for ranks above one tile, or where X needs no gradient, it is a pass of its own.
 The masked term opens the dX accumulator: the mask's registers are dead before the K loop begins.
 """
 
@@ -32,10 +32,10 @@ from lora_kernels.kernels.common import (
 from lora_kernels.kernels.expand import expand_add_
 from lora_kernels.kernels.reduce import Partial, reduce_partials
 from lora_kernels.kernels.tuning import (
-    RANK_BLOCK,
     GemmConfig,
     SplitConfig,
     gemm_config,
+    rank_block,
     rank_tile,
     split_config,
 )
@@ -227,7 +227,7 @@ def dyb_db(
     """dYB (M, r) in dY's dtype, dB (N, r) in B's, dbias (N,) in dY's: two launches, one dY read per 64 ranks; M > 0."""
     (M, N), r = dY.shape, B.shape[1]
     spans, blocks_n = triton.cdiv(M, config.SPAN_M), triton.cdiv(N, config.BLOCK_N)
-    BLOCK_R = rank_tile(r)
+    BLOCK_R = rank_tile(r, dY.dtype)
 
     def partial(make: bool, count: int, *shape: int) -> Tensor | None:
         return torch.empty(count, *shape, dtype=torch.float32, device=dY.device) if make else None
@@ -277,7 +277,7 @@ def dx_da(
     *,
     make_da: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """dX (M, K) in X's dtype, and dA (r, K) in A's from its epilogue (r <= tuning.RANK_BLOCK); one or two launches."""
+    """dX (M, K) in X's dtype, and dA (r, K) in A's from its epilogue (r <= rank_block); one or two launches."""
     (M, N), (r, K) = dY.shape, A.shape
     dX = torch.empty(M, K, dtype=X.dtype, device=X.device)
     blocks_m = triton.cdiv(M, config.BLOCK_M)
@@ -311,7 +311,7 @@ def dx_da(
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,
-        BLOCK_R=rank_tile(r),
+        BLOCK_R=rank_tile(r, X.dtype),
         GROUP_M=config.GROUP_M,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -324,7 +324,7 @@ def dx_da(
 def da(dYB: Tensor, X: Tensor, drop: Dropout | None, dtype: torch.dtype, config: SplitConfig) -> Tensor:
     """dA (r, K) = dYB^T (D*X) / (1-p) in ``dtype``: two launches, X read once per 64 ranks; M > 0."""
     (M, K), r = X.shape, dYB.shape[1]
-    spans, BLOCK_R = triton.cdiv(M, config.SPAN_M), rank_tile(r)
+    spans, BLOCK_R = triton.cdiv(M, config.SPAN_M), rank_tile(r, X.dtype)
     part = torch.empty(spans, r, K, dtype=torch.float32, device=X.device)
     _da_kernel[(spans, triton.cdiv(K, config.BLOCK_N), triton.cdiv(r, BLOCK_R))](
         X,
@@ -384,7 +384,7 @@ def lora_linear_bwd(
         dX = dY @ W
         dX = dX.addmm_(dYB, A.to(X.dtype)) if drop is None else expand_add_(dX, dYB, A, drop, tiles)
     elif need_x:
-        dX, dA = dx_da(dY, W, dYB, A, X, drop, tiles, make_da=need_a and r <= RANK_BLOCK)
+        dX, dA = dx_da(dY, W, dYB, A, X, drop, tiles, make_da=need_a and r <= rank_block(X.dtype))
     if need_a and dA is None:
         if plan == "eager" and drop is None:
             dA = (dYB.t() @ X).to(A.dtype)

@@ -6,19 +6,20 @@ argument specialisation (divisibility, strides of one, absent pointers) is the o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
 
-from lora_kernels.kernels.chip import CHIPS
+from lora_kernels.kernels.chip import CHIPS, Chip
 from lora_kernels.kernels.common import Dropout
 from lora_kernels.kernels.expand import expand_add_
 from lora_kernels.kernels.lora_linear import extend, one_pass
 from lora_kernels.kernels.lora_linear_bwd import da, dx_da, dyb_db
 from lora_kernels.kernels.shrink import shrink
-from lora_kernels.kernels.tuning import Config, gemm_config, shrink_config, split_config
+from lora_kernels.kernels.tuning import Config, gemm_config, one_pass_config, rank_block, shrink_config, split_config
 
 N = K = 4096
 ROWS = (1, 64, 8192)  # decode, a small batch, training: each has tiles of its own
@@ -40,49 +41,32 @@ def shipped_cases(arch: str) -> Iterator[Case]:
     """The cases of one architecture, for example "sm_90"; each (kernel, configuration, dtype, variant) once."""
     chip = CHIPS[arch]
     seen: set[tuple[object, ...]] = set()
+    for dtype, M, r in itertools.product(DTYPES, ROWS, RANKS):
+        r = min(r, rank_block(dtype))
+        for dropout in (False, True):
+            for kernel, config, launch in _launches(M, r, dtype, chip, dropout):
+                variant = (kernel, config, dtype, r, dropout)
+                if variant not in seen:
+                    seen.add(variant)
+                    yield Case(f"{kernel} r={r}{' dropout' if dropout else ''}", dtype, config, launch)
 
-    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(*shape, dtype=dtype)
 
-    for dtype in DTYPES:
-        for M in ROWS:
-            for r in RANKS:
-                X, dY = empty(M, K, dtype=dtype), empty(M, N, dtype=dtype)
-                W, bias = empty(N, K, dtype=dtype), empty(N, dtype=dtype)
-                A, B = empty(r, K, dtype=torch.float32), empty(N, r, dtype=torch.float32)
-                S = empty(M, r, dtype=dtype)
-                tiles = gemm_config(M, N, dtype, chip)
-                split = split_config(M, dtype, chip, r)
-                for drop in (None, Dropout(0.1, torch.empty(2, dtype=torch.int64))):
-                    pass_x = shrink_config(M, dtype, chip, drop is not None)
-                    name = f"r={r}" + (" dropout" if drop else "")
-                    made = [
-                        ("shrink", pass_x, lambda X=X, A=A, d=drop, c=pass_x: shrink(X, A, 2.0, d, c)),
-                        (
-                            "one_pass",
-                            tiles,
-                            lambda X=X, W=W, A=A, B=B, b=bias, d=drop, c=tiles: one_pass(X, W, A, B, b, 2.0, d, c),
-                        ),
-                        (
-                            "dx_da",
-                            tiles,
-                            lambda Y=dY, W=W, S=S, A=A, X=X, d=drop, c=tiles: dx_da(Y, W, S, A, X, d, c),
-                        ),
-                        ("da", split, lambda S=S, X=X, d=drop, A=A, c=split: da(S, X, d, A.dtype, c)),
-                    ]
-                    if drop:
-                        made += [("expand", tiles, lambda X=X, S=S, A=A, d=drop, c=tiles: expand_add_(X, S, A, d, c))]
-                    else:
-                        made += [
-                            ("extend", tiles, lambda X=X, W=W, S=S, B=B, b=bias, c=tiles: extend(X, W, S, B, b, c)),
-                            (
-                                "dyb_db",
-                                split,
-                                lambda Y=dY, B=B, S=S, c=split: dyb_db(Y, B, S, 2.0, c, make_dbias=True),
-                            ),
-                        ]
-                    for kernel, config, launch in made:
-                        key = (kernel, config, dtype, r, drop is None)
-                        if key not in seen:
-                            seen.add(key)
-                            yield Case(f"{kernel} {name}", dtype, config, launch)
+def _launches(
+    M: int, r: int, dtype: torch.dtype, chip: Chip, dropout: bool
+) -> Iterator[tuple[str, Config, Callable[[], object]]]:
+    """(kernel, configuration, launch) of every kernel that takes part in a layer of this size."""
+    X, dY, W = (torch.empty(shape, dtype=dtype) for shape in ((M, K), (M, N), (N, K)))
+    bias, XA = torch.empty(N, dtype=dtype), torch.empty(M, r, dtype=dtype)
+    A, B = torch.empty(r, K), torch.empty(N, r)  # float32, as PEFT keeps adapters
+    drop = Dropout(0.1, torch.empty(2, dtype=torch.int64)) if dropout else None
+    tiles, split = gemm_config(M, N, dtype, chip), split_config(M, dtype, chip, r)
+    rows, single = shrink_config(M, dtype, chip, r, dropout), one_pass_config(M, dtype, chip, dropout)
+    yield "shrink", rows, partial(shrink, X, A, 2.0, drop, rows)
+    yield "one_pass", single, partial(one_pass, X, W, A, B, bias, 2.0, drop, single)
+    yield "dx_da", tiles, partial(dx_da, dY, W, XA, A, X, drop, tiles)
+    yield "da", split, partial(da, XA, X, drop, A.dtype, split)
+    if drop is None:
+        yield "extend", tiles, partial(extend, X, W, XA, B, bias, tiles)
+        yield "dyb_db", split, partial(dyb_db, dY, B, XA, 2.0, split, make_dbias=True)
+    else:
+        yield "expand", tiles, partial(expand_add_, X, XA, A, drop, tiles)

@@ -72,7 +72,7 @@ def shrink(X: Tensor, A: Tensor, scaling: float, drop: Dropout | None, config: S
     """XA (M, r) = scaling/(1-p) (D*X) A^T for X (M, K) and A (r, K) of any strides and float dtypes; M > 0."""
     (M, K), r = X.shape, A.shape[0]
     XA = torch.empty(M, r, dtype=X.dtype, device=X.device)
-    BLOCK_R = rank_tile(r)
+    BLOCK_R = rank_tile(r, X.dtype)
     _shrink_kernel[(triton.cdiv(M, config.BLOCK_M), triton.cdiv(r, BLOCK_R))](
         X,
         A,

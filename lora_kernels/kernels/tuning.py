@@ -8,7 +8,7 @@ import torch
 
 from lora_kernels.kernels.chip import Chip
 
-RANK_BLOCK = 64  # larger ranks are walked in blocks of this many columns
+RANK_BLOCK = 64  # ranks in one tile, 16 bit
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,19 @@ class SplitConfig:
 Config = GemmConfig | ShrinkConfig | SplitConfig
 
 
-def rank_tile(r: int) -> int:
-    """Columns a rank takes in a tile: a power of two from 16 (the narrowest matrix unit) to RANK_BLOCK."""
-    return min(RANK_BLOCK, max(16, 1 << (r - 1).bit_length()))
+def rank_block(dtype: torch.dtype) -> int:
+    """The most ranks one tile holds; larger ranks are walked in blocks. fp32 dots unroll on scalar units: few."""
+    return 16 if dtype == torch.float32 else RANK_BLOCK
 
 
-def shared_bytes(config: Config, itemsize: int, r: int) -> int:
+def rank_tile(r: int, dtype: torch.dtype) -> int:
+    """Columns a rank takes in a tile: a power of two from 16 (the narrowest matrix unit) to rank_block(dtype)."""
+    return min(rank_block(dtype), max(16, 1 << (r - 1).bit_length()))
+
+
+def shared_bytes(config: Config, dtype: torch.dtype, r: int) -> int:
     """Shared memory one block needs for its pipeline stages, as an upper estimate."""
-    R = rank_tile(r)
+    R = rank_tile(r, dtype)
     match config:
         case GemmConfig():
             tiles = config.BLOCK_K * (config.BLOCK_M + config.BLOCK_N + R)
@@ -62,12 +67,12 @@ def shared_bytes(config: Config, itemsize: int, r: int) -> int:
             tiles = config.BLOCK_K * (config.BLOCK_M + R)
         case SplitConfig():
             tiles = config.BLOCK_M * (config.BLOCK_N + R)
-    return tiles * itemsize * max(1, config.num_stages - 1)
+    return tiles * dtype.itemsize * config.num_stages
 
 
 def is_valid(config: Config, dtype: torch.dtype, r: int, chip: Chip) -> str | None:
     """None where ``config`` can run on ``chip``; otherwise the reason it is refused."""
-    need = shared_bytes(config, dtype.itemsize, r)
+    need = shared_bytes(config, dtype, r)
     if need > chip.shared:
         return f"{config} needs about {need} bytes of shared memory, {chip.arch} has {chip.shared}"
     if isinstance(config, SplitConfig) and config.SPAN_M % config.BLOCK_M:
@@ -81,27 +86,34 @@ def _rows(M: int, most: int) -> int:
 
 
 def gemm_config(M: int, N: int, dtype: torch.dtype, chip: Chip) -> GemmConfig:
-    """Tiles of the extended GEMM and of one_pass."""
+    """Tiles of the extended GEMM (forward and dX) and of the expand pass: M rows, N columns of output."""
     if dtype == torch.float32:  # dots on scalar units: small tiles keep registers and code size down
         return GemmConfig(_rows(M, 64), 64, 32, num_warps=4, num_stages=2)
     rows = _rows(M, 128)
     if chip.is_amd:
         return GemmConfig(rows, 128 if rows == 128 else 64, 32, num_warps=8 if rows == 128 else 4, num_stages=2)
-    if rows < 64:
-        return GemmConfig(rows, 64, 64, num_warps=4, num_stages=3)
-    if rows == 64 or N <= 64:
-        return GemmConfig(64, 64, 64, num_warps=4, num_stages=3)
+    if rows < 128 or N <= 64:
+        return GemmConfig(min(rows, 64), 64, 64, num_warps=4, num_stages=3)
     stages = 3 if chip.shared >= 128 * 1024 else 2
     return GemmConfig(128, 128, 64, num_warps=8, num_stages=stages)
 
 
-def shrink_config(M: int, dtype: torch.dtype, chip: Chip, dropout: bool) -> ShrinkConfig:
+def one_pass_config(M: int, dtype: torch.dtype, chip: Chip, dropout: bool) -> GemmConfig:
+    """Tiles of one_pass, which serves few rows or narrow N; a mask drawn in the K loop wants a short step."""
+    if dtype == torch.float32:
+        return GemmConfig(_rows(M, 32), 64, 32, num_warps=4, num_stages=2)
+    short = dropout or chip.is_amd
+    return GemmConfig(_rows(M, 64), 64, 32 if short else 64, num_warps=4, num_stages=2 if chip.is_amd else 3)
+
+
+def shrink_config(M: int, dtype: torch.dtype, chip: Chip, r: int, dropout: bool) -> ShrinkConfig:
     """Tiles of the shrink pass: enough row blocks to fill the chip, wide reads along K."""
     if dtype == torch.float32:
         return ShrinkConfig(_rows(M, 32), 64, num_warps=4, num_stages=2)
     rows = _rows(-(-M // chip.units), 64)
     stages = 2 if dropout or chip.is_amd else 3
-    return ShrinkConfig(rows, 64 if dropout else 128, num_warps=4, num_stages=stages)
+    wide = not dropout and r <= 32 and rank_tile(r, dtype) <= rows  # 64 ranks at 128 columns spill
+    return ShrinkConfig(rows, 128 if wide else 64, num_warps=4, num_stages=stages)
 
 
 def split_config(M: int, dtype: torch.dtype, chip: Chip, r: int) -> SplitConfig:

@@ -104,8 +104,9 @@ class LoRALinear(nn.Module):
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.backend = backend
         self._base_weight: nn.Parameter | None = None
-        self.weight = base.weight.requires_grad_(False)
-        self.register_parameter("bias", None if base.bias is None else base.bias.requires_grad_(False))
+        base.requires_grad_(False)
+        self.weight = base.weight
+        self.register_parameter("bias", base.bias)
         if adapter_dtype is None:
             adapter_dtype = torch.float32 if self.weight.dtype.itemsize == 2 else self.weight.dtype
         like: dict[str, Any] = {"device": self.weight.device, "dtype": adapter_dtype}
@@ -186,6 +187,6 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, r={self.r}, "
-            f"lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, merged={self.merged}"
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, merged={self.merged}"
         )

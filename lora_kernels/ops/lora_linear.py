@@ -88,7 +88,7 @@ def _fwd_fake(X: Tensor, W: Tensor, A: Tensor, B: Tensor, *_: object) -> tuple[T
 
 def _bwd_impl(dY: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *operands, needs, backend = args
-    grads = lora_linear_bwd(dY, *operands, needs=Needs(*needs), backend=backend)
+    grads = lora_linear_bwd(*(dY, *operands, Needs(*needs), backend))
     return tuple(dY.new_empty(0) if grad is None else grad for grad in grads)
 
 
