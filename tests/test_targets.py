@@ -1,0 +1,262 @@
+"""Selection equals PEFT's: for many models and configurations, the same layers with the same rank and scaling."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lora_kernels.config import LoRAConfig
+from lora_kernels.errors import ConfigError
+from lora_kernels.inject import LINEAR, plan_injection
+from lora_kernels.targets import Matcher, resolve
+
+SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+def bert_classifier() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(BertConfig(**SIZES))
+
+
+def bert_lm() -> nn.Module:
+    from transformers import BertConfig, BertForMaskedLM
+
+    return BertForMaskedLM(BertConfig(**SIZES))
+
+
+def roberta_classifier() -> nn.Module:
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    return RobertaForSequenceClassification(RobertaConfig(**SIZES))
+
+
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=1))
+
+
+def t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    )
+
+
+def plain() -> nn.Module:
+    """No transformers model: dots, digits and equal ends in unexpected places."""
+
+    def block() -> nn.Module:
+        return nn.ModuleDict({"q": nn.Linear(4, 4), "my_q": nn.Linear(4, 4), "h": nn.ModuleList([nn.Linear(4, 4)])})
+
+    return nn.ModuleDict(
+        {"h": nn.ModuleList([block() for _ in range(3)]), "q": nn.Linear(4, 4), "norm": nn.LayerNorm(4)}
+    )
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    f.__name__: f for f in (bert_classifier, bert_lm, roberta_classifier, llama, t5, plain)
+}
+BUILT: dict[str, nn.Module] = {}
+
+
+def model_called(name: str) -> nn.Module:
+    if name not in BUILT:
+        BUILT[name] = MODELS[name]()
+    return BUILT[name]
+
+
+def pefts_choice(model: nn.Module, **config: Any) -> dict[str, tuple[int, float]] | None:
+    """{path: (r, scaling)} of the layers that PEFT adapts; None where it raises."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**config))
+        except (ValueError, TypeError):
+            return None
+    layers = wrapped.base_model.model.named_modules()
+    return {
+        path: (m.r["default"], m.scaling["default"]) for path, m in layers if isinstance(m, peft.tuners.lora.Linear)
+    }
+
+
+def our_choice(model: nn.Module, **config: Any) -> dict[str, tuple[int, float]] | None:
+    try:
+        injection = plan_injection(model, LoRAConfig(**config))
+    except ConfigError:
+        return None
+    return {p: (layer.r, injection.config.scaling(layer.r, layer.lora_alpha)) for p, layer in injection.adapted.items()}
+
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("bert_classifier", {}),
+    ("bert_classifier", {"task_type": "SEQ_CLS"}),
+    ("bert_classifier", {"target_modules": "all-linear"}),
+    ("bert_classifier", {"target_modules": "All-Linear", "task_type": "SEQ_CLS"}),
+    ("bert_classifier", {"target_modules": ["query", "value"]}),
+    ("bert_classifier", {"target_modules": ["dense"]}),
+    ("bert_classifier", {"target_modules": ["output.dense"]}),
+    ("bert_classifier", {"target_modules": ["bert.pooler.dense", "key"]}),
+    ("bert_classifier", {"target_modules": ["uery"]}),
+    ("bert_classifier", {"target_modules": ["classifier", "query"], "task_type": "SEQ_CLS"}),
+    ("bert_classifier", {"target_modules": ["classifier"], "task_type": "SEQ_CLS"}),
+    ("bert_classifier", {"target_modules": ["query", "dropout"]}),
+    ("bert_classifier", {"target_modules": r".*\.layer\.[01]\..*(query|key)"}),
+    ("bert_classifier", {"target_modules": r"layer\.0"}),
+    ("bert_classifier", {"target_modules": r".*LayerNorm"}),
+    ("bert_classifier", {"target_modules": ["query", "key"], "exclude_modules": ["layer.1.attention.self.key"]}),
+    ("bert_classifier", {"target_modules": "all-linear", "exclude_modules": r".*(dense|key)"}),
+    ("bert_classifier", {"target_modules": ["query"], "exclude_modules": ["query"]}),
+    ("bert_classifier", {"target_modules": ["dense", "query"], "modules_to_save": ["pooler"]}),
+    ("bert_classifier", {"target_modules": ["query"], "modules_to_save": ["embeddings", "nothing"]}),
+    ("bert_classifier", {"target_modules": ["query"], "layers_to_transform": 1}),
+    ("bert_classifier", {"target_modules": ["query", "dense"], "layers_to_transform": [0, 2]}),
+    ("bert_classifier", {"target_modules": ["query"], "layers_to_transform": []}),
+    ("bert_classifier", {"target_modules": ["query"], "layers_to_transform": [7]}),
+    ("bert_classifier", {"target_modules": ["query"], "layers_to_transform": [1], "layers_pattern": "layer"}),
+    ("bert_classifier", {"target_modules": ["query"], "layers_to_transform": [1], "layers_pattern": ["h", "layer"]}),
+    ("bert_classifier", {"target_modules": ["query"], "layers_to_transform": [1], "layers_pattern": "h"}),
+    ("bert_classifier", {"layers_to_transform": [1]}),
+    ("bert_classifier", {"target_modules": ["query", "key"], "rank_pattern": {"query": 3, "key": 5}}),
+    ("bert_classifier", {"target_modules": ["query", "key"], "rank_pattern": {"ery": 3, ".*0.*": 5}, "r": 2}),
+    ("bert_classifier", {"target_modules": ["query", "key"], "alpha_pattern": {"^bert.*key": 3}, "use_rslora": True}),
+    ("bert_classifier", {"target_modules": ["query"], "rank_pattern": {r"layer\.\d+\.attention\.self\.query": 1}}),
+    ("bert_classifier", {"target_modules": ["query"], "rank_pattern": {"query": 3, r"0\..*query": 4}}),
+    ("bert_classifier", {"target_modules": ["query"], "alpha_pattern": {"query|key": 1, "x": 2}, "lora_alpha": 64}),
+    ("bert_lm", {}),
+    ("bert_lm", {"target_modules": "all-linear"}),
+    ("bert_lm", {"target_modules": ["decoder", "query"]}),
+    ("roberta_classifier", {"task_type": "SEQ_CLS", "target_modules": "all-linear"}),
+    ("roberta_classifier", {"task_type": "SEQ_CLS", "target_modules": ["dense", "out_proj"]}),
+    ("roberta_classifier", {"target_modules": "all-linear"}),
+    ("llama", {}),
+    ("llama", {"target_modules": "all-linear"}),
+    ("llama", {"target_modules": ["lm_head", "q_proj"]}),
+    ("llama", {"target_modules": ["q_proj", "gate_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}),
+    ("llama", {"target_modules": r".*mlp.*", "exclude_modules": r".*mlp"}),
+    ("llama", {"target_modules": r".*(gate|up)_proj", "exclude_modules": r".*1\.mlp.*"}),
+    ("llama", {"target_modules": ["self_attn"]}),
+    ("t5", {}),
+    ("t5", {"target_modules": "all-linear"}),
+    ("t5", {"target_modules": ["q", "wi"], "layers_to_transform": [1], "layers_pattern": ["block"]}),
+    ("plain", {"target_modules": ["q"]}),
+    ("plain", {"target_modules": ["my_q", "h.0"]}),
+    ("plain", {"target_modules": "all-linear"}),
+    ("plain", {"target_modules": ["q"], "layers_to_transform": [0, 2]}),
+    ("plain", {"target_modules": ["q", "0"], "layers_to_transform": [1], "layers_pattern": "h"}),
+    ("plain", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "config"), CASES, ids=[f"{name}-{config}" for name, config in CASES])
+def test_same_layers_ranks_and_scalings_as_peft(name: str, config: dict[str, Any]) -> None:
+    model = model_called(name)
+    expected = pefts_choice(model, **config)
+    assert our_choice(model, **config) == expected
+    assert expected is None or expected  # an empty choice would compare nothing
+
+
+def test_the_table_has_both_outcomes() -> None:
+    outcomes = [our_choice(model_called(name), **config) is None for name, config in CASES]
+    assert 8 <= sum(outcomes) <= len(CASES) - 30
+
+
+names = st.lists(
+    st.sampled_from(["query", "key", "dense", "output.dense", "layer.1", "self.value", "bert.pooler.dense", "nope"]),
+    min_size=1, max_size=3,
+)  # fmt: skip
+patterns = st.sampled_from([r".*query", r"bert\..*dense", r".*\.1\..*", r".*(key|value)", "nope"])
+configs = st.fixed_dictionaries(
+    {"target_modules": names | patterns | st.just("all-linear")},
+    optional={
+        "exclude_modules": names | patterns,
+        "modules_to_save": st.sampled_from([["pooler"], ["classifier"], ["embeddings"]]),
+        "layers_to_transform": st.integers(0, 3) | st.lists(st.integers(0, 3), max_size=2),
+        "layers_pattern": st.sampled_from(["layer", "h", ["layer", "h"]]),
+        "rank_pattern": st.dictionaries(st.sampled_from(["query", "dense", "0.*key", "^bert.*"]), st.integers(1, 9)),
+        "alpha_pattern": st.dictionaries(st.sampled_from(["value", "dense", "2.*", "^bert.*"]), st.integers(1, 9)),
+        "use_rslora": st.booleans(),
+        "task_type": st.sampled_from(["SEQ_CLS", None]),
+    },
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(configs)
+def test_drawn_configurations_select_as_peft_does(config: dict[str, Any]) -> None:
+    assume(not (isinstance(config["target_modules"], str) and {"layers_to_transform", "layers_pattern"} & set(config)))
+    assume(not ("layers_pattern" in config and "layers_to_transform" not in config))
+    model = model_called("bert_classifier")
+    assert our_choice(model, **config) == pefts_choice(model, **config)
+
+
+def test_default_targets_are_pefts_for_every_model_type_it_knows_and_we_can_build() -> None:
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as THEIRS
+    from transformers import AutoConfig, AutoModel
+
+    small = SIZES | {
+        "num_key_value_heads": 2, "num_layers": 2, "d_model": 16, "d_kv": 8, "d_ff": 24, "n_layer": 2, "n_head": 2,
+        "n_heads": 2, "n_layers": 2, "n_embd": 16, "n_inner": 24, "n_positions": 16, "encoder_layers": 2,
+        "decoder_layers": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2, "ffn_dim": 24, "word_embed_proj_dim": 16, "max_position_embeddings": 32,
+        "rotary_dim": 4, "embedding_size": 16, "attention_types": [[["global"], 3]], "num_local_experts": 2,
+        "attention_hidden_size": 16, "pad_token_id": 0,
+    }  # fmt: skip
+    not_in_this_release = {"btlm", "chatglm", "rwkv7", "RefinedWeb", "RefinedWebModel"}
+    for kind in THEIRS.keys() - not_in_this_release:
+        with torch.device("meta"):
+            model = AutoModel.from_config(AutoConfig.for_model(kind, **small))
+        found, names = resolve(model, LoRAConfig(), LINEAR).target_modules, THEIRS[kind]
+        assert isinstance(found, str) == isinstance(names, str), kind
+        assert sorted(found or ()) == sorted(names), kind
+
+
+def test_unknown_model_is_told_to_pass_target_modules() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    with pytest.raises(ConfigError, match=r"Sequential.*target_modules=.*of which this model has 0, 1"):
+        resolve(model, LoRAConfig(), LINEAR)
+    with pytest.raises(ConfigError, match="no linear layer"):
+        resolve(nn.Sequential(nn.ReLU()), LoRAConfig(target_modules="all-linear"), LINEAR)
+
+
+@pytest.mark.parametrize("task_type", ["TOKEN_CLS", "SEQ_CLS", "QUESTION_ANS", "CAUSAL_LM", None])
+def test_heads_are_added_to_modules_to_save_as_peft_adds_them(task_type: str | None) -> None:
+    import peft
+
+    model = nn.ModuleDict({"q": nn.Linear(2, 2), "v": nn.Linear(2, 2), "score": nn.Linear(2, 2)})
+    model.config = {"model_type": "custom"}  # type: ignore[assignment]
+    model.prepare_inputs_for_generation = None  # type: ignore[assignment]
+    theirs = peft.LoraConfig(task_type=task_type, target_modules=["q", "v"])
+    peft.get_peft_model(copy.deepcopy(model), theirs)
+    ours = resolve(model, LoRAConfig(task_type=task_type), LINEAR)
+    assert ours.modules_to_save == theirs.modules_to_save
+    assert resolve(model, ours, LINEAR).modules_to_save == ours.modules_to_save
+
+
+def test_reasons_and_slips() -> None:
+    config = LoRAConfig(
+        target_modules=["q", "quer"], exclude_modules=["nope"], modules_to_save=["head", "nothing"],
+        layers_to_transform=1, layers_pattern="h", rank_pattern={"k": 2}, task_type="SEQ_CLS",
+    )  # fmt: skip
+    matcher, paths = Matcher(config), ["h.0.q", "h.1.q", "h.1.k", "head"]
+    assert [matcher.why_not(path) for path in paths] == [
+        "not in layers_to_transform", None, "not in target_modules", "trained whole by modules_to_save",
+    ]  # fmt: skip
+    slips = "\n".join(matcher.slips(paths, ["h.1.q"]))
+    assert all(slip in slips for slip in ("'quer'", "['nope']", "'nothing'", "rank_pattern: 'k'"))
+    assert len(slips.splitlines()) == 4
+    assert (
+        Matcher(LoRAConfig(target_modules=["q"], exclude_modules=["q"])).why_not("a.q") == "excluded by exclude_modules"
+    )
