@@ -92,7 +92,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _compile_share(archs: Sequence[str], dtypes: Sequence[str], job: int, jobs: int) -> list[Row]:
-    """Every `jobs`-th case from `job` on, in one process; where the compiler crashes, in another from the next case on."""
+    """Every `jobs`-th case from `job` on, in one process; after a compiler's crash, in another from the next case."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     rows: list[Row] = []
     start = job

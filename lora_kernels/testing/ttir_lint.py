@@ -6,6 +6,7 @@ from dataclasses import dataclass
 _DOT = re.compile(r"tt\.dot\b(?P<attributes>.*?) : tensor<(?P<M>\d+)x(?P<K>\d+)x(?P<dtype>\w+)>")
 _VALUE = re.compile(r"%[\w#]+")
 _DEFINITION = re.compile(r"\s*(%[\w#:]+)(?::\d+)? = \"?([\w.]+)(.*)")
+_WIDENING = ("arith.extsi", "arith.extui")
 _SAME_VALUE = ("tt.splat", "tt.broadcast", "tt.expand_dims", "arith.addi", "arith.muli", "arith.subi")
 
 
@@ -31,7 +32,7 @@ def narrow_offsets(ttir: str) -> list[str]:
     """The products behind each tt.addptr whose offset is a 32-bit product with a run-time integer argument.
 
     Such an offset grows with a size or stride and wraps around, without a sign of it, once a tensor has more than 2**31
-    elements. A product that is widened to 64 bits before it is formed isn't reported.
+    elements. A product of operands that were widened to 64 bits isn't reported; one that is widened afterwards is.
     """
     definitions: dict[str, tuple[str, list[str], str]] = {}
     arguments: set[str] = set()
@@ -51,9 +52,10 @@ def narrow_offsets(ttir: str) -> list[str]:
 
     def narrow_product(value: str) -> str | None:
         operation, operands, code = definitions.get(value, ("", [], ""))
-        if operation not in _SAME_VALUE or "i64" in code.rpartition(" : ")[2]:
+        if operation not in (*_SAME_VALUE, *_WIDENING):
             return None
-        if operation == "arith.muli" and any(from_argument(operand) for operand in operands):
+        wide = "i64" in code.rpartition(" : ")[2]
+        if operation == "arith.muli" and not wide and any(from_argument(operand) for operand in operands):
             return code
         return next((found for operand in operands if (found := narrow_product(operand))), None)
 
