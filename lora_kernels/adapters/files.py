@@ -125,13 +125,16 @@ def _read(path: Path, limit: int, follow_symlinks: bool) -> bytes:
         handle = os.open(path, flags)
     except OSError as error:
         raise AdapterFormatError(f"{path} cannot be read: {error.strerror}") from None
-    with os.fdopen(handle, "rb") as file:
-        status = os.fstat(file.fileno())
+    try:
+        status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             raise AdapterFormatError(f"{path} is not a regular file")
         if status.st_size > limit:
             raise AdapterFormatError(f"{path} has {status.st_size} bytes; at most {limit} are read")
-        return file.read(limit + 1)
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            return file.read(limit + 1)
+    finally:
+        os.close(handle)
 
 
 def _parse_json(text: Any, name: str) -> Any:
