@@ -8,7 +8,6 @@ A plan is chosen by the time cost.py predicts for it.
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
 import importlib
 import importlib.util
@@ -35,7 +34,7 @@ BACKENDS = ("auto", "reference", "triton")
 PLANS = ("eager", "shrink_extend", "one_pass")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-_backend: contextvars.ContextVar[str] = contextvars.ContextVar("lora_kernels_backend", default="auto")
+_override = "auto"  # a plain global: torch.compile guards on it, and cannot trace a ContextVar
 _environment = os.environ.get("LORA_KERNELS_BACKEND", "auto")
 
 
@@ -56,19 +55,21 @@ def split_name(requested: str) -> tuple[str, str | None]:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every call inside the block with backend ``name`` ("auto", "reference", "triton", "triton:PLAN").
+    """Run every call in the program with backend ``name`` ("auto", "reference", "triton", "triton:PLAN") for a block.
 
     Raises:
         ConfigError: unknown name.
     """
+    global _override
     split_name(name)
-    token = _backend.set(name)
+    before, _override = _override, name
     try:
         yield
     finally:
-        _backend.reset(token)
+        _override = before
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def triton_missing(device_type: str) -> str | None:
     """None where Triton kernels can run on tensors of this device type; otherwise the reason."""
@@ -103,7 +104,7 @@ def backend_status() -> dict[str, str | None]:
 def requested_backend(backend: str = "auto") -> str:
     """What was asked for: the argument, else the enclosing use_backend, else LORA_KERNELS_BACKEND, else "auto"."""
     if backend == "auto":
-        backend = _backend.get()
+        backend = _override
     if backend == "auto":
         backend = _environment
     return backend

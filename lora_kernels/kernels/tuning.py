@@ -93,7 +93,7 @@ def gemm_config(M: int, N: int, dtype: torch.dtype, chip: Chip) -> GemmConfig:
     if chip.is_amd:
         return GemmConfig(rows, 128 if rows == 128 else 64, 32, num_warps=8 if rows == 128 else 4, num_stages=2)
     if rows < 128 or N <= 64:
-        return GemmConfig(min(rows, 64), 64, 64, num_warps=4, num_stages=3)
+        return GemmConfig(min(rows, 64), 64, 64, num_warps=8 if rows >= 64 else 4, num_stages=3)
     stages = 3 if chip.shared >= 128 * 1024 else 2
     return GemmConfig(128, 128, 64, num_warps=8, num_stages=stages)
 
@@ -101,7 +101,7 @@ def gemm_config(M: int, N: int, dtype: torch.dtype, chip: Chip) -> GemmConfig:
 def one_pass_config(M: int, dtype: torch.dtype, chip: Chip, dropout: bool) -> GemmConfig:
     """Tiles of one_pass, which serves few rows or narrow N; a mask drawn in the K loop wants a short step."""
     if dtype == torch.float32:
-        return GemmConfig(_rows(M, 32), 64, 32, num_warps=4, num_stages=2)
+        return GemmConfig(_rows(M, 32), 64, 32, num_warps=4, num_stages=3)
     short = dropout or chip.is_amd
     return GemmConfig(_rows(M, 64), 64, 32 if short else 64, num_warps=4, num_stages=2 if chip.is_amd else 3)
 
@@ -122,4 +122,6 @@ def split_config(M: int, dtype: torch.dtype, chip: Chip, r: int) -> SplitConfig:
     if dtype == torch.float32:
         return SplitConfig(32, 32, span, num_warps=4, num_stages=1)
     wide = 128 if r <= 32 and not chip.is_amd else 64
-    return SplitConfig(64, wide, span, num_warps=4, num_stages=2)
+    return SplitConfig(
+        64, wide, span, num_warps=4 if chip.is_amd else 8, num_stages=2
+    )  # 4 warps spill on sm_80, sm_120
