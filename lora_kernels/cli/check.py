@@ -14,7 +14,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from itertools import islice
+
+import torch
 
 from lora_kernels.kernels.chip import CHIPS
 
@@ -39,7 +41,7 @@ class Row:
     stack: int = 0
     shared: int = 0
     matrix: int = 0
-    faults: tuple[str, ...] = ()
+    faults: Sequence[str] = ()
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -99,48 +101,48 @@ def _compile_share(archs: Sequence[str], dtypes: Sequence[str], job: int, jobs: 
     while True:
         task = json.dumps({"archs": list(archs), "dtypes": list(dtypes), "start": start, "step": jobs})
         done = subprocess.run([sys.executable, "-m", __name__, task], env=environment, capture_output=True, text=True)
-        announced: dict[str, Any] = {}
-        for message in map(json.loads, done.stdout.splitlines()):
-            if "case_index" in message:
-                start = message.pop("case_index") + jobs
-                announced = message
-            else:
-                rows.append(Row(**{**message, "faults": tuple(message["faults"])}))
+        told = [Row(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]
+        begun = [row for row in told if not row.kernel and not row.faults]
+        rows += [row for row in told if row.kernel or row.faults]
         if done.returncode == 0:
             return rows
-        if not announced:
+        if not begun:
             raise RuntimeError(f"the compile matrix could not start:\n{done.stderr[-2000:]}")
-        rows.append(Row(**announced, faults=(f"the compiler crashed with {done.returncode}: {done.stderr[-200:]}",)))
+        crash = f"the compiler crashed with {done.returncode}: {' '.join(done.stderr[-300:].split())}"
+        rows.append(dataclasses.replace(begun[-1], faults=(crash,)))
+        start += jobs * len(begun)
 
 
-def _compile_cases(archs: Sequence[str], dtypes: Sequence[str], start: int, step: int) -> Iterator[dict[str, Any]]:
-    """Announces each case, then yields a row for each kernel it launches and for what it raises; JSON-ready."""
+def _compile_cases(archs: Sequence[str], dtypes: Sequence[str], start: int, step: int) -> Iterator[Row]:
+    """For each case a bare row as it begins, then one for each kernel it launches and one for what it raises."""
     # This runs in a process of its own; the report itself needs no Triton.
     from lora_kernels.kernels.shipped import shipped_cases
     from lora_kernels.testing.dry_gpu import DryGPU
 
-    cases = [(arch, case) for arch in archs for case in shipped_cases(arch)]
-    cases = [(arch, case) for arch, case in cases if not dtypes or str(case.dtype).removeprefix("torch.") in dtypes]
-    for index, (arch, case) in list(enumerate(cases))[start::step]:
-        what = {"kernel": "", "case": case.label, "config": _brief(case.config), "arch": arch}
-        what["dtype"] = str(case.dtype).removeprefix("torch.")
-        yield {"case_index": index, **what}
+    def name(dtype: torch.dtype) -> str:
+        return str(dtype).removeprefix("torch.")
+
+    cases = ((arch, case) for arch in archs for case in shipped_cases(arch) if not dtypes or name(case.dtype) in dtypes)
+    for arch, case in islice(cases, start, None, step):
+        begun = Row(kernel="", case=case.label, config=_brief(case.config), dtype=name(case.dtype), arch=arch)
+        yield begun
         with DryGPU(CHIPS[arch]) as gpu:
             try:
                 case.launch()
             except Exception as error:  # whatever a compiler raises, the case must not ship and the rest is wanted
-                yield {**what, "faults": [f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"]}
+                reason = " ".join(str(error).split())[:300]
+                yield dataclasses.replace(begun, faults=(f"{type(error).__name__}: {reason}",))
         for kernel in gpu.kernels:
-            yield {
-                **what,
-                "kernel": kernel.name,
-                "registers": kernel.resources.registers,
-                "spills": kernel.resources.spills,
-                "stack": kernel.resources.stack,
-                "shared": kernel.shared,
-                "matrix": kernel.matrix_instructions,
-                "faults": kernel.faults(),
-            }
+            yield dataclasses.replace(
+                begun,
+                kernel=kernel.name,
+                registers=kernel.resources.registers,
+                spills=kernel.resources.spills,
+                stack=kernel.resources.stack,
+                shared=kernel.shared,
+                matrix=kernel.matrix_instructions,
+                faults=kernel.faults(),
+            )
 
 
 def _brief(config: object) -> str:
@@ -150,5 +152,5 @@ def _brief(config: object) -> str:
 
 
 if __name__ == "__main__":
-    for message in _compile_cases(**json.loads(sys.argv[1])):
-        print(json.dumps(message), flush=True)
+    for told in _compile_cases(**json.loads(sys.argv[1])):
+        print(json.dumps(dataclasses.asdict(told)), flush=True)
