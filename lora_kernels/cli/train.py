@@ -18,13 +18,7 @@ from lora_kernels.finetune.recipe import Recipe, run
 from lora_kernels.finetune.schedule import SCHEDULES
 from lora_kernels.finetune.tasks import TASKS, Task
 
-INITS: dict[str, bool | str] = {"default": True, "random": False} | {name: name for name in ("gaussian", "pissa", "olora")}
-    "default": True,
-    "random": False,
-    "gaussian": "gaussian",
-    "pissa": "pissa",
-    "olora": "olora",
-}
+INITS: dict[str, bool | str] = {"default": True, "random": False, **{x: x for x in ("gaussian", "pissa", "olora")}}
 
 
 def chosen_task(arguments: Sequence[str]) -> type[Task]:
