@@ -47,7 +47,7 @@ def write_adapter(folder: str | os.PathLike[str], tensors: Mapping[str, torch.Te
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2, sort_keys=True).encode()
     stored = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-    data = save(stored, metadata={"format": "pt", CONFIG_METADATA: text.decode()})
+    data = _with_metadata(save(stored), {"format": "pt", CONFIG_METADATA: text.decode()})
     with _sole_writer(folder):
         for leftover in folder.glob(".adapter_*.tmp"):  # of a writer that was killed
             leftover.unlink(missing_ok=True)
@@ -76,6 +76,15 @@ def read_adapter(folder: str | os.PathLike[str], follow_symlinks: bool = False) 
         return load(data), config
     except SafetensorError as error:
         raise AdapterFormatError(f"{WEIGHTS_NAME}: {error}") from None
+
+
+def _with_metadata(data: bytes, metadata: dict[str, str]) -> bytes:
+    """The safetensors file `data` with metadata in a fixed order, which the library's own hash map does not keep: the
+    same adapter is the same file, byte for byte."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps({"__metadata__": metadata} | json.loads(data[8 : 8 + size]), separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return b"".join((len(header).to_bytes(8, "little"), header, data[8 + size :]))
 
 
 def _holds(path: Path, text: bytes) -> bool:
