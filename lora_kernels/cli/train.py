@@ -80,6 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser, task: type[Task]) -> None:
 def run_command(arguments: argparse.Namespace) -> int:
     """Trains as ``arguments`` say, and leaves the command to reproduce it in --out."""
     out = arguments.out or Path("out") / arguments.task
+    if arguments.threads < 0:
+        raise ConfigError(f"--threads is {arguments.threads}; give 1 or more, or 0 for torch's choice")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     task = TASKS[arguments.task].from_arguments(arguments)
@@ -155,9 +157,10 @@ def names_or_pattern(text: str | None) -> str | list[str] | None:
 
 
 def reproduce(arguments: argparse.Namespace) -> str:
-    """The command line with every option spelled out, defaults included."""
+    """The command line with every option spelled out, defaults and what "auto" found included."""
     words = ["lora-kernels", "train"]
-    for name, value in sorted(vars(arguments).items()):
+    found = {"device": find_device(arguments.device), "threads": torch.get_num_threads()}
+    for name, value in sorted({**vars(arguments), **found}.items()):
         if name in ("command", "run", "resume", "overwrite") or value is None or value is False:
             continue
         words.append(f"--{name.replace('_', '-')}")

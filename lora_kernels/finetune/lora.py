@@ -12,25 +12,26 @@ from lora_kernels.config import LoRAConfig
 from lora_kernels.errors import ShapeError
 from lora_kernels.inject import apply_lora
 
-_INNER = "model."
+_INNER = "wrapped."
 
 
 class LoRA(nn.Module):
     """Wraps ``model`` after injecting adapters into it by ``config``; everything but the adapters is frozen.
 
-    The wrapper is transparent: calls and unknown attributes go to the model, and ``state_dict``, ``load_state_dict``
-    and ``named_parameters`` use the model's own names, so files of the wrapped and the bare model are the same.
-    The model itself is ``wrapper.model``; it is changed in place.
+    The wrapper is transparent: calls and unknown attributes go to the model, and ``state_dict``, ``load_state_dict``,
+    ``named_modules`` and ``named_parameters`` use the model's own names. So files of the wrapped and the bare model are
+    the same, and save_adapter, load_adapter, merge_lora and explain take either.
+    The model itself is ``wrapper.wrapped``; it is changed in place.
     """
 
     def __init__(self, model: nn.Module, config: LoRAConfig | None = None) -> None:
         super().__init__()
-        self.model = apply_lora(model, config or LoRAConfig())
+        self.wrapped = apply_lora(model, config or LoRAConfig())
         self.register_state_dict_post_hook(_strip_prefix)
         self.register_load_state_dict_pre_hook(_add_prefix)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+        return self.wrapped(*args, **kwargs)
 
     def get_params(self) -> list[nn.Parameter]:
         """The trainable parameters, in the model's order: what to give to an optimizer."""
@@ -67,19 +68,19 @@ class LoRA(nn.Module):
         for value, index in zip(values, indices, strict=True):
             parameters[index].copy_(value)
 
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """As nn.Module's, by the wrapped model's names."""
-        return self.model.named_parameters(prefix, recurse, remove_duplicate)
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """The wrapped model's modules by its own names; so are ``named_parameters`` and all else that builds on it."""
+        return self.wrapped.named_modules(memo, prefix, remove_duplicate)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model":  # not set yet: asking the model for it would never end
+            if name == "wrapped":  # not set yet: asking the model for it would never end
                 raise
-            return getattr(self.model, name)
+            return getattr(self.wrapped, name)
 
 
 def _strip_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any, ClassVar, Self
 
 import torch
@@ -37,7 +37,7 @@ class Task(ABC):
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace) -> Self:
         """The task with the settings of a command line."""
-        names = cls.__dataclass_fields__  # type: ignore[attr-defined]
+        names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
         return cls(**{name: getattr(arguments, name) for name in names if hasattr(arguments, name)})
 
     def settings(self) -> dict[str, Any]:
