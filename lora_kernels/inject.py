@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from lora_kernels.config import ALL_LINEAR, BASE_CHANGING_INITS, LoRAConfig
@@ -18,6 +19,7 @@ from lora_kernels.targets import Matcher, is_conv1d, left_out, resolve, uncalled
 __all__ = ["apply_lora", "explain"]
 
 LINEAR = (nn.Linear, LoRALinear)
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -27,6 +29,8 @@ def plan_injection(model: nn.Module, config: LoRAConfig) -> Injection:
     Raises ConfigError for a target that is no plain nn.Linear, for no target at all, and for modules_to_save that hold
     a target or are mere containers.
     """
+    if any(nn.parameter.is_lazy(parameter) for parameter in model.parameters()):
+        raise ConfigError("the model has lazy parameters without a shape; run it once on an example first")
     skipped = left_out(model, config) if config.target_modules == ALL_LINEAR else {}
     config = resolve(model, config, LINEAR)
     matcher = Matcher(config)
@@ -160,8 +164,8 @@ def _check_target(path: str, module: nn.Module, unused_because: str | None) -> N
         wrong = f"is a {type(module).__name__}; only nn.Linear is supported"
     elif unused_because:
         wrong = f"would never be called: {unused_because}"
-    elif weight is None or weight.dim() != 2 or not weight.is_floating_point():
-        wrong = "has no plain floating-point weight (quantised or parametrised)"
+    elif type(weight) is not nn.Parameter or weight.dtype not in FLOATS or weight.dim() != 2:
+        wrong = "has no plain floating-point weight (quantised, parametrised or sharded)"
     elif "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         wrong = "has a patched forward or hooks, which would be lost; remove them and put them on the new layer"
     else:

@@ -49,10 +49,14 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def resolve(model: nn.Module, config: LoRAConfig, linear: tuple[type[nn.Module], ...]) -> LoRAConfig:
     """The configuration with its defaults filled in for this model: target_modules as names or a regular expression,
-    and the task's head among modules_to_save. `linear` are the types that count as linear layers.
+    the task's head among modules_to_save, and where the model is from. `linear`: the types that count as linear layers.
 
     Raises ConfigError where nothing can be filled in.
     """
+    named = getattr(model, "name_or_path", None)
+    base = config.base_model_name_or_path or (named if isinstance(named, str) and named else None)
+    kind = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    config = replace(config, base_model_name_or_path=base, auto_mapping=None if config.task_type else kind)
     heads = [name for name in TASK_HEADS.get(config.task_type or "", ()) if name not in (config.modules_to_save or ())]
     if heads:
         config = replace(config, modules_to_save=[*(config.modules_to_save or ()), *heads])

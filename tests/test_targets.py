@@ -57,11 +57,11 @@ def plain() -> nn.Module:
     """No transformers model: dots, digits and equal ends in unexpected places."""
 
     def block() -> nn.Module:
-        return nn.ModuleDict({"q": nn.Linear(4, 4), "my_q": nn.Linear(4, 4), "h": nn.ModuleList([nn.Linear(4, 4)])})
+        inner = nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4)}), nn.Linear(4, 4)])
+        return nn.ModuleDict({"q": nn.Linear(4, 4), "my_q": nn.Linear(4, 4), "h": inner})
 
-    return nn.ModuleDict(
-        {"h": nn.ModuleList([block() for _ in range(3)]), "q": nn.Linear(4, 4), "norm": nn.LayerNorm(4)}
-    )
+    net = nn.ModuleDict({"h": nn.ModuleList([block() for _ in range(3)])})
+    return nn.ModuleDict({"net": net, "h": nn.ModuleList([block()]), "q": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -152,10 +152,12 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("t5", {"target_modules": "all-linear"}),
     ("t5", {"target_modules": ["q", "wi"], "layers_to_transform": [1], "layers_pattern": ["block"]}),
     ("plain", {"target_modules": ["q"]}),
-    ("plain", {"target_modules": ["my_q", "h.0"]}),
+    ("plain", {"target_modules": ["my_q", "h.1"], "exclude_modules": ["net.h.1"]}),
+    ("plain", {"target_modules": ["my_q", "0.h.1"]}),
     ("plain", {"target_modules": "all-linear"}),
     ("plain", {"target_modules": ["q"], "layers_to_transform": [0, 2]}),
     ("plain", {"target_modules": ["q", "0"], "layers_to_transform": [1], "layers_pattern": "h"}),
+    ("plain", {"target_modules": ["my_q"], "layers_to_transform": [1, 2], "layers_pattern": "h"}),
     ("plain", {}),
 ]
 

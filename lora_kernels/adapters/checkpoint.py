@@ -46,15 +46,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         if not _is_finite(tensor):
             raise AdapterFormatError(f"{key} holds NaN or infinity; nothing was written to {folder}")
     config = replace(
-        injection.config,
-        inference_mode=True,  # as PEFT writes it: who loads the file says whether to train
-        base_model_name_or_path=injection.config.base_model_name_or_path
-        or getattr(model, "name_or_path", None)
-        or None,
-    )
-    if config.task_type is None:
-        library = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
-        config = replace(config, auto_mapping=library)
+        injection.config, inference_mode=True
+    )  # as PEFT writes it: who loads the file says whether to train
     write_adapter(folder, tensors, config.to_peft_dict())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lora_kernels.adapters import load_adapter, merge_lora, save_adapter, unmerg
 from lora_kernels.adapters.files import CONFIG_NAME, WEIGHTS_NAME
 from lora_kernels.config import LoRAConfig
 from lora_kernels.errors import AdapterFormatError, ConfigError, MergeError
+from lora_kernels.finetune import LoRA
 from lora_kernels.inject import apply_lora
 from lora_kernels.layers import LoRALinear
 
@@ -90,6 +92,8 @@ def test_through_wrappers(toy: Any, tmp_path: Path) -> None:
     model = toy.trained()
     save_adapter(nn.DataParallel(model), tmp_path / "a")
     save_adapter(torch.compile(model), tmp_path / "b")
+    save_adapter(LoRA(toy.fresh(), toy.config), tmp_path / "c")
+    assert json.loads((tmp_path / "c" / CONFIG_NAME).read_text())["auto_mapping"]["base_model_class"] == "Sequential"
     assert (tmp_path / "a" / WEIGHTS_NAME).read_bytes() == (tmp_path / "b" / WEIGHTS_NAME).read_bytes()
     other = apply_lora(toy.fresh(), toy.config)
     load_adapter(nn.DataParallel(other), tmp_path / "a")
