@@ -35,6 +35,8 @@ PLANS = ("eager", "shrink_extend", "one_pass")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _override = "auto"  # a plain global: torch.compile guards on it, and cannot trace a ContextVar
+_triton_installed = importlib.util.find_spec("triton") is not None
+_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 _environment = os.environ.get("LORA_KERNELS_BACKEND", "auto")
 
 
@@ -69,16 +71,14 @@ def use_backend(name: str) -> Iterator[None]:
         _override = before
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
 def triton_missing(device_type: str) -> str | None:
     """None where Triton kernels can run on tensors of this device type; otherwise the reason."""
-    if importlib.util.find_spec("triton") is None:
+    if not _triton_installed:
         return "the package triton is not installed"
     if device_type == "cuda":
         return None
     if device_type == "cpu":
-        if os.environ.get("TRITON_INTERPRET") == "1":
+        if _interpreted:
             return None
         return (
             "the tensors are on the CPU (TRITON_INTERPRET=1, set before Triton is imported, interprets kernels there)"

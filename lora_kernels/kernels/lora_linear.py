@@ -52,6 +52,7 @@ def _extend_kernel(
     stride_sm,
     stride_bn,
     stride_br,
+    stride_bias,
     stride_ym,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -77,7 +78,7 @@ def _extend_kernel(
         EVEN_K, PRECISION,
     )  # fmt: skip
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     y_ptrs = Y_ptr + offs_m[:, None].to(tl.int64) * stride_ym + offs_n[None, :]
     tl.store(y_ptrs, acc.to(Y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
@@ -104,6 +105,7 @@ def _one_pass_kernel(
     stride_ak,
     stride_bn,
     stride_br,
+    stride_bias,
     stride_ym,
     stride_sm,
     factor,
@@ -160,7 +162,7 @@ def _one_pass_kernel(
     b = tl.load(b_ptrs, mask=mask_n[None, :] & mask_r[:, None], other=0.0)
     acc = tl.dot(xa, b.to(xa.dtype), acc, input_precision=PRECISION)
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     y_ptrs = Y_ptr + offs_m[:, None].to(tl.int64) * stride_ym + offs_n[None, :]
     tl.store(y_ptrs, acc.to(Y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
@@ -191,6 +193,7 @@ def extend(X: Tensor, W: Tensor, XA: Tensor, B: Tensor, bias: Tensor | None, con
         stride_sm=XA.stride(0),
         stride_bn=B.stride(0),
         stride_br=B.stride(1),
+        stride_bias=0 if bias is None else bias.stride(0),
         stride_ym=Y.stride(0),
         HAS_BIAS=bias is not None,
         EVEN_K=K % config.BLOCK_K == 0,
@@ -240,6 +243,7 @@ def one_pass(
         stride_ak=A.stride(1),
         stride_bn=B.stride(0),
         stride_br=B.stride(1),
+        stride_bias=0 if bias is None else bias.stride(0),
         stride_ym=Y.stride(0),
         stride_sm=XA.stride(0),
         factor=scaling * inv_keep(drop),

@@ -51,10 +51,11 @@ def philox_keep_mask(seed: Tensor, p: float, M: int, K: int, device: torch.devic
 
 
 def generator_keep_mask(seed: Tensor, p: float, M: int, K: int, dtype: torch.dtype) -> Tensor:
-    """A keep mask from PyTorch's own CPU generator: 0/1 in ``dtype``, (M, K), at a twentieth of what Philox costs there.
+    """A keep mask from PyTorch's own CPU generator: 0/1 in ``dtype``, (M, K), a twentieth of the cost of Philox there.
 
     ``seed`` is an int64 CPU tensor (2,). The same seed gives the same mask for the same (M, K) and dtype.
     """
     first, second = seed.tolist()
-    generator = torch.Generator().manual_seed((first ^ (second * 0x9E3779B97F4A7C15)) & 0x7FFFFFFFFFFFFFFF)
+    mixed = (first * 0x9E3779B97F4A7C15 + second * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    generator = torch.Generator().manual_seed(mixed >> 32)  # the CPU generator looks at 32 bits of its seed
     return torch.empty(M, K, dtype=dtype).bernoulli_(1.0 - p, generator=generator)

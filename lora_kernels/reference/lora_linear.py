@@ -30,7 +30,10 @@ class Needs(NamedTuple):
     bias: bool = False
 
 
-def _inv_keep(p: float) -> float:
+def _inv_keep(keep: Tensor | None, p: float) -> float:
+    """1/(1-p), the factor of inverted dropout; 1 where nothing is dropped."""
+    if keep is None:
+        return 1.0
     return 0.0 if p >= 1.0 else 1.0 / (1.0 - p)
 
 
@@ -55,7 +58,7 @@ def lora_linear_fwd(
     A and B may have another float dtype than X: they are rounded to X's, as under autocast.
     """
     XD = X if keep is None else X * keep
-    XA = _scaled_mm(XD, A.to(X.dtype).t(), scaling * _inv_keep(p))
+    XA = _scaled_mm(XD, A.to(X.dtype).t(), scaling * _inv_keep(keep, p))
     Y = torch.nn.functional.linear(X, W, bias)
     return Y.addmm_(XA, B.to(X.dtype).t()), XA
 
@@ -81,10 +84,10 @@ def lora_linear_bwd(
             if keep is None:
                 dX.addmm_(dYB, A.to(X.dtype))
             else:
-                dX.addcmul_(dYB @ A.to(X.dtype), keep.to(X.dtype), value=_inv_keep(p))
+                dX.addcmul_(dYB @ A.to(X.dtype), keep.to(X.dtype), value=_inv_keep(keep, p))
         if needs.A:
             XD = X if keep is None else X * keep
-            dA = _scaled_mm(dYB.t(), XD, _inv_keep(p)).to(A.dtype)
+            dA = _scaled_mm(dYB.t(), XD, _inv_keep(keep, p)).to(A.dtype)
     if needs.B:
         dB = (dY.t() @ XA).to(B.dtype)
     if needs.bias:

@@ -1,0 +1,36 @@
+"""The cost model's arithmetic."""
+
+import pytest
+import torch
+
+from lora_kernels import cost
+from lora_kernels.cost import Launch, Problem
+from lora_kernels.kernels.chip import CHIPS
+
+H100 = CHIPS["sm_90"]
+
+
+def test_a_launch_costs_the_larger_of_arithmetic_and_memory_and_its_own_time():
+    arithmetic = Launch("matmul", flop=10**12, bytes=1, library=True)
+    expected = 1e12 / (H100.tflops * 1e12 * cost.LIBRARY_EFFICIENCY)
+    assert cost.seconds(arithmetic, torch.bfloat16, H100) == pytest.approx(expected + cost.LAUNCH_SECONDS)
+    memory = Launch("shrink", flop=1, bytes=10**9)
+    expected = 1e9 / (H100.gbps * 1e9 * cost.BANDWIDTH_EFFICIENCY)
+    assert cost.seconds(memory, torch.bfloat16, H100) == pytest.approx(expected + cost.LAUNCH_SECONDS)
+
+
+@pytest.mark.parametrize("op", ["fwd", "bwd"])
+@pytest.mark.parametrize("name", ["eager", "shrink_extend"])
+def test_arithmetic_is_that_of_the_mathematics(op, name):
+    """Forward 2MN(K+r) + 2MKr, backward 2MK(N+r) + 4MNr + 2MKr: KERNELS of a LoRA layer, to the last FLOP."""
+    M, N, K, r = 512, 384, 256, 16
+    total = sum(x.flop for x in cost.launches(name, Problem(op, M, N, K, r, torch.bfloat16)))
+    if op == "fwd":
+        assert total == 2 * M * N * (K + r) + 2 * M * K * r
+    else:
+        assert total == 2 * M * K * (N + r) + 4 * M * N * r + 2 * M * K * r
+
+
+def test_fp32_without_tf32_runs_on_scalar_units():
+    launch = Launch("matmul", flop=10**12, bytes=1, library=True)
+    assert cost.seconds(launch, torch.float32, H100) > 10 * cost.seconds(launch, torch.bfloat16, H100)

@@ -1,0 +1,172 @@
+"""Backends by name, plans by prediction, and what each plan launches and moves."""
+
+import pytest
+import torch
+
+import lora_kernels as lk
+from lora_kernels import cost, plan
+from lora_kernels.cost import Problem
+from lora_kernels.errors import BackendUnavailableError, ConfigError
+from lora_kernels.kernels.chip import CHIPS
+
+H100 = CHIPS["sm_90"]
+LAYER = Problem("fwd", 8192, 4096, 4096, 16, torch.bfloat16)
+
+
+def test_auto_takes_the_reference_on_a_cpu():
+    assert plan.resolve_backend("auto", "cpu", torch.float32) == "reference"
+
+
+def test_auto_takes_triton_on_a_gpu_and_the_reference_for_float64(monkeypatch):
+    monkeypatch.setattr(plan, "_triton_installed", True)
+    assert plan.resolve_backend("auto", "cuda", torch.bfloat16) == "triton"
+    assert plan.resolve_backend("auto", "cuda", torch.float64) == "reference"
+    monkeypatch.setattr(plan, "_triton_installed", False)
+    assert plan.resolve_backend("auto", "cuda", torch.bfloat16) == "reference"
+    with pytest.raises(BackendUnavailableError, match="not installed"):
+        plan.resolve_backend("triton", "cuda", torch.bfloat16)
+
+
+def test_without_interpreter_or_gpu_triton_says_why(monkeypatch):
+    monkeypatch.setattr(plan, "_interpreted", False)
+    with pytest.raises(BackendUnavailableError, match=r"on the CPU.*TRITON_INTERPRET"):
+        plan.resolve_backend("triton", "cpu", torch.float32)
+    with pytest.raises(BackendUnavailableError, match="mps"):
+        plan.resolve_backend("triton", "mps", torch.float32)
+
+
+def test_the_nearest_request_wins(monkeypatch):
+    assert plan.requested_backend() == plan._environment
+    monkeypatch.setattr(plan, "_environment", "reference")
+    assert plan.requested_backend() == "reference"
+    with lk.use_backend("triton:eager"):
+        assert plan.requested_backend() == "triton:eager"
+        with lk.use_backend("reference"):
+            assert plan.requested_backend() == "reference"
+            assert plan.requested_backend("triton") == "triton"
+        assert plan.requested_backend() == "triton:eager"
+    assert plan.requested_backend() == "reference"
+
+
+def test_use_backend_restores_after_an_error():
+    with pytest.raises(ZeroDivisionError), lk.use_backend("reference"):
+        raise ZeroDivisionError
+    assert plan.requested_backend() == plan._environment
+
+
+@pytest.mark.parametrize("name", ["", "cuda", "triton:fast", "reference:eager", "auto:eager", "Triton"])
+def test_unknown_names(name):
+    with pytest.raises(ConfigError, match="accepted are"), lk.use_backend(name):
+        pass
+
+
+def test_status_names_every_backend_with_a_reason_or_none():
+    status = plan.backend_status()
+    assert status["reference"] is None
+    assert set(status) == {"reference", "triton", "cuda"}
+
+
+def launches(problem, name):
+    return [launch.kernel for launch in next(p for p in plan.candidates(problem, H100) if p.name == name).launches]
+
+
+def test_launches_of_each_plan():
+    bwd = Problem("bwd", 8192, 4096, 4096, 16, torch.bfloat16)
+    assert launches(LAYER, "eager") == ["shrink", "matmul", "addmm_"]
+    assert launches(LAYER, "shrink_extend") == ["shrink", "extend"]
+    assert launches(LAYER, "one_pass") == ["one_pass"]
+    assert launches(bwd, "eager") == ["dYB", "dB", "matmul", "expand", "dA"]
+    assert launches(bwd, "shrink_extend") == ["dYB+dB", "reduce", "dX+dA", "reduce"]
+    no_dx = Problem("bwd", 8192, 4096, 4096, 16, torch.bfloat16, need_dx=False)
+    assert launches(no_dx, "shrink_extend") == ["dYB+dB", "reduce", "dA", "reduce"]
+    wide = Problem("bwd", 8192, 4096, 4096, 128, torch.bfloat16)
+    assert launches(wide, "shrink_extend") == ["dYB+dB", "reduce", "dX", "dA", "reduce"]
+
+
+def test_bytes_over_the_frozen_layer():
+    """The update costs a read and a write of Y in eager, one pass over X in shrink_extend, A and B in one_pass."""
+    M, N, K, r, e = 8192, 4096, 4096, 16, 2
+    frozen = e * (M * K + N * K + M * N)
+    over = {p.name: p.bytes - frozen for p in plan.candidates(LAYER, H100)}
+    small = 2 * e * r * (M + N + K)
+    assert over["eager"] == pytest.approx(e * (2 * M * N + M * K), abs=small)
+    assert over["shrink_extend"] == pytest.approx(e * M * K, abs=small)
+    assert 0 < over["one_pass"] <= small
+
+
+@pytest.mark.parametrize(
+    ("problem", "name"),
+    [
+        (LAYER, "eager"),
+        (LAYER, "shrink_extend"),
+        (LAYER, "one_pass"),
+        (Problem("bwd", 8192, 4096, 4096, 16, torch.bfloat16), "shrink_extend"),
+        (Problem("bwd", 8192, 4096, 4096, 16, torch.bfloat16, dropout=True), "eager"),
+        (Problem("bwd", 8192, 4096, 4096, 128, torch.bfloat16, need_dx=False), "shrink_extend"),
+        (Problem("fwd", 64, 512, 256, 8, torch.bfloat16, dropout=True), "eager"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else f"{v.op}-{v.M}-r{v.r}",
+)
+def test_plans_launch_what_they_claim(problem, name, count_launches):
+    """Kernels of ours that a call really launches, counted, against the launches its plan lists."""
+    claimed = [x.kernel for x in cost.launches(name, problem) if not x.library]
+    assert count_launches(problem, name) == len(claimed)
+
+
+@pytest.fixture
+def count_launches(monkeypatch, device):
+    from triton.runtime.interpreter import GridExecutor
+    from triton.runtime.jit import JITFunction
+
+    counted = []
+    owner, method = (GridExecutor, "__call__") if device == "cpu" else (JITFunction, "run")
+    run = getattr(owner, method)
+
+    def counting(self, *args, **kwargs):
+        counted.append(self)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(owner, method, counting)
+
+    def count(problem, name):
+        from lora_kernels import ops
+        from lora_kernels.reference import Needs
+        from lora_kernels.testing import make_problem
+
+        p = make_problem(40, 32, 48, min(problem.r, 72), problem.dtype, device)
+        seed = p.seed if problem.dropout else None
+        XA = torch.zeros(40, p.A.shape[0], dtype=problem.dtype, device=device)
+        counted.clear()
+        if problem.op == "fwd":
+            ops.lora_linear_fwd(p.X, p.W, p.A, p.B, None, 1.0, 0.5, seed, f"triton:{name}")
+        else:
+            needs = Needs(X=problem.need_dx)
+            ops.lora_linear_bwd(p.dY, p.X, p.W, p.A, p.B, XA, 1.0, 0.5, seed, needs, f"triton:{name}")
+        return len(counted)
+
+    return count
+
+
+def test_the_choice_is_the_least_predicted_time():
+    for M in (1, 64, 2048, 8192):
+        plans = plan.candidates(Problem("fwd", M, 4096, 4096, 16, torch.bfloat16), H100)
+        assert [p.seconds for p in plans] == sorted(p.seconds for p in plans)
+        assert plan.choose(Problem("fwd", M, 4096, 4096, 16, torch.bfloat16), H100) is plans[0]
+
+
+def test_one_row_takes_one_launch():
+    assert plan.choose(Problem("fwd", 1, 4096, 4096, 16, torch.bfloat16), H100).name == "one_pass"
+
+
+def test_a_forced_plan_runs_or_says_why():
+    assert plan.choose(LAYER, H100, "shrink_extend").name == "shrink_extend"
+    with pytest.raises(BackendUnavailableError, match="above 64"):
+        plan.choose(Problem("fwd", 8, 64, 64, 65, torch.bfloat16), H100, "one_pass")
+    backward = Problem("bwd", 8192, 4096, 4096, 16, torch.bfloat16)
+    assert plan.choose(backward, H100, "one_pass") is plan.candidates(backward, H100)[0]
+
+
+def test_describe():
+    text = plan.describe(4096, 4096, 16, torch.bfloat16, torch.device("cpu"), "triton:eager", tokens=512)
+    assert text == "triton (eager / eager at 512 tokens)"
+    assert plan.describe(4096, 4096, 16, torch.bfloat16, torch.device("cpu"), "auto") == "reference"
