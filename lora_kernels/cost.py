@@ -71,6 +71,7 @@ def launches(name: str, problem: Problem) -> tuple[Launch, ...]:
 
 
 def seconds(launch: Launch, dtype: torch.dtype, chip: Chip) -> float:
+    """Predicted seconds of one launch on ``chip``, its launch cost included."""
     scalar = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     rate = (chip.fp32_tflops if scalar else chip.tflops / (2 if dtype == torch.float32 else 1)) * 1e12
     if launch.library:

@@ -37,15 +37,14 @@ def test_meta_tensors_give_shapes_without_arithmetic():
     assert Y.is_meta
 
 
-def test_no_host_synchronisation_on_a_gpu():
-    """On fake CUDA tensors a read of data on the host would raise: the reference path makes none, dropout included."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+def test_no_result_depends_on_data_read_by_the_host():
+    """Meta tensors have no data, so a read would raise: the path taken on a GPU makes none, dropout included."""
 
     from lora_kernels import reference
 
-    with FakeTensorMode():
-        X, W, A, B = (torch.empty(s, device="cuda") for s in ((6, 14), (10, 14), (3, 14), (10, 3)))
-        keep = reference.philox_keep_mask(torch.empty(2, dtype=torch.int64, device="cuda"), 0.1, 6, 14)
+    with torch.device("meta"):
+        X, W, A, B = (torch.empty(s, device="meta") for s in ((6, 14), (10, 14), (3, 14), (10, 3)))
+        keep = reference.philox_keep_mask(torch.empty(2, dtype=torch.int64, device="meta"), 0.1, 6, 14)
         Y, XA = reference.lora_linear_fwd(X, W, A, B, None, 2.0, keep, 0.1)
         grads = reference.lora_linear_bwd(Y, X, W, A, B, XA, 2.0, keep, 0.1)
-    assert all(g.device.type == "cuda" for g in grads[:3])
+    assert all(g.is_meta for g in grads[:3])

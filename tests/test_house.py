@@ -1,0 +1,163 @@
+"""The rules of the house that a machine can check."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "lora_kernels"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# What a part may import of the package; the parts below it, never the ones above.
+LEAVES = {"errors", "config", "formats"}
+ALLOWED = {
+    "errors": set(),
+    "config": {"errors"},
+    "formats": {"errors"},
+    "reference": LEAVES,
+    "kernels": LEAVES,
+    "testing": {"errors", "formats", "reference"},
+    "cost": LEAVES | {"kernels"},
+    "plan": LEAVES | {"cost", "kernels", "reference"},
+    "ops": LEAVES | {"kernels", "plan", "cost", "reference"},
+    "autograd": LEAVES | {"ops", "plan", "reference"},
+    "layers": LEAVES | {"autograd", "plan"},
+}
+ALLOWED["targets"] = LEAVES | {"layers"}
+ALLOWED["report"] = ALLOWED["layers"] | {"layers", "targets", "kernels", "cost"}
+ALLOWED["inject"] = ALLOWED["adapters"] = ALLOWED["layers"] | {"layers", "targets", "report", "inject", "adapters"}
+ALLOWED["integrations"] = ALLOWED["finetune"] = ALLOWED["inject"] | {"integrations", "finetune"}
+ALLOWED["cli"] = ALLOWED["finetune"] | {"cli", "testing", "kernels", "cost"}
+# The optional dependencies and the files that may name them at import time or inside a function.
+OPTIONAL = {"triton", "transformers", "peft", "matplotlib", "sklearn", "tqdm", "accelerate", "datasets"}
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(module, whether at the top of the file) for every import statement outside TYPE_CHECKING."""
+    tree = ast.parse(path.read_text())
+    found = []
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [node.module or ""]
+            if node.module == "lora_kernels":
+                names = [f"lora_kernels.{alias.name}" for alias in node.names]
+        found += [(name, node in tree.body) for name in names]
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    part = part_of(path)
+    if part == "__init__":
+        return
+    assert part in ALLOWED, f"{part} is not a part of the house: say in ALLOWED what it may import"
+    for name, _ in imports(path):
+        if name.startswith("lora_kernels.") and name != "lora_kernels.__version__":
+            other = name.split(".")[1]
+            assert other == part or other in ALLOWED[part], f"{path.name} ({part}) imports {name}"
+
+
+def test_kernels_and_reference_know_nothing_of_each_other():
+    for path in MODULES:
+        others = {name.split(".")[1] for name, _ in imports(path) if name.startswith("lora_kernels.")}
+        if part_of(path) == "kernels":
+            assert "reference" not in others, path
+        if part_of(path) == "reference":
+            assert "kernels" not in others, path
+
+
+def test_triton_is_imported_at_the_top_only_by_kernels_and_their_tools():
+    for path in MODULES:
+        named = {name.split(".")[0] for name, top in imports(path) if top}
+        if "triton" in named:
+            assert part_of(path) in {"kernels", "testing"}, path
+        assert not named & (OPTIONAL - {"triton"}) or part_of(path) == "integrations", (
+            f"{path} needs {named & OPTIONAL}"
+        )
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_file_length(path):
+    limit = 400 if part_of(path) == "kernels" else 250
+    assert len(path.read_text().splitlines()) <= limit
+
+
+def test_an_equation_opens_every_kernel_file_and_every_kernel():
+    for path in sorted((PACKAGE / "kernels").glob("*.py")):
+        tree = ast.parse(path.read_text())
+        jitted = [
+            node for node in tree.body
+            if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
+        ]  # fmt: skip
+        if any(node.name.endswith("_kernel") for node in jitted):
+            assert " = " in (ast.get_docstring(tree) or ""), path
+        for node in jitted:
+            assert ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"
+
+
+def test_every_public_thing_has_a_docstring():
+    for path in MODULES:
+        tree = ast.parse(path.read_text())
+        if path.name != "__main__.py":
+            assert ast.get_docstring(tree), path
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path.relative_to(ROOT)}: {node.name}"
+
+
+TESTED_ELSEWHERE = {
+    "kernels/common.py": "kernels/test_lora_linear.py",
+    "kernels/expand.py": "kernels/test_lora_linear.py",
+    "kernels/lora_linear_bwd.py": "kernels/test_lora_linear.py",
+    "kernels/reduce.py": "kernels/test_lora_linear.py",
+    "kernels/shrink.py": "kernels/test_lora_linear.py",
+    "kernels/launchers.py": "kernels/test_lora_linear.py",
+    "kernels/shipped.py": "test_compile_matrix.py",
+    "errors.py": "autograd/test_lora_linear.py",
+}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in MODULES if p.name not in ("__init__.py", "__main__.py")],
+    ids=lambda p: str(p.relative_to(PACKAGE)),
+)
+def test_every_module_has_a_test_file(path):
+    inside = path.relative_to(PACKAGE)
+    mirror = inside.with_name(f"test_{inside.name}")
+    test = ROOT / "tests" / TESTED_ELSEWHERE.get(str(inside), str(mirror))
+    assert test.is_file(), f"{inside} has no {test.relative_to(ROOT)}"
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = "import sys, lora_kernels; print(sorted({m.split('.')[0] for m in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for name in (*OPTIONAL, "torch"):
+        assert f"'{name}'" not in loaded, name
+
+
+def test_the_names_it_offers_are_there():
+    import lora_kernels
+
+    assert set(lora_kernels.__all__) == set(lora_kernels._HOME)
+    for name in lora_kernels.__all__:
+        assert getattr(lora_kernels, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = lora_kernels.nothing
+
+
+def test_only_ops_names_the_operators():
+    for path in MODULES:
+        if "lora_kernels::" in path.read_text():
+            assert part_of(path) == "ops", path
