@@ -198,10 +198,11 @@ def test_members_of_pefts_enumerations_sets_and_spellings_are_taken() -> None:
 
 
 def test_it_cannot_change_once_checked() -> None:
-    names = ["q"]
-    config = LoRAConfig(target_modules=names)
+    names, ranks = ["q"], {"q": 2}
+    config = LoRAConfig(target_modules=names, rank_pattern=ranks)
     names.append("k")
-    assert config.target_modules == ["q"]
+    ranks["q"] = 0
+    assert (config.target_modules, config.rank_pattern) == (["q"], {"q": 2})
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.r = 0  # type: ignore[misc]
     with pytest.raises(ConfigError):

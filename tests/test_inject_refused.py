@@ -165,7 +165,7 @@ def test_twice_and_inside_wrappers_is_refused() -> None:
         apply_lora(torch.compile(bert()), LoRAConfig())
 
 
-@pytest.mark.parametrize("when", ["modules", "flags", "weights", "remembered"])
+@pytest.mark.parametrize("when", ["modules", "parameters", "flags", "weights", "remembered"])
 def test_rollback_undoes_every_kind_of_change(when: str) -> None:
     model = bert()
     before = state_of(model)
@@ -173,6 +173,8 @@ def test_rollback_undoes_every_kind_of_change(when: str) -> None:
     def change() -> None:
         if when == "modules":
             model.classifier = nn.Linear(2, 2)
+        elif when == "parameters":
+            model.get_submodule("classifier").weight = nn.Parameter(torch.zeros(2, 16))
         elif when == "flags":
             model.requires_grad_(False)
         elif when == "weights":

@@ -115,6 +115,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("bert_classifier", {"target_modules": ["query", "dropout"]}),
     ("bert_classifier", {"target_modules": r".*\.layer\.[01]\..*(query|key)"}),
     ("bert_classifier", {"target_modules": r"layer\.0"}),
+    ("bert_classifier", {"target_modules": r".*\.(que|key)"}),
+    ("bert_classifier", {"target_modules": "all-linear", "exclude_modules": r".*\.(que|key)"}),
     ("bert_classifier", {"target_modules": r".*LayerNorm"}),
     ("bert_classifier", {"target_modules": ["query", "key"], "exclude_modules": ["layer.1.attention.self.key"]}),
     ("bert_classifier", {"target_modules": "all-linear", "exclude_modules": r".*(dense|key)"}),

@@ -7,9 +7,9 @@ import os
 import random
 import signal
 import stat
-import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -105,15 +105,16 @@ def test_writers_to_one_folder_wait_for_each_other(tmp_path: Path) -> None:
         for _ in range(10):
             write_adapter(tmp_path, tensors(value), CONFIG | {"r": value})
 
-    writers = [threading.Thread(target=write, args=(value,)) for value in (1, 2, 3, 4)]
-    for writer in writers:
-        writer.start()
-    while any(writer.is_alive() for writer in writers):
+    pool = ThreadPoolExecutor(4)
+    writers = [pool.submit(write, value) for value in (1, 2, 3, 4)]
+    while not all(writer.done() for writer in writers):
         if (tmp_path / WEIGHTS_NAME).exists():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # between the two renames the copy is a moment old
                 read, config = read_adapter(tmp_path)
             assert {float(read["a"].min()), float(read["a"].max()), float(read["b"][0])} == {float(config["r"])}
+    for writer in writers:
+        writer.result()
     assert sorted(os.listdir(tmp_path)) == [CONFIG_NAME, WEIGHTS_NAME]
     assert json.loads((tmp_path / CONFIG_NAME).read_text()) == read_adapter(tmp_path)[1]
 
