@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from lora_kernels.cli.train import names_or_pattern
+from lora_kernels.cli.train import names_or_pattern, number
 from lora_kernels.config import LoRAConfig
 from lora_kernels.finetune.tasks.pretrained import MINILM, load_pretrained
 from lora_kernels.inject import apply_lora, explain
@@ -29,7 +29,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--targets", default="all-linear", help="all-linear, a regular expression, or names")
     parser.add_argument("--exclude", help="names with commas between, or a regular expression")
     parser.add_argument("--r", type=int, default=16)
-    parser.add_argument("--alpha", type=float, default=32)
+    parser.add_argument("--alpha", type=number, default=32)
     parser.add_argument("--tokens", type=int, default=2048, help="rows a plan is chosen for (default: %(default)s)")
     parser.set_defaults(run=run)
 

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser, task: type[Task]) -> None:
 
     lora = parser.add_argument_group("LoRA").add_argument
     lora("--r", type=int, default=16, help="rank (default: %(default)s)")
-    lora("--alpha", type=float, default=32, help="numerator of the scaling (default: %(default)s)")
+    lora("--alpha", type=number, default=32, help="numerator of the scaling (default: %(default)s)")
     lora("--dropout", type=float, default=0.0, help="on the adapter's input (default: %(default)s)")
     lora("--targets", default="all-linear", help="all-linear, a regular expression, or names with commas between")
     lora("--exclude", help="names with commas between, or a regular expression")
@@ -146,6 +146,12 @@ def find_device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return name
+
+
+def number(text: str) -> int | float:
+    """32 from "32", 0.5 from "0.5": a whole number is written into the adapter's configuration as one."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 def names_or_pattern(text: str | None) -> str | list[str] | None:

@@ -174,10 +174,8 @@ def _memory(task: Task, model: LoRA, loader: Any, recipe: Recipe, say: Say) -> d
     }
     for name, what in (("state", "gradients and AdamW's state"), ("saved", "saved for the backward of one batch")):
         ours, theirs = figures[f"{name}_bytes"], figures[f"full_{name}_bytes"]
-        say(
-            f"memory, {what}: {ours / MIB:.1f} MiB, {theirs / MIB:.1f} MiB in full fine-tuning "
-            f"({100 * (1 - ours / theirs):.0f} % less)"
-        )
+        share = 100 * (ours / theirs - 1)
+        say(f"memory, {what}: {ours / MIB:.1f} MiB; in full fine-tuning {theirs / MIB:.1f} MiB ({share:+.0f} %)")
     return figures
 
 
