@@ -1,0 +1,206 @@
+"""What must hold before a time means anything: the error rule, the dropout mask bit for bit, the same bits twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import DTYPE_NAMES, Case
+from benchmarks.rivals import Implementation, Layer, ours
+from benchmarks.rows import Check
+from lora_kernels import BackendUnavailableError, ops
+from lora_kernels.reference import Needs, generator_keep_mask, philox_keep_mask
+from lora_kernels.testing import Problem, Results, make_problem, plain, poison, truth, within_rule
+
+RESULTS = ("Y", "dX", "dA", "dB", "dbias")
+RIVAL_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # ||got - truth|| / ||truth||
+
+
+def problem_of(case: Case, device: torch.device, bias: bool = False) -> Problem:
+    """The case's tensors, LoRA term as large as the base term."""
+    return make_problem(
+        case.M, case.N, case.K, case.r, case.dtype, device, bias=bias, dropout_p=case.p, strided=case.strided,
+        adapter_dtype=torch.float32 if case.fp32_adapters else None,
+    )  # fmt: skip
+
+
+def step(layer: Layer, X: Tensor, dY: Tensor, backward: bool) -> dict[str, Tensor]:
+    """One forward, and with ``backward`` the gradients of X and of the layer's parameters, by name."""
+    if not backward:
+        with torch.no_grad():
+            return {"Y": layer.forward(X)}
+    X = X.detach().requires_grad_()
+    Y = layer.forward(X)
+    return dict(zip(RESULTS, (Y, *torch.autograd.grad(Y, (X, *layer.params), dY)), strict=False))
+
+
+class Oracle:
+    """Truth in fp64 and plain PyTorch's answer for one problem, without dropout and with the mask of its seed."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self._known: dict[str, tuple[Results, Results]] = {}
+
+    def undropped(self) -> tuple[Results, Results]:
+        return self._answers("none", None)
+
+    def dropped(self, backend: str) -> tuple[Results, Results]:
+        """With the mask that ``backend`` makes of the problem's seed."""
+        (M, _, K, _), q = self.problem.shape, self.problem
+        if q.p == 0:
+            return self.undropped()
+        if backend == "reference" and q.X.device.type == "cpu":
+            return self._answers("generator", generator_keep_mask(q.seed, q.p, M, K, q.X.dtype).bool())
+        return self._answers("philox", philox_keep_mask(q.seed, q.p, M, K))
+
+    def _answers(self, key: str, keep: Tensor | None) -> tuple[Results, Results]:
+        if key not in self._known:
+            self._known[key] = truth(self.problem, keep), plain(self.problem, keep)
+        return self._known[key]
+
+
+def judge(case: Case, oracle: Oracle, implementation: Implementation, backward: bool = True) -> Iterator[Check]:
+    """Ours by the error rule, on poisoned memory, with the mask of the problem's seed.
+
+    A rival draws masks of its own and rounds in its own way: without dropout, by RIVAL_TOLERANCE. A plan that refuses
+    the case gives one check that says so.
+    """
+    problem = oracle.problem
+    try:
+        if implementation.ours:
+            with poison():
+                got = step(implementation.build(problem, problem.seed), problem.X, problem.dY, backward)
+            exact, usual = oracle.dropped(implementation.backend)
+        else:
+            layer = implementation.build(dataclasses.replace(problem, p=0.0), None)
+            got = step(layer, problem.X, problem.dY, backward)
+            exact, usual = oracle.undropped()
+    except BackendUnavailableError as refusal:
+        yield _check("rule", case, implementation, "", "refused", message=str(refusal))
+        return
+    for name, tensor in got.items():
+        if implementation.ours:
+            verdict = within_rule(tensor, getattr(usual, name).to(tensor.dtype), getattr(exact, name), dtype=case.dtype)
+            ok, message = verdict.ok, verdict.message
+            ratios: tuple[float | None, float | None] = (verdict.max_ratio, verdict.rms_ratio)
+        else:
+            expected: Tensor = getattr(exact, name)
+            error = float((tensor.double() - expected).norm() / expected.norm())
+            ok, ratios, message = error <= RIVAL_TOLERANCE[case.dtype], (None, None), f"relative error {error:.1e}"
+        yield _check(
+            "rule", case, implementation, name, "ok" if ok else "failed", *ratios, message="" if ok else message
+        )
+
+
+def _check(
+    check: str,
+    case: Case,
+    implementation: Implementation | str,
+    what: str,
+    status: str,
+    max_ratio: float | None = None,
+    rms_ratio: float | None = None,
+    message: str = "",
+) -> Check:
+    if isinstance(implementation, Implementation):
+        name = implementation.name + (f" {implementation.backend}" if implementation.ours else "")
+    else:
+        name = implementation
+    return Check(
+        check, DTYPE_NAMES[case.dtype], case.M, case.N, case.K, case.r, case.p, name, what, status, max_ratio,
+        rms_ratio, message,
+    )  # fmt: skip
+
+
+def passed(case: Case, name: str, check: str) -> Check:
+    """A check that held."""
+    return _check(check, case, name, "", "ok")
+
+
+def not_run(case: Case, implementation: Implementation | str, why: str, check: str = "rule") -> Check:
+    """A check that this machine cannot make."""
+    return _check(check, case, implementation, "", "not run", message=why)
+
+
+def failure(case: Case, implementation: Implementation | str, error: BaseException, check: str = "rule") -> Check:
+    """A check that ended in an exception."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    return _check(check, case, implementation, "", "failed", message=f"{type(error).__name__}: {line[:300]}")
+
+
+def same_bits(case: Case, device: torch.device, backend: str, runs: int = 3) -> Iterator[Check]:
+    """Forward and backward repeated on the same problem give the same bits."""
+    problem, implementation = problem_of(case, device, bias=True), ours(backend)
+    layer = implementation.build(problem, problem.seed)
+    first, *others = [step(layer, problem.X, problem.dY, backward=True) for _ in range(runs)]
+    for name, tensor in first.items():
+        differing = sum(int((tensor != other[name]).sum()) for other in others)
+        message = f"{differing} elements differ in {runs - 1} repetitions" if differing else ""
+        yield _check("determinism", case, implementation, name, "failed" if differing else "ok", message=message)
+
+
+_RANKS = 16  # one tile of ranks in any dtype
+
+
+def forward_mask(seed: Tensor, p: float, M: int, K: int, dtype: torch.dtype, backend: str) -> Tensor:
+    """The keep mask (M, K) that the forward applied: with X = 1 and one-hot rows in A, XA is the mask's columns."""
+    like: dict[str, Any] = {"device": seed.device, "dtype": dtype}
+    X, W, B = torch.ones(M, K, **like), torch.zeros(_RANKS, K, **like), torch.eye(_RANKS, **like)
+    columns = []
+    for first in range(0, K, _RANKS):
+        A = torch.zeros(_RANKS, K, **like)
+        picked = torch.arange(min(_RANKS, K - first), device=seed.device)
+        A[picked, first + picked] = 1
+        _, XA = ops.lora_linear_fwd(X, W, A, B, None, 1.0, p, seed, backend)
+        columns.append(XA[:, : len(picked)] != 0)
+    return torch.cat(columns, dim=1)
+
+
+def backward_masks(seed: Tensor, p: float, M: int, K: int, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
+    """The keep masks (M, K) of dX and dA: W = 0 and dYB A = 1 leave the mask in dX, one-hot dYB leaves rows in dA."""
+    like: dict[str, Any] = {"device": seed.device, "dtype": dtype}
+    X, W, B = torch.ones(M, K, **like), torch.zeros(_RANKS, K, **like), torch.eye(_RANKS, **like)
+    A, XA = torch.full((_RANKS, K), 1 / _RANKS, **like), torch.zeros(M, _RANKS, **like)
+
+    def gradients(dY: Tensor) -> tuple[Tensor, Tensor]:
+        dX, dA, *_ = ops.lora_linear_bwd(dY, X, W, A, B, XA, 1.0, p, seed, Needs(), backend)
+        assert dX is not None
+        assert dA is not None
+        return dX, dA
+
+    of_dX = gradients(torch.ones(M, _RANKS, **like))[0] != 0
+    rows = []
+    for first in range(0, M, _RANKS):
+        dY = torch.zeros(M, _RANKS, **like)
+        picked = torch.arange(min(_RANKS, M - first), device=seed.device)
+        dY[first + picked, picked] = 1
+        rows.append(gradients(dY)[1][: len(picked)] != 0)
+    return of_dX, torch.cat(rows)
+
+
+def masks_agree(case: Case, device: torch.device, backend: str, seeds: tuple[tuple[int, int], ...]) -> Iterator[Check]:
+    """Forward, dX and dA each apply the mask of reference.philox_keep_mask, bit for bit."""
+    for seed_and_offset in seeds:
+        seed = torch.tensor(seed_and_offset, dtype=torch.int64, device=device)
+        expected = philox_keep_mask(seed, case.p, case.M, case.K)
+        applied = {"XA": forward_mask(seed, case.p, case.M, case.K, case.dtype, backend)}
+        if not backend.endswith("one_pass"):  # a forward plan
+            applied["dX"], applied["dA"] = backward_masks(seed, case.p, case.M, case.K, case.dtype, backend)
+        for name, mask in applied.items():
+            wrong = int((mask != expected).sum())
+            message = f"seed {seed_and_offset}: {wrong} of {mask.numel()} bits differ" if wrong else ""
+            yield _check("mask", case, ours(backend), name, "failed" if wrong else "ok", message=message)
+
+
+def keep_rate(case: Case, device: torch.device, backend: str) -> Iterator[Check]:
+    """The share of kept elements lies within five standard deviations of 1 - p."""
+    seed = torch.tensor([20_240_601, 3], dtype=torch.int64, device=device)
+    kept = forward_mask(seed, case.p, case.M, case.K, case.dtype, backend).double().mean().item()
+    deviations = abs(kept - (1 - case.p)) / math.sqrt(case.p * (1 - case.p) / (case.M * case.K))
+    message = f"kept {kept:.6f}, {deviations:.1f} standard deviations from {1 - case.p:g}"
+    yield _check("keep rate", case, ours(backend), "XA", "ok" if deviations < 5 else "failed", message=message)
