@@ -24,7 +24,7 @@ class LoRAConfig:
     """What to adapt and how. Field names, defaults and meaning are those of ``peft.LoraConfig``.
 
     r, lora_alpha: rank, and numerator of the scaling: lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
-    lora_dropout: probability in [0, 1) with which an element of the LoRA branch's input is dropped in training.
+    lora_dropout: probability with which an element of the LoRA branch's input is dropped in training.
     target_modules: names (a module matches if its dotted path is the name or ends in ``.name``), a regular expression
         for the whole path, or "all-linear" (every nn.Linear but the output head). None: the query and value
         projections, see lora_kernels.targets.
@@ -89,8 +89,8 @@ class LoRAConfig:
         refuse_unsupported(dict(zip(UNSUPPORTED_FIELDS, unsupported, strict=True)))
         _check(_is_int(self.r) and 1 <= self.r <= MAX_RANK, "r", self.r, "an integer of at least 1")
         _check(_is_alpha(self.lora_alpha), "lora_alpha", self.lora_alpha, "a finite number")
-        drops = _is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1
-        _check(drops, "lora_dropout", self.lora_dropout, "a probability p with 0 <= p < 1")
+        drops = _is_number(self.lora_dropout) and 0 <= self.lora_dropout <= 1
+        _check(drops, "lora_dropout", self.lora_dropout, "a probability from 0 to 1")
         _check(self.bias in ("none", "all", "lora_only"), "bias", self.bias, '"none", "all" or "lora_only"')
         for name in ("use_rslora", "inference_mode"):
             _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,7 @@ __all__ = ["apply_lora", "explain"]
 
 LINEAR = (nn.Linear, LoRALinear)
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -46,10 +48,12 @@ def plan_injection(model: nn.Module, config: LoRAConfig) -> Injection:
     injection = Injection(config, tuple(layers), _saved_modules(model, config.modules_to_save or ()))
     if not injection.adapted:
         ends = sorted({layer.path.rpartition(".")[2] for layer in layers if layer.path})
+        named = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform")
+        given = ((name, getattr(config, name)) for name in named)
         raise ConfigError(
-            f"no layer of {type(model).__name__} matches target_modules={config.target_modules!r} with exclude_modules="
-            f"{config.exclude_modules!r}, modules_to_save={config.modules_to_save!r} and layers_to_transform="
-            f"{config.layers_to_transform!r}; its linear layers are called {', '.join(ends) or '(it has none)'}"
+            f"no layer of {type(model).__name__} matches "
+            f"{', '.join(f'{name}={reprlib.repr(value)}' for name, value in given if value is not None)}; "
+            f"its linear layers are called {', '.join(ends) or '(it has none)'}"
         )
     for path in injection.saved:
         inside = [name for name in injection.adapted if name == path or name.startswith(f"{path}.")]
@@ -87,23 +91,23 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
 
 @contextmanager
 def rollback(model: nn.Module) -> Iterator[None]:
-    """If the block raises, the model's modules, Parameters, weights (as tensors, not their contents) and flags are
-    put back as they were at its start."""
-    trees = [(module, dict(module._parameters), dict(module._modules)) for module in model.modules()]
+    """If the block raises, the model's modules, Parameters, attributes, flags and weights (as tensors, not their
+    contents) are put back as they were at its start."""
+    before = [(m, dict(vars(m)), dict(m._parameters), dict(m._modules)) for m in model.modules()]
     weights = [(parameter, parameter.data, parameter.requires_grad) for parameter in model.parameters()]
-    remembered = {name: value for name, value in vars(model).items() if name == REMEMBERED_AS}
     try:
         yield
     except BaseException:
-        for module, parameters, modules in trees:
+        for module, attributes, parameters, modules in before:
+            for name in vars(module).keys() - attributes.keys():
+                del vars(module)[name]
+            vars(module).update(attributes)
             module._parameters.update(parameters)
             module._modules.update(modules)
         for parameter, data, flag in weights:
             if parameter.data_ptr() != data.data_ptr():
                 parameter.data = data
             parameter.requires_grad_(flag)
-        vars(model).pop(REMEMBERED_AS, None)
-        vars(model).update(remembered)
         raise
 
 
@@ -166,7 +170,7 @@ def _check_target(path: str, module: nn.Module, unused_because: str | None) -> N
         wrong = f"would never be called: {unused_because}"
     elif type(weight) is not nn.Parameter or weight.dtype not in FLOATS or weight.dim() != 2:
         wrong = "has no plain floating-point weight (quantised, parametrised or sharded)"
-    elif "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+    elif "forward" in vars(module) or any(getattr(module, kind) for kind in HOOKS):
         wrong = "has a patched forward or hooks, which would be lost; remove them and put them on the new layer"
     else:
         return

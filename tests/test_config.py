@@ -152,7 +152,7 @@ def test_field_of_a_later_release_may_only_be_off(value: Any, fine: bool) -> Non
         ("r", 0), ("r", -1), ("r", 8.0), ("r", True), ("r", "8"), ("r", None), ("r", 10**400),
         ("lora_alpha", math.nan), ("lora_alpha", math.inf), ("lora_alpha", "16"), ("lora_alpha", None),
         ("lora_alpha", 10**400), ("lora_alpha", True),
-        ("lora_dropout", 1.0), ("lora_dropout", -0.1), ("lora_dropout", math.nan), ("lora_dropout", "0.1"),
+        ("lora_dropout", 1.01), ("lora_dropout", -0.1), ("lora_dropout", math.nan), ("lora_dropout", "0.1"),
         ("bias", "some"), ("bias", None), ("bias", True),
         ("use_rslora", 1), ("use_rslora", None), ("inference_mode", "yes"),
         ("target_modules", []), ("target_modules", ""), ("target_modules", [1]), ("target_modules", [""]),

@@ -158,12 +158,14 @@ def test_interrupted_while_injecting_takes_everything_back(
         original(*arguments)
         raise KeyboardInterrupt
 
-    original, model = checkpoint.inject, toy.fresh()
+    original, model = checkpoint.inject, nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), 1)
+    save_adapter(apply_lora(copy.deepcopy(model), LoRAConfig(target_modules="all-linear")), folder)
     monkeypatch.setattr(checkpoint, "inject", interrupted)
     before = toy.state_of(model)
     with pytest.raises(KeyboardInterrupt):
         load_adapter(model, folder)
     assert toy.state_of(model) == before
+    assert model.use_nested_tensor
 
 
 drawn_configs = st.builds(
