@@ -92,6 +92,9 @@ def run_command(arguments: argparse.Namespace) -> int:
     if arguments.overwrite and not arguments.resume and folder is not None:
         for path in checkpoints(folder):
             path.unlink()
+    if arguments.resume and folder is not None:
+        found = checkpoints(folder)
+        print(f"resuming from {found[0]}" if found else f"no checkpoint in {folder}: starting from the beginning")
     run(task, recipe, out, resume=arguments.resume)
     command = reproduce(arguments)
     write_whole(out / "reproduce.sh", f"{command}\n".encode())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_kernels.errors import ConfigError
+from lora_kernels.finetune.extras import installed
 from lora_kernels.finetune.schedule import SCHEDULES
 
 
@@ -25,7 +26,7 @@ class TrainOptions:
     checkpoint_dir, checkpoint_every, keep: a checkpoint at the end of every epoch and, with checkpoint_every > 0, after
         every so many optimizer steps; the newest ``keep`` stay.
     settings: what else decides the result; a checkpoint made under other settings is refused on resume.
-    progress: show a progress bar with loss and tokens/s (needs tqdm).
+    progress: show a progress bar with loss and tokens/s; None does so where tqdm is installed.
     """
 
     accumulate: int = 1
@@ -40,7 +41,7 @@ class TrainOptions:
     checkpoint_every: int = 0
     keep: int = 2
     settings: Mapping[str, Any] = field(default_factory=dict)
-    progress: bool = True
+    progress: bool | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("accumulate", 1), ("keep", 1), ("checkpoint_every", 0), ("warmup", 0)):
@@ -53,6 +54,11 @@ class TrainOptions:
             raise ConfigError(f"patience is {self.patience}; it must be at least 1, or None to never stop early")
         if self.schedule not in SCHEDULES:
             raise ConfigError(f"schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}")
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether a run prints a bar, and a line per epoch."""
+        return installed("tqdm") if self.progress is None else self.progress
 
     def decisive(self, epochs: int, batches: int) -> dict[str, Any]:
         """What must be equal for a resumed run to end with the result of an uninterrupted one."""

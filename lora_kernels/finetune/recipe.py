@@ -20,6 +20,7 @@ from lora_kernels.errors import ConfigError
 from lora_kernels.finetune.batch import split_batch, to_device
 from lora_kernels.finetune.checkpoint import write_whole
 from lora_kernels.finetune.compare import interleaved, peft_model
+from lora_kernels.finetune.extras import require
 from lora_kernels.finetune.lora import LoRA
 from lora_kernels.finetune.memory import saved_for_backward, state_bytes
 from lora_kernels.finetune.options import History, TrainOptions
@@ -73,6 +74,8 @@ def run(task: Task, recipe: Recipe, out: Path, say: Say = print, resume: bool = 
 
 def _run(task: Task, recipe: Recipe, out: Path, say: Say, resume: bool) -> dict[str, Any]:
     started = time.perf_counter()
+    for library in ("sklearn", "matplotlib", *(("peft",) if recipe.beside_peft else ())):
+        require(library)  # now, not after the training
     say(task.describe_data())
     seed_all(recipe.seed)
     model = LoRA(task.load_model(), recipe.lora).to(recipe.device)

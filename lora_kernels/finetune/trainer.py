@@ -100,6 +100,7 @@ class Trainer:
             self.model.train(training)
             set_rng_state(state)
 
+    @torch.no_grad()
     def evaluate(self, dataloader: Any) -> dict[str, float]:
         """Mean loss and metrics over ``dataloader``: {"loss": ..., **metrics}."""
         totals = dict.fromkeys(("loss", *self.metrics), 0.0)
@@ -123,7 +124,7 @@ class Trainer:
         self.model.train()
         batches = run.batches(dataloader)
         title = f"epoch {run.epoch + 1}/{epochs}"
-        with ProgressBar(title, len(dataloader), run.position, shown=options.progress) as bar:
+        with ProgressBar(title, len(dataloader), run.position, options.shows_progress) as bar:
             begun = time.perf_counter()
             while group := list(islice(batches, options.accumulate)):
                 record, tokens = self._step(run, group)
@@ -178,7 +179,7 @@ class Trainer:
             record |= {f"val_{name}": value for name, value in self.evaluate(validation).items()}
         history.epochs.append(record)
         run.epoch, run.position = run.epoch + 1, 0
-        if options.progress:
+        if options.shows_progress:
             figures = ", ".join(f"{name} {value:.4f}" for name, value in record.items() if name != "epoch")
             ProgressBar.write(f"epoch {run.epoch}: {figures}")
         if options.patience is None:
