@@ -36,6 +36,7 @@ def dropout_args(drop: Dropout | None) -> dict[str, Any]:
 
 
 def inv_keep(drop: Dropout | None) -> float:
+    """1 / (1 - p), or 1 without dropout."""
     return 1.0 if drop is None else drop.inv_keep
 
 

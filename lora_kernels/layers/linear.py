@@ -34,8 +34,8 @@ class LoRALinear(nn.Module):
         ConfigError: r below 1, or a dropout outside [0, 1].
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -103,10 +103,10 @@ class LoRALinear(nn.Module):
         self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, lora_dropout, use_rslora
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.backend = backend
-        self._base_weight: nn.Parameter | None = None
+        self._base_weight: Tensor | None = None
         base.requires_grad_(False)
         self.weight = base.weight
-        self.register_parameter("bias", base.bias)
+        self.bias = base.bias
         if adapter_dtype is None:
             adapter_dtype = torch.float32 if self.weight.dtype.itemsize == 2 else self.weight.dtype
         like: dict[str, Any] = {"device": self.weight.device, "dtype": adapter_dtype}
