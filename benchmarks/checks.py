@@ -84,17 +84,16 @@ def judge(case: Case, oracle: Oracle, implementation: Implementation, backward: 
         yield _check("rule", case, implementation, "", "refused", message=str(refusal))
         return
     for name, tensor in got.items():
+        expected, usually = getattr(exact, name), getattr(usual, name).to(tensor.dtype)
         if implementation.ours:
-            verdict = within_rule(tensor, getattr(usual, name).to(tensor.dtype), getattr(exact, name), dtype=case.dtype)
-            ok, message = verdict.ok, verdict.message
+            verdict = within_rule(tensor, usually, expected, dtype=case.dtype)
             ratios: tuple[float | None, float | None] = (verdict.max_ratio, verdict.rms_ratio)
+            ok, message = verdict.ok, verdict.message
         else:
-            expected: Tensor = getattr(exact, name)
-            error = float((tensor.double() - expected).norm() / expected.norm())
-            ok, ratios, message = error <= RIVAL_TOLERANCE[case.dtype], (None, None), f"relative error {error:.1e}"
-        yield _check(
-            "rule", case, implementation, name, "ok" if ok else "failed", *ratios, message="" if ok else message
-        )
+            error = float((tensor.detach().double() - expected).norm() / expected.norm())
+            ok, message, ratios = error <= RIVAL_TOLERANCE[case.dtype], f"relative error {error:.1e}", (None, None)
+        status = "ok" if ok else "failed"
+        yield _check("rule", case, implementation, name, status, *ratios, message="" if ok else message)
 
 
 def _check(
@@ -117,9 +116,9 @@ def _check(
     )  # fmt: skip
 
 
-def passed(case: Case, name: str, check: str) -> Check:
-    """A check that held."""
-    return _check(check, case, name, "", "ok")
+def judged(case: Case, name: str, ok: bool, message: str, check: str) -> Check:
+    """A check that came to an end; the message is kept where it failed."""
+    return _check(check, case, name, "", "ok" if ok else "failed", message="" if ok else message)
 
 
 def not_run(case: Case, implementation: Implementation | str, why: str, check: str = "rule") -> Check:
@@ -131,6 +130,12 @@ def failure(case: Case, implementation: Implementation | str, error: BaseExcepti
     """A check that ended in an exception."""
     line = next(iter(str(error).strip().splitlines()), "")
     return _check(check, case, implementation, "", "failed", message=f"{type(error).__name__}: {line[:300]}")
+
+
+def unit_failure(unit: str, error: BaseException | str) -> Check:
+    """A unit of a round that gave nothing."""
+    said = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    return Check("unit", "", 0, 0, 0, 0, 0.0, "", unit, "failed", message=said[:300])
 
 
 def same_bits(case: Case, device: torch.device, backend: str, runs: int = 3) -> Iterator[Check]:

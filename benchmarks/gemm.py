@@ -6,16 +6,17 @@ tiles than the default run beside it, since g is also what a better configuratio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from benchmarks import checks
 from benchmarks.cases import Case
 from benchmarks.measure import Bench, Found, recorded, row
 from benchmarks.roofline import forward_work
-from benchmarks.rows import Check
+from benchmarks.rows import Check, Row
 from benchmarks.timing import Call, interleaved, spread
 from lora_kernels.kernels.tuning import GemmConfig, gemm_config, is_valid
 from lora_kernels.plan import chip_for
@@ -30,62 +31,73 @@ OTHER_TILES = (
 )
 
 
+@dataclass(frozen=True)
+class Product:
+    """One way to make a product: who makes it, with which tiles, at which rank."""
+
+    name: str
+    plan: str
+    r: int
+    call: Call
+
+    def __str__(self) -> str:
+        return f"{self.name} r{self.r}"
+
+
 def _tiles(config: GemmConfig) -> str:
     return f"{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_K} w{config.num_warps} s{config.num_stages}"
 
 
 def plain_gemm(case: Case, bench: Bench) -> Found:
-    """Rows "gemm" (Y = X W^T) and "gemm_nn" (dX = dY W) of the library and of our kernels, r = 0 and 1."""
+    """Rows "gemm" (Y = X W^T) and "gemm_nn" (dX = dY W): the library's first, then ours at rank 0 and 1."""
     from lora_kernels.kernels.lora_linear import extend
     from lora_kernels.kernels.lora_linear_bwd import dx_da
 
     problem, chip = checks.problem_of(case, bench.device), chip_for(bench.device)
     X, W, dY = problem.X, problem.W, problem.dY
-    none = {r: (X.new_zeros(case.M, r), X.new_zeros(case.N, r), X.new_zeros(r, case.K)) for r in (0, 1)}
-    default = gemm_config(case.M, case.N, case.dtype, chip)
+    default, narrow = gemm_config(case.M, case.N, case.dtype, chip), gemm_config(case.M, case.K, case.dtype, chip)
     others = [c for c in OTHER_TILES if c != default and is_valid(c, case.dtype, 16, chip) is None]
-    forward: dict[tuple[str, int], Call] = {(LIBRARY, 0): lambda: X @ W.t()}
-    for config, r in [(default, 0), (default, 1), *((config, 0) for config in others)]:
-        forward[f"extend {_tiles(config)}", r] = partial(extend, X, W, none[r][0], none[r][1], None, config)
-    tiles = gemm_config(case.M, case.K, case.dtype, chip)
-    backward: dict[tuple[str, int], Call] = {(LIBRARY, 0): lambda: dY @ W}
-    for r in (0, 1):
-        backward[f"dx {_tiles(tiles)}", r] = partial(
-            _dx, partial(dx_da, dY, W, none[r][0], none[r][2], X, None, tiles, make_da=False)
+
+    def ours(r: int, config: GemmConfig, plan: str) -> Product:
+        call = partial(extend, X, W, X.new_zeros(case.M, r), X.new_zeros(case.N, r), None, config)
+        return Product(f"extend {_tiles(config)}", plan, r, call)
+
+    def ours_nn(r: int) -> Product:
+        make = partial(dx_da, dY, W, X.new_zeros(case.M, r), X.new_zeros(r, case.K), X, None, narrow, make_da=False)
+        return Product(f"dx {_tiles(narrow)}", "default", r, lambda: make()[0])
+
+    forward = [Product(LIBRARY, "", 0, lambda: X @ W.t()), ours(0, default, "default"), ours(1, default, "default")]
+    forward += [ours(0, config, "other tiles") for config in others]
+    backward = [Product(LIBRARY, "", 0, lambda: dY @ W), ours_nn(0), ours_nn(1)]
+    found: list[Check] = []
+    rows = _beside_library("gemm", forward, X.double() @ W.double().t(), case, bench, found)
+    return rows + _beside_library("gemm_nn", backward, dY.double() @ W.double(), case, bench, found), found
+
+
+def _beside_library(
+    op: str, products: Sequence[Product], exact: Tensor, case: Case, bench: Bench, found: list[Check]
+) -> list[Row]:
+    """Rows of the products that keep the error rule, the library's (the first of them) being the plain one."""
+    plain = products[0].call()
+    assert isinstance(plain, Tensor)
+    right: dict[str, Product] = {}
+    for product in products:
+        with recorded(case, str(product), found):
+            with poison():
+                got = product.call()
+            assert isinstance(got, Tensor)
+            verdict = within_rule(got, plain, exact)
+            found.append(checks.judged(case, f"{op} {product}", verdict.ok, verdict.message, check="gemm"))
+            if verdict:
+                right[str(product)] = product
+    samples = interleaved({name: product.call for name, product in right.items()}, bench.clock, bench.rounds)
+    times = {name: spread(taken) for name, taken in samples.items()}
+    library = times[str(products[0])].p50
+    rows = []
+    for name, product in right.items():
+        shape = Case(case.M, case.N, case.K, product.r, dtype=case.dtype)
+        work = [forward_work(shape, lora=False)]
+        rows.append(
+            row(shape, "fwd", product.name, product.plan, times[name], work, bench.ceilings(), library, library, op=op)
         )
-    Y, dX = (P.double() @ Q.double() for P, Q in ((X, W.t()), (dY, W)))
-    rows, found = [], []  # type: ignore[var-annotated]
-    for op, calls, exact in (("gemm", forward, Y), ("gemm_nn", backward, dX)):
-        right = {name: call for name, call in calls.items() if _judged(case, name, call, calls, exact, found)}
-        samples = interleaved({f"{name} r{r}": call for (name, r), call in right.items()}, bench.clock, bench.rounds)
-        times = {key: spread(samples[f"{key[0]} r{key[1]}"]) for key in right}
-        frozen = times[LIBRARY, 0].p50 if (LIBRARY, 0) in times else None
-        for (name, r), taken in times.items():
-            shape = Case(case.M, case.N, case.K, r, dtype=case.dtype)
-            plan = "" if name == LIBRARY else ("default" if name.endswith(_tiles(default)) else "other tiles")
-            work = [forward_work(shape, lora=False)]
-            rows.append(row(shape, "fwd", name, plan, taken, work, bench.ceilings(), frozen, frozen, op=op))
-    return rows, found
-
-
-def _dx(make: partial[tuple[Tensor, Tensor | None]]) -> Tensor:
-    return make()[0]
-
-
-def _judged(
-    case: Case, key: tuple[str, int], call: Call, calls: dict[tuple[str, int], Call], exact: Tensor, found: list[Check]
-) -> bool:
-    """Whether the call's product keeps the error rule, the library's being the plain one."""
-    name, r = key
-    with recorded(case, name, found):
-        with poison():
-            got = call()
-        plain = calls[LIBRARY, 0]()
-        assert isinstance(got, torch.Tensor)
-        assert isinstance(plain, torch.Tensor)
-        verdict = within_rule(got, plain, exact, what=f"{name} r{r}")
-        if verdict:
-            found.append(checks.passed(case, name, "gemm"))
-        else:
-            found.append(checks.failure(case, name, ValueError(verdict.message), "gemm"))
-    return found[-1].status == "ok"
+    return rows

@@ -12,20 +12,19 @@ OURS = "lora_kernels"
 
 
 def summary(rows: Sequence[Record], checks: Sequence[Record], phases: Sequence[Record] = ()) -> str:
-    """Checks that failed, g, every measured case as ratios to the frozen layer, the targets; at most some 90 lines."""
+    """What a reader needs, the longest part first: cases as ratios to the frozen layer, g, targets, rivals, checks."""
     some = next(iter([*rows, *checks]), None)
     if some is None:
         return "nothing was measured"
-    lines = ["", f"{some['gpu']}, torch {some['torch']}, triton {some['triton']}, commit {some['commit']}"]
-    if some["gpu"] == REHEARSAL:
-        lines[1] = "REHEARSAL: every time and ratio below is made up. " + lines[1]
-    lines += _checks(checks)
+    lines = ["", *table(rows), *_gemm(rows), *_targets(rows), *_against_rivals(rows), *_checks(checks)]
     lines += [
-        f"phase {phase['phase']} {phase['status']}: {phase['units']} of {phase['of']} units. {phase['detail']}"
+        f"phase {phase['phase']} {phase['status']}: {phase['done']} of {phase['units']} units. {phase['detail']}"
         for phase in phases
         if phase["status"] not in ("done", "done before")
     ]
-    lines += _gemm(rows) + table(rows) + _targets(rows) + _against_rivals(rows)
+    lines.append(f"{some['gpu']}, torch {some['torch']}, triton {some['triton']}, commit {some['commit']}")
+    if some["gpu"] == REHEARSAL:
+        lines.append("REHEARSAL: every time and ratio above is made up")
     return "\n".join(lines)
 
 
@@ -83,7 +82,7 @@ def table(rows: Sequence[Record]) -> list[str]:
 
 def _own_choice(rows: Sequence[Record]) -> list[Record]:
     """Rows of what the planner chose by itself."""
-    return [row for row in rows if row["implementation"] == OURS and row["plan"].startswith("auto")]
+    return [row for row in rows if row["implementation"] == OURS and row["plan"].startswith(("auto", "reference"))]
 
 
 def _targets(rows: Sequence[Record]) -> list[str]:
