@@ -10,7 +10,7 @@ from lora_kernels.cli import train
 from lora_kernels.finetune.tasks import Classification
 
 # Chosen on the validation data.
-SETTINGS = {"limit": 5000, "no_checkpoints": True, "beside_peft": True}
+SETTINGS = {"limit": 4000, "no_checkpoints": True, "beside_peft": True}
 
 
 def add_parser(subparsers: Any) -> None:
