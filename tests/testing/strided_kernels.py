@@ -1,0 +1,29 @@
+"""Run by test_compile_matrix.py in a process of its own: every plan on tensors of any strides, compiled and linted.
+
+The shipped cases are contiguous, so their innermost strides are constants; here each stride is a run-time argument and
+a product with it that isn't widened to 64 bits first shows.
+"""
+
+import json
+import sys
+
+import torch
+
+from lora_kernels.kernels import launchers
+from lora_kernels.kernels.chip import CHIPS
+from lora_kernels.testing import make_problem
+from lora_kernels.testing.dry_gpu import DryGPU
+from lora_kernels.testing.ttir_lint import narrow_offsets
+
+if __name__ == "__main__":
+    found: dict[str, list[str]] = {}
+    for p in (0.0, 0.1):
+        problem = make_problem(17, 37, 41, 17, torch.bfloat16, dropout_p=p, adapter_dtype=torch.float32, strided=True)
+        X, W, A, B, dY, seed = problem.X, problem.W, problem.A, problem.B, problem.dY, problem.seed if p else None
+        with DryGPU(CHIPS["sm_80"]) as gpu:
+            for plan in ("eager", "shrink_extend", "one_pass"):
+                _, XA = launchers.lora_linear_fwd(X, W, A, B, problem.bias, 2.0, p, seed, plan, gpu.chip)
+                launchers.lora_linear_bwd(dY, X, W, A, B, XA, 2.0, p, seed, (True,) * 4, plan, gpu.chip)
+        for kernel in gpu.kernels:
+            found.setdefault(kernel.name, []).extend(narrow_offsets(kernel.ttir))
+    json.dump(found, sys.stdout)
