@@ -1,4 +1,4 @@
-"""Forward of a LoRA linear layer, three plans.
+"""Forward of a LoRA linear layer, its plans; sm90_linear.py has two more of them.
 
     XA = s/(1-p) (D*X) A^T,   Y = X W^T + bias + XA B^T         X (M,K)  W (N,K)  A (r,K)  B (N,r)  Y (M,N)
 
@@ -30,7 +30,8 @@ from lora_kernels.kernels.common import (
     tile_order,
 )
 from lora_kernels.kernels.shrink import shrink
-from lora_kernels.kernels.tuning import GemmConfig, gemm_config, one_pass_config, rank_tile, shrink_config
+from lora_kernels.kernels.sm90_linear import one_launch, tma_extend
+from lora_kernels.kernels.tuning import GemmConfig, gemm_config, one_pass_config, rank_tile, shrink_config, tma_config
 
 
 @triton.jit
@@ -78,7 +79,7 @@ def _extend_kernel(
         EVEN_K, PRECISION,
     )  # fmt: skip
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + offs_n.to(tl.int64) * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     y_ptrs = Y_ptr + offs_m[:, None].to(tl.int64) * stride_ym + offs_n[None, :]
     tl.store(y_ptrs, acc.to(Y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
@@ -162,7 +163,7 @@ def _one_pass_kernel(
     b = tl.load(b_ptrs, mask=mask_n[None, :] & mask_r[:, None], other=0.0)
     acc = tl.dot(xa, b.to(xa.dtype), acc, input_precision=PRECISION)
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + offs_n.to(tl.int64) * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     y_ptrs = Y_ptr + offs_m[:, None].to(tl.int64) * stride_ym + offs_n[None, :]
     tl.store(y_ptrs, acc.to(Y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
@@ -276,7 +277,10 @@ def lora_linear_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Y (M, N) and XA (M, r) by ``plan``; seed int64 (2,) or None for no dropout; M > 0."""
     drop = None if seed is None else Dropout(p, seed)
-    M, N = X.shape[0], B.shape[0]
+    M, (N, r) = X.shape[0], B.shape
+    if plan == "one_launch":
+        assert drop is None, "one_launch draws no mask"
+        return one_launch(X, W, A, B, bias, scaling, tma_config(M, N, r, X.dtype, chip), chip.units)
     if plan == "one_pass":
         return one_pass(X, W, A, B, bias, scaling, drop, one_pass_config(M, X.dtype, chip, drop is not None))
     if plan == "eager" and drop is None:
@@ -285,4 +289,6 @@ def lora_linear_fwd(
         XA = shrink(X, A, scaling, drop, shrink_config(M, X.dtype, chip, A.shape[0], drop is not None))
     if plan == "eager":
         return torch.nn.functional.linear(X, W, bias).addmm_(XA, B.to(X.dtype).t()), XA
+    if plan == "tma_extend":
+        return tma_extend(X, W, XA, B, bias, tma_config(M, N, r, X.dtype, chip), chip.units), XA
     return extend(X, W, XA, B, bias, gemm_config(M, N, X.dtype, chip)), XA
