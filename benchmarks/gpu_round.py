@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -87,12 +87,6 @@ class Conductor:
     rehearse: bool
     journal: Journal
     log: IO[str]
-    environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
-
-    def __post_init__(self) -> None:
-        if self.rehearse:  # here, too: which backends there are depends on it
-            os.environ["TRITON_INTERPRET"] = "1"
-            self.environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
     def run(self, budget: float, only: Sequence[str]) -> list[Outcome]:
         """Every phase that fits the budget; one that does not is left out, and phases.csv says so."""
@@ -141,9 +135,8 @@ class Conductor:
                     if (code := process.poll()) is None:
                         continue
                     del running[shard]
-                    if code < 0:
-                        self._blame(phase, shard, f"ended its process with signal {-code}")
-                    if (code < 0 or code == DEVICE_BROKEN) and outcome.seconds < seconds:
+                    crashed = code < 0 and self._blame(phase, shard, f"ended its process with signal {-code}")
+                    if (crashed or code == DEVICE_BROKEN) and outcome.seconds < seconds:
                         running[shard] = self._spawn(phase, shard, seconds - outcome.seconds)
                     elif code not in (0, CHECKS_FAILED):
                         troubles.append(f"process {shard} ended with status {code}, see round.log")
@@ -159,22 +152,29 @@ class Conductor:
                 process.wait()
         outcome.detail = "; ".join(troubles)
 
-    def _blame(self, phase: Phase, shard: str, why: str) -> None:
-        """Record the unit that a process was at, the first of its share that is not done, as failed."""
+    def _blame(self, phase: Phase, shard: str, why: str) -> bool:
+        """Record the unit that a process was at, the first of its share that is not done, as failed; False for none."""
         done = self.journal.done()
         unit = next((u for u in share(Round(self.out, self.rehearse).units(phase.name), shard) if u not in done), None)
         if unit is not None:
             self.journal.append(unit, [], [record(checks.unit_failure(unit, why), this_machine(self.rehearse))])
+        return unit is not None
 
     def _spawn(self, phase: Phase, shard: str, seconds: float) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "benchmarks.worker", "--phase", phase.name, "--shard", shard]
-        command += ["--seconds", f"{seconds:.1f}", "--out", str(self.out.resolve())]
+        """A process in a session of its own, to be ended as a group with whatever it starts."""
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         if self.rehearse:
-            command.append("--rehearse")
-        # a session of its own, to be ended as a group with whatever it started
+            environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        command = self.command(phase, shard, seconds)
         return subprocess.Popen(
-            command, cwd=ROOT, env=self.environment, stdout=self.log, stderr=self.log, start_new_session=True
+            command, cwd=ROOT, env=environment, stdout=self.log, stderr=self.log, start_new_session=True
         )
+
+    def command(self, phase: Phase, shard: str, seconds: float) -> list[str]:
+        """What a process of the phase runs."""
+        worker = [sys.executable, "-m", "benchmarks.worker", "--phase", phase.name, "--shard", shard]
+        worker += ["--seconds", f"{seconds:.1f}", "--out", str(self.out.resolve())]
+        return [*worker, "--rehearse"] if self.rehearse else worker
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from benchmarks import checks
 from benchmarks.cases import BERT, DTYPES, FEW_ROWS, GRID, SANITIZED, TARGET_CASES, Case, checked_cases, distinct, tiny
 from benchmarks.gemm import plain_gemm
 from benchmarks.measure import Bench, Found, measure, recorded
-from benchmarks.rivals import FROZEN, PEFT_COMPILED, Implementation, contenders, our_backends, ours
+from benchmarks.rivals import FROZEN, PEFT_COMPILED, TRITON_BACKENDS, Implementation, contenders, ours
 from benchmarks.roofline import Ceilings, measure_ceilings
 from benchmarks.rows import Check
 from benchmarks.timing import MIB, Clock, CudaClock, RehearsalClock
@@ -55,6 +55,7 @@ PHASES = (
     Phase("sanitize", 30, 90),
     Phase("grid", 90, 300),
 )
+NAMED = TRITON_BACKENDS[1:]  # every plan by name
 INNER = "sanitized"  # what phase sanitize runs under the sanitizer
 
 
@@ -102,10 +103,10 @@ class Round:
 
     def _contenders(self, dtype: torch.dtype) -> list[Implementation]:
         """All of them; a rehearsal leaves PEFT, five seconds of imports, to the phases target and compile."""
-        return [each for each in contenders(self.device, dtype) if not (self.rehearse and each.needs)]
+        return [each for each in contenders(dtype) if not (self.rehearse and each.needs)]
 
     def _check(self) -> Units:
-        backends = [*our_backends(self.device)[1:], "reference"]
+        backends = [*NAMED, "reference"]
         for case in self._cases(checked_cases()):
             yield f"rule {case}", partial(_by_rule, case, backends)
         seeds = ((7, 0), (-5, (1 << 40) + 3), ((1 << 62) + 1, 9))
@@ -113,7 +114,7 @@ class Round:
         repeated = [Case(256, 512, 768, 16), Case(256, 512, 768, 16, 0.1), Case(2048, 4096, 4096, 16, 0.1)]
         masks = partial(checks.masks_agree, seeds=seeds[:2] if self.rehearse else seeds)
         for dtype in DTYPES.values():
-            for backend in our_backends(self.device)[1:]:
+            for backend in NAMED:
                 case = Case(rows, 16, columns, 16, 0.1, dtype)
                 yield f"mask {backend} {case}", partial(_checked, masks, case, backend)
                 for case in self._cases([dataclasses.replace(case, dtype=dtype) for case in repeated]):
@@ -125,10 +126,10 @@ class Round:
     def _gemm(self) -> Units:
         shapes = {(case.M, case.N, case.K): case for case in reversed(self._cases(TARGET_CASES))}
         for case in reversed(shapes.values()):
-            yield str(case), partial(plain_gemm, case)
+            yield f"product {case}", partial(plain_gemm, case)
 
     def _target(self) -> Units:
-        yield from self._timed(TARGET_CASES, ("fwd", "fwd_bwd"), contenders(self.device, TARGET_CASES[0].dtype))
+        yield from self._timed(TARGET_CASES, ("fwd", "fwd_bwd"), contenders(TARGET_CASES[0].dtype))
 
     def _small(self) -> Units:
         yield from self._timed(FEW_ROWS, ("fwd_graph", "fwd", "fwd_bwd_graph", "fwd_bwd"))
@@ -148,7 +149,7 @@ class Round:
         for case in SANITIZED[:1] if self.rehearse else SANITIZED:
             for dtype in dtypes[:1] if self.rehearse else dtypes:
                 case = dataclasses.replace(case, dtype=dtype, p=0.1)
-                yield f"rule {case}", partial(_by_rule, case, our_backends(self.device)[1:])
+                yield f"rule {case}", partial(_by_rule, case, NAMED)
 
     def _memcheck(self) -> Check:
         """compute-sanitizer over small shapes, without the caching allocator, so that every overrun leaves a block."""

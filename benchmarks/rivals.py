@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -164,6 +164,7 @@ def _merge(problem: Problem, seed: Tensor | None) -> Layer:
     return Layer(lambda X: _Merge.apply(X, problem.W, A, B, problem.bias, problem.scaling), (A, B))
 
 
+TRITON_BACKENDS = ("triton", *(f"triton:{plan}" for plan in PLANS))  # the planner's own choice, then each plan by name
 FROZEN = Implementation("frozen linear", _frozen)
 PEFT = Implementation("peft", _peft, needs="peft")
 PEFT_FP32 = Implementation("peft fp32 adapters", partial(_peft, fp32_adapters=True), needs="peft")
@@ -178,17 +179,14 @@ def ours(backend: str, adapter_dtype: torch.dtype | None = None) -> Implementati
     return Implementation(name, partial(_ours, backend=backend, adapter_dtype=adapter_dtype), backend=backend)
 
 
-def our_backends(device: torch.device) -> list[str]:
-    """The planner's own choice first, then each plan by name; the reference where Triton cannot run."""
-    if triton_missing(device.type) is not None:
-        return ["reference"]
-    return ["triton", *(f"triton:{plan}" for plan in PLANS)]
+def our_backends(device: torch.device) -> tuple[str, ...]:
+    """TRITON_BACKENDS where Triton runs in this process, else the reference."""
+    return TRITON_BACKENDS if triton_missing(device.type) is None else ("reference",)
 
 
-def contenders(device: torch.device, dtype: torch.dtype) -> list[Implementation]:
-    """The frozen layer, ours, and the rivals that are quick to build."""
+def contenders(dtype: torch.dtype, backends: Sequence[str] = TRITON_BACKENDS) -> list[Implementation]:
+    """The frozen layer, ours by ``backends``, and the rivals that are quick to build."""
     sixteen_bit = dtype.itemsize == 2
-    backends = our_backends(device)
     mine = [ours(backend) for backend in backends] + ([ours(backends[0], torch.float32)] if sixteen_bit else [])
     rivals = [PEFT, *([PEFT_FP32] if sixteen_bit else []), ADDMM_CHAIN, MERGE]
     return [FROZEN, *mine, *rivals]

@@ -157,10 +157,10 @@ class Journal:
         self.path = folder / "journal.jsonl"
 
     def append(self, unit: str, rows: Sequence[Record], checks: Sequence[Record]) -> None:
-        line = json.dumps({"unit": unit, "rows": list(rows), "checks": list(checks)}) + "\n"
+        entry = json.dumps({"unit": unit, "rows": list(rows), "checks": list(checks)})
         with self.path.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            file.write(line.encode())
+            file.write(f"\n{entry}\n".encode())  # the first newline ends a line that was cut off
             file.flush()
             os.fsync(file.fileno())
 
@@ -171,7 +171,7 @@ class Journal:
         for line in self.path.read_bytes().split(b"\n"):
             try:
                 entry = json.loads(line)
-            except ValueError:  # the empty end, or a line that a crash cut off
+            except ValueError:  # an empty line, or one that a crash cut off
                 continue
             yield entry
 

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.cases import DTYPES, MODELS, Case, parse
 from benchmarks.measure import Bench, measure
-from benchmarks.rivals import contenders
+from benchmarks.rivals import contenders, our_backends
 from benchmarks.roofline import measure_ceilings
 from benchmarks.rows import Check, Journal, Record, record, this_machine
 from benchmarks.summary import summary
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     journal.path.unlink(missing_ok=True)
     checks: list[Check] = []
     for case in options.cases:
-        rows, made = measure(case, options.mode, contenders(device, case.dtype), bench)
+        rows, made = measure(case, options.mode, contenders(case.dtype, our_backends(device)), bench)
         checks += made
         journal.append(str(case), [record(row, machine) for row in rows], [record(check, machine) for check in made])
         journal.write_tables()

@@ -1,0 +1,123 @@
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_round
+from benchmarks.phases import PHASES, Phase
+from benchmarks.rows import REHEARSAL, Journal
+
+ROOT = Path(gpu_round.__file__).resolve().parents[1]
+
+
+def _round(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.gpu_round", *arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def _table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_rehearsal_walks_through_every_phase_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    done = _round("--rehearse", "--budget", "600", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert [(row["phase"], row["status"]) for row in _table(tmp_path / "phases.csv")] == [
+        (phase.name, "done") for phase in PHASES
+    ], (tmp_path / "round.log").read_text()
+    rows, checks = _table(tmp_path / "rows.csv"), _table(tmp_path / "checks.csv")
+    assert {row["gpu"] for row in [*rows, *checks]} == {REHEARSAL}
+    assert {check["status"] for check in checks} <= {"ok", "refused", "not run"}, done.stdout
+    assert {check["check"] for check in checks} == {"rule", "mask", "determinism", "keep rate", "gemm", "memcheck"}
+    assert {row["op"] for row in rows} == {"lora_linear", "gemm", "gemm_nn"}
+    assert {row["mode"] for row in rows} == {"fwd", "fwd_bwd", "fwd_graph", "fwd_bwd_graph"}
+    assert {row["implementation"] for row in rows} >= {
+        "peft",
+        "peft fp32 adapters",
+        "peft torch.compile",
+        "addmm chain",
+    }
+    assert done.stdout.rstrip().endswith("REHEARSAL: every time and ratio above is made up")
+    assert len([path for path in tmp_path.iterdir() if path.suffix != ".part"]) <= 8
+
+    kept = (tmp_path / "journal.jsonl").read_bytes()
+    (tmp_path / "journal.jsonl").write_bytes(kept[:-40])  # cut off within its last unit, one of phase grid
+    again = _round("--rehearse", "--budget", "600", "--out", str(tmp_path))
+    assert again.returncode == 0, again.stderr
+    statuses = [row["status"] for row in _table(tmp_path / "phases.csv")]
+    assert statuses == ["done before"] * (len(PHASES) - 1) + ["done"]
+    assert len(_table(tmp_path / "rows.csv")) == len(rows)
+
+    if not gpu_round.torch.cuda.is_available():
+        return
+    mixed = _round("--out", str(tmp_path))
+    assert mixed.returncode == 2
+    assert "holds rows of rehearsal" in mixed.stderr
+
+
+def test_a_phase_that_does_not_fit_the_budget_is_skipped_in_words(tmp_path: Path) -> None:
+    done = _round("--rehearse", "--budget", "1", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    phases = _table(tmp_path / "phases.csv")
+    assert {row["status"] for row in phases} == {"skipped"}
+    assert "needs about 60 s" in phases[0]["detail"]
+    assert "[check] skipped: 0 of" in done.stdout
+
+
+@pytest.mark.skipif(gpu_round.torch.cuda.is_available(), reason="it would begin a round")
+def test_without_a_gpu_there_is_no_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu_round.main(["--out", str(tmp_path / "new")])
+    assert "--rehearse" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_rehearsal_does_not_go_into_the_folder_of_a_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Journal(tmp_path).append("a", [{"gpu": "NVIDIA H100"}], [])
+    with pytest.raises(SystemExit):
+        gpu_round.main(["--rehearse", "--out", str(tmp_path)])
+    assert "holds rows of NVIDIA H100" in capsys.readouterr().err
+
+
+def _conductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, limit: float) -> gpu_round.Outcome:
+    """Runs one phase whose processes are ``program`` instead of workers."""
+    monkeypatch.setattr(gpu_round, "PHASES", (Phase("gemm", 0, limit),))
+    monkeypatch.setattr(gpu_round, "GRACE", 0.0)
+    monkeypatch.setattr(gpu_round.Conductor, "command", lambda *_: [sys.executable, "-c", program])
+    with (tmp_path / "round.log").open("a") as log:
+        conductor = gpu_round.Conductor(tmp_path, True, Journal(tmp_path), log)
+        (outcome,) = conductor.run(budget=1e4, only=["gemm"])
+    return outcome
+
+
+def test_a_hang_costs_its_phase_and_is_blamed_on_the_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = _conductor(tmp_path, monkeypatch, "import time; time.sleep(60)", limit=0.5)
+    assert (outcome.status, outcome.done) == ("incomplete", 1)
+    assert "cut off" in outcome.detail
+    (check,) = Journal(tmp_path).checks()
+    assert check["status"] == "failed"
+    assert "did not end within" in check["message"]
+    assert check["gpu"] == REHEARSAL
+
+
+def test_a_crash_is_blamed_on_the_unit_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = _conductor(tmp_path, monkeypatch, "import os; os.kill(os.getpid(), 11)", limit=60)
+    assert outcome.status == "done"  # every unit, one crash each
+    assert {"signal 11" in check["message"] for check in Journal(tmp_path).checks()} == {True}
+
+
+def test_a_process_that_cannot_start_is_not_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = _conductor(tmp_path, monkeypatch, "raise SystemExit(1)", limit=60)
+    assert (outcome.status, outcome.done) == ("incomplete", 0)
+    assert "ended with status 1, see round.log" in outcome.detail
+
+
+def test_unknown_phases_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu_round.main(["--rehearse", "--only", "gemm,nothing", "--out", str(tmp_path)])
+    assert "unknown phases nothing" in capsys.readouterr().err
