@@ -99,4 +99,4 @@ def test_a_pool_judges_small_results_together() -> None:
     with pytest.raises(AssertionError, match="not finite"):
         pool.assert_close(torch.full((1,), float("nan")), torch.ones(1), torch.ones(1, dtype=torch.float64))
     with pytest.raises(AssertionError, match="error is"):
-        pool.assert_close(torch.zeros(64), torch.ones(64), torch.ones(64, dtype=torch.float64))
+        pool.assert_close(torch.zeros(Pool.SMALL), torch.ones(Pool.SMALL), torch.ones(Pool.SMALL, dtype=torch.float64))
