@@ -108,11 +108,11 @@ def assert_close(
 class Pool:
     """Judges many results; those too small to judge alone (below `SMALL` elements) together, at `close()`.
 
-    The error of a lone element is one draw from a distribution. Of 11,000 16-bit results of our own arithmetic on fuzzed
-    shapes the rule refused 28 of the 2,100 below 64 elements and none of the others (at 64 to 128 elements the largest
-    ratio was 1.95 of 2 allowed); of 9,000 from kernels one more, dB of 64 elements over two rows, whose errors are those
-    of 32 roundings of XA. Pooled, small results are held to the same limits with nothing left to luck, and a lost term
-    still stands out by its size.
+    The error of a lone element is one draw from a distribution. Of 11,000 16-bit results of our own arithmetic on
+    fuzzed shapes the rule refused 28 of the 2,100 below 64 elements and none of the others (at 64 to 128 elements the
+    largest ratio was 1.95 of 2 allowed); of 9,000 from kernels one more, dB of 64 elements over two rows, whose
+    errors are those of 32 roundings of XA. Pooled, small results are held to the same limits with nothing left to
+    luck, and a lost term still stands out by its size.
     """
 
     SMALL = 256
