@@ -17,7 +17,9 @@ from lora_kernels.kernels.tuning import rank_block
 LAUNCH_SECONDS = 2.5e-6
 LIBRARY_EFFICIENCY = 0.75  # of the data-sheet rate, a large product by the vendor's library
 POINTER_EFFICIENCY = {"sm_80": 0.66, "sm_86": 0.68, "sm_89": 0.68, "sm_90": 0.5, "sm_100": 0.3}  # our pointer kernels
+TMA_EFFICIENCY = {"sm_90": 0.72, "sm_100": 0.3}  # our kernels with TMA descriptors
 BANDWIDTH_EFFICIENCY = 0.88
+OPT_IN = ("tma_extend", "one_launch")  # plans that run only where they are named: no GPU has run them yet
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Launch:
     flop: int
     bytes: int
     library: bool = False
+    tma: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,16 @@ class Plan:
     def bytes(self) -> int:
         return sum(launch.bytes for launch in self.launches)
 
+    @property
+    def opt_in(self) -> bool:
+        return self.name in OPT_IN
+
     def __str__(self) -> str:
         if self.refused:
             return f"{self.name}: refused, {self.refused}"
         kernels = " + ".join(launch.kernel for launch in self.launches)
-        return f"{self.name}: {self.seconds * 1e6:.1f} us predicted, {self.bytes / 1e6:.1f} MB, {kernels}"
+        note = "; never chosen unless named, no GPU has run it yet" if self.opt_in else ""
+        return f"{self.name}: {self.seconds * 1e6:.1f} us predicted, {self.bytes / 1e6:.1f} MB, {kernels}{note}"
 
 
 def launches(name: str, problem: Problem) -> tuple[Launch, ...]:
@@ -76,6 +84,8 @@ def seconds(launch: Launch, dtype: torch.dtype, chip: Chip) -> float:
     rate = (chip.fp32_tflops if scalar else chip.tflops / (2 if dtype == torch.float32 else 1)) * 1e12
     if launch.library:
         rate *= LIBRARY_EFFICIENCY
+    elif launch.tma:
+        rate *= TMA_EFFICIENCY.get(chip.arch, 0.4)
     else:
         rate *= 0.4 if scalar else POINTER_EFFICIENCY.get(chip.arch, 0.4)
     return max(launch.flop / rate, launch.bytes / (chip.gbps * 1e9 * BANDWIDTH_EFFICIENCY)) + LAUNCH_SECONDS
@@ -93,6 +103,10 @@ def _fwd_launches(name: str, q: Problem) -> tuple[Launch, ...]:
             return (shrink, base, add)
         case "shrink_extend":
             return (Launch("shrink", shrink.flop, shrink.bytes), extend)
+        case "tma_extend":
+            return (Launch("shrink", shrink.flop, shrink.bytes), Launch(name, extend.flop, extend.bytes, tma=True))
+        case "one_launch":  # X is read a second time, from L2
+            return (Launch(name, shrink.flop + extend.flop, extend.bytes + e * (r * K + M * r), tma=True),)
         case _:
             tiles = -(-N // 64)
             flop = 2 * M * N * (K + r) + 2 * tiles * M * K * max(r, 16)

@@ -17,7 +17,7 @@ from types import ModuleType
 
 import torch
 
-from lora_kernels.cost import Plan, Problem, launches, seconds
+from lora_kernels.cost import OPT_IN, Plan, Problem, launches, seconds
 from lora_kernels.errors import BackendUnavailableError, ConfigError
 from lora_kernels.kernels.chip import CHIPS, Chip, chip_of
 from lora_kernels.kernels.tuning import (
@@ -28,10 +28,13 @@ from lora_kernels.kernels.tuning import (
     rank_block,
     shrink_config,
     split_config,
+    tma_config,
+    tma_rows,
 )
 
 BACKENDS = ("auto", "reference", "triton")
-PLANS = ("eager", "shrink_extend", "one_pass")
+PLANS = ("eager", "shrink_extend", "one_pass")  # the planner's own; OPT_IN runs where a call names it
+FORWARD_ONLY = ("one_pass", *OPT_IN)
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _override = "auto"  # a plain global: torch.compile guards on it, and cannot trace a ContextVar
@@ -47,10 +50,10 @@ def split_name(requested: str) -> tuple[str, str | None]:
         ConfigError: not a backend or plan of ours.
     """
     backend, _, plan = requested.partition(":")
-    if backend not in BACKENDS or (plan and (plan not in PLANS or backend != "triton")):
+    if backend not in BACKENDS or (plan and (plan not in PLANS + OPT_IN or backend != "triton")):
         raise ConfigError(
             f"backend {requested!r} is unknown; accepted are {', '.join(BACKENDS)} and triton:PLAN with PLAN one of "
-            f"{', '.join(PLANS)}"
+            f"{', '.join(PLANS + OPT_IN)}"
         )
     return backend, plan or None
 
@@ -144,13 +147,19 @@ def chip_for(device: torch.device) -> Chip:
 def _refusal(name: str, q: Problem, chip: Chip) -> str | None:
     if name == "eager":
         return None
-    if name == "one_pass" and q.op == "bwd":
+    if name in FORWARD_ONLY and q.op == "bwd":
         return "it is a forward plan"
+    if name == "one_launch" and q.dropout:
+        return "dropout's mask is drawn by the shrink pass, which it does not have; tma_extend has"
+    if name in OPT_IN and (reason := tma_rows(q.N, q.K, q.dtype)):
+        return reason
     if name == "one_pass" and q.r > rank_block(q.dtype):
         return f"r={q.r} is above {rank_block(q.dtype)}, one tile of ranks"
     configs: list[Config]
     if name == "one_pass":
         configs = [one_pass_config(q.M, q.dtype, chip, q.dropout)]
+    elif name in OPT_IN:
+        configs = [tma_config(q.M, q.N, q.r, q.dtype, chip)]
     elif q.op == "fwd":
         configs = [gemm_config(q.M, q.N, q.dtype, chip), shrink_config(q.M, q.dtype, chip, q.r, q.dropout)]
     else:
@@ -160,24 +169,26 @@ def _refusal(name: str, q: Problem, chip: Chip) -> str | None:
 
 @functools.lru_cache(maxsize=4096)
 def candidates(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
-    """Every plan for ``problem``, the fastest predicted first, refused ones last."""
+    """Every plan for ``problem``, the fastest predicted first, refused ones last; those of OPT_IN after all others."""
     plans = []
-    for name in PLANS:
+    for name in PLANS + OPT_IN:
         refused = _refusal(name, problem, chip)
         parts = () if refused else launches(name, problem)
         time = float("inf") if refused else sum(seconds(launch, problem.dtype, chip) for launch in parts)
         plans.append(Plan(name, parts, time, refused))
-    return tuple(sorted(plans, key=lambda plan: plan.seconds))
+    return tuple(sorted(plans, key=lambda plan: (plan.opt_in, plan.seconds)))
 
 
 def choose(problem: Problem, chip: Chip, forced: str | None = None) -> Plan:
-    """The plan that runs. A backward has no one_pass: asked for it, the planner's own choice stands there.
+    """The plan that runs, one of PLANS unless ``forced`` names another.
+
+    A backward has no FORWARD_ONLY plan: asked for one, the planner's own choice stands there.
 
     Raises:
         BackendUnavailableError: the plan asked for by name is not valid for this problem.
     """
     plans = candidates(problem, chip)
-    if forced is None or (forced == "one_pass" and problem.op == "bwd"):
+    if forced is None or (forced in FORWARD_ONLY and problem.op == "bwd"):
         return plans[0]
     plan = next(p for p in plans if p.name == forced)
     if plan.refused:

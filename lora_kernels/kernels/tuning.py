@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_kernels.kernels.chip import Chip
+from lora_kernels.kernels.chip import KIB, Chip
 
 RANK_BLOCK = 64  # ranks in one tile, 16 bit
 
@@ -44,7 +44,25 @@ class SplitConfig:
     num_stages: int
 
 
-Config = GemmConfig | ShrinkConfig | SplitConfig
+@dataclass(frozen=True)
+class TmaConfig:
+    """Tiles of a persistent product over the whole of K with TMA descriptors: one program a multiprocessor.
+
+    FLATTEN: the tile loop and the K loop are one pipeline (not where atomics stand between them: it would be lost).
+    XA_STAGES: pipeline depth of the loop that makes XA, which has the same shared memory for narrower tiles.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    FLATTEN: bool = False
+    XA_STAGES: int = 6
+    GROUP_M: int = 8
+
+
+Config = GemmConfig | ShrinkConfig | SplitConfig | TmaConfig
 
 
 def rank_block(dtype: torch.dtype) -> int:
@@ -67,16 +85,43 @@ def shared_bytes(config: Config, dtype: torch.dtype, r: int) -> int:
             tiles = config.BLOCK_K * (config.BLOCK_M + R)
         case SplitConfig():
             tiles = config.BLOCK_M * (config.BLOCK_N + R)
+        case TmaConfig():  # A and B may be float32; Y leaves in two halves of its columns
+            ring = config.num_stages * config.BLOCK_K * (config.BLOCK_M + config.BLOCK_N) * dtype.itemsize
+            ends = config.BLOCK_M * config.BLOCK_N // 2 * dtype.itemsize
+            ends += R * (config.BLOCK_M * dtype.itemsize + config.BLOCK_N * 4) if config.FLATTEN else 0
+            return max(ring + ends, config.XA_STAGES * config.BLOCK_K * (config.BLOCK_M * dtype.itemsize + R * 4)) + KIB
     return tiles * dtype.itemsize * config.num_stages
 
 
 def is_valid(config: Config, dtype: torch.dtype, r: int, chip: Chip) -> str | None:
     """None where ``config`` can run on ``chip``; otherwise the reason it is refused."""
+    if isinstance(config, TmaConfig) and (reason := _tma_refusal(config, dtype, r, chip)):
+        return reason
     need = shared_bytes(config, dtype, r)
     if need > chip.shared:
         return f"{config} needs about {need} bytes of shared memory, {chip.arch} has {chip.shared}"
     if isinstance(config, SplitConfig) and config.SPAN_M % config.BLOCK_M:
         return f"SPAN_M={config.SPAN_M} is not a multiple of BLOCK_M={config.BLOCK_M}"
+    return None
+
+
+def _tma_refusal(config: TmaConfig, dtype: torch.dtype, r: int, chip: Chip) -> str | None:
+    if chip.is_amd or int(chip.arch.removeprefix("sm_")) < 90:
+        return f"{chip.arch} has no TMA, sm_90 and newer have"
+    if dtype.itemsize != 2:
+        return f"its tiles are 16-bit, not {dtype}"
+    if r > RANK_BLOCK:
+        return f"r={r} is above {RANK_BLOCK}, one tile of ranks"
+    if config.FLATTEN and chip.arch == "sm_100":
+        return "a flattened tile loop does not compile for sm_100 (Triton 3.7)"
+    return None
+
+
+def tma_rows(N: int, K: int, dtype: torch.dtype) -> str | None:
+    """None where rows of contiguous X (M, K), W (N, K) and Y (M, N) are multiples of 16 bytes, as descriptors want."""
+    for name, size in (("K", K), ("N", N)):
+        if size * dtype.itemsize % 16:
+            return f"rows of {name}={size} elements are not a multiple of 16 bytes"
     return None
 
 
@@ -125,3 +170,15 @@ def split_config(M: int, dtype: torch.dtype, chip: Chip, r: int) -> SplitConfig:
     return SplitConfig(
         64, wide, span, num_warps=4 if chip.is_amd else 8, num_stages=2
     )  # 4 warps spill on sm_80, sm_120
+
+
+def tma_config(M: int, N: int, r: int, dtype: torch.dtype, chip: Chip) -> TmaConfig:
+    """Tiles of the persistent TMA kernels: 128x256 where that gives every multiprocessor a tile, else 128x128."""
+    R = rank_tile(r, dtype)
+    flatten = chip.arch == "sm_90" and R <= 32  # with 64 ranks the operands of the closing product do not fit
+    if chip.shared < 200 * KIB:  # sm_120
+        return TmaConfig(128, 128, 32, num_warps=8, num_stages=5)
+    deep, wide_tiles = 8 if R <= 32 else 6, -(-M // 128) * -(-N // 256)
+    if wide_tiles >= chip.units:
+        return TmaConfig(128, 256, 64, num_warps=8, num_stages=3, FLATTEN=flatten, XA_STAGES=deep)
+    return TmaConfig(128, 128, 64, num_warps=8, num_stages=4, FLATTEN=flatten, XA_STAGES=deep)
