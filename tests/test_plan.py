@@ -104,6 +104,8 @@ def test_bytes_over_the_frozen_layer():
         (Problem("bwd", 8192, 4096, 4096, 16, torch.bfloat16, dropout=True), "eager"),
         (Problem("bwd", 8192, 4096, 4096, 128, torch.bfloat16, need_dx=False), "shrink_extend"),
         (Problem("fwd", 64, 512, 256, 8, torch.bfloat16, dropout=True), "eager"),
+        (Problem("fwd", 64, 512, 256, 8, torch.bfloat16, dropout=True), "tma_extend"),
+        (LAYER, "one_launch"),
     ],
     ids=lambda v: v if isinstance(v, str) else f"{v.op}-{v.M}-r{v.r}",
 )
@@ -150,6 +152,7 @@ def count_launches(monkeypatch, device):
 def test_the_choice_is_the_least_predicted_time():
     for M in (1, 64, 2048, 8192):
         plans = plan.candidates(Problem("fwd", M, 4096, 4096, 16, torch.bfloat16), H100)
+        plans = tuple(p for p in plans if not p.opt_in)
         assert [p.seconds for p in plans] == sorted(p.seconds for p in plans)
         assert plan.choose(Problem("fwd", M, 4096, 4096, 16, torch.bfloat16), H100) is plans[0]
 

@@ -19,7 +19,17 @@ from lora_kernels.kernels.expand import expand_add_
 from lora_kernels.kernels.lora_linear import extend, one_pass
 from lora_kernels.kernels.lora_linear_bwd import da, dx_da, dyb_db
 from lora_kernels.kernels.shrink import shrink
-from lora_kernels.kernels.tuning import Config, gemm_config, one_pass_config, rank_block, shrink_config, split_config
+from lora_kernels.kernels.sm90_linear import one_launch, tma_extend
+from lora_kernels.kernels.tuning import (
+    Config,
+    gemm_config,
+    is_valid,
+    one_pass_config,
+    rank_block,
+    shrink_config,
+    split_config,
+    tma_config,
+)
 
 N = K = 4096
 ROWS = (1, 64, 8192)  # decode, a small batch, training: each has tiles of its own
@@ -68,5 +78,9 @@ def _launches(
     if drop is None:
         yield "extend", tiles, partial(extend, X, W, XA, B, bias, tiles)
         yield "dyb_db", split, partial(dyb_db, dY, B, XA, 2.0, split, make_dbias=True)
+        boxes = tma_config(M, N, r, dtype, chip)
+        if is_valid(boxes, dtype, r, chip) is None:
+            yield "tma_extend", boxes, partial(tma_extend, X, W, XA, B, bias, boxes, chip.units)
+            yield "one_launch", boxes, partial(one_launch, X, W, A, B, bias, 2.0, boxes, chip.units)
     else:
         yield "expand", tiles, partial(expand_add_, X, XA, A, drop, tiles)
