@@ -29,6 +29,8 @@ MODES = ("fwd", "fwd_bwd", "fwd_graph", "fwd_bwd_graph")
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _options(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     bench, machine = _bench(device, options), this_machine()
     print(f"{machine.gpu}, torch {machine.torch}, triton {machine.triton}, commit {machine.commit}")
@@ -86,6 +88,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=list(DTYPES), help="default fp32 on a CPU, bf16 on a GPU")
     parser.add_argument("--dropout", default="0,0.1", help="probabilities (default 0,0.1)")
     parser.add_argument("--rounds", type=int, default=15, help="timed calls of each contender and case (default 15)")
+    parser.add_argument("--threads", type=int, help="PyTorch's threads on a CPU (default: its own choice)")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder, overwritten (default out/bench)")
     options = parser.parse_args(argv)
     if options.device == "auto":
