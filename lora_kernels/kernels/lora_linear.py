@@ -31,7 +31,15 @@ from lora_kernels.kernels.common import (
 )
 from lora_kernels.kernels.shrink import shrink
 from lora_kernels.kernels.sm90_linear import one_launch, tma_extend
-from lora_kernels.kernels.tuning import GemmConfig, gemm_config, one_pass_config, rank_tile, shrink_config, tma_config
+from lora_kernels.kernels.tuning import (
+    GemmConfig,
+    gemm_config,
+    one_pass_config,
+    rank_tile,
+    shrink_config,
+    tma_config,
+    wide_loads,
+)
 
 
 @triton.jit
@@ -281,8 +289,9 @@ def lora_linear_fwd(
     if plan == "one_launch":
         assert drop is None, "one_launch draws no mask"
         return one_launch(X, W, A, B, bias, scaling, tma_config(M, N, r, X.dtype, chip), chip.units)
+    wide = wide_loads(X, W)
     if plan == "one_pass":
-        return one_pass(X, W, A, B, bias, scaling, drop, one_pass_config(M, X.dtype, chip, drop is not None))
+        return one_pass(X, W, A, B, bias, scaling, drop, one_pass_config(M, X.dtype, chip, drop is not None, wide))
     if plan == "eager" and drop is None:
         XA = torch.addmm(X.new_empty(M, A.shape[0]), X, A.to(X.dtype).t(), beta=0, alpha=scaling)
     else:
@@ -291,4 +300,4 @@ def lora_linear_fwd(
         return torch.nn.functional.linear(X, W, bias).addmm_(XA, B.to(X.dtype).t()), XA
     if plan == "tma_extend":
         return tma_extend(X, W, XA, B, bias, tma_config(M, N, r, X.dtype, chip), chip.units), XA
-    return extend(X, W, XA, B, bias, gemm_config(M, N, X.dtype, chip)), XA
+    return extend(X, W, XA, B, bias, gemm_config(M, N, X.dtype, chip, wide)), XA

@@ -38,6 +38,7 @@ from lora_kernels.kernels.tuning import (
     rank_block,
     rank_tile,
     split_config,
+    wide_loads,
 )
 
 
@@ -369,7 +370,7 @@ def lora_linear_bwd(
     drop = None if seed is None else Dropout(p, seed)
     (M, K), r = X.shape, A.shape[0]
     split = split_config(M, X.dtype, chip, r)
-    tiles = gemm_config(M, K, X.dtype, chip)
+    tiles = gemm_config(M, K, X.dtype, chip, wide_loads(dY, W, X))
     dX = dA = None
     if plan == "eager":
         dB = (dY.t() @ XA).to(B.dtype) if need_b else None

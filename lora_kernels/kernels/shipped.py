@@ -29,10 +29,13 @@ from lora_kernels.kernels.tuning import (
     shrink_config,
     split_config,
     tma_config,
+    wide_loads,
 )
 
-N = K = 4096
+WIDTH = 4096  # N and K
+ODD = 1000  # rows that are no multiple of 16 elements: no wide loads
 ROWS = (1, 64, 8192)  # decode, a small batch, training: each has tiles of its own
+SHAPES = (*((M, WIDTH) for M in ROWS), (16, ODD), (ODD, ODD))
 RANKS = (16, 64)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -51,26 +54,28 @@ def shipped_cases(arch: str) -> Iterator[Case]:
     """The cases of one architecture, for example "sm_90"; each (kernel, configuration, dtype, variant) once."""
     chip = CHIPS[arch]
     seen: set[tuple[object, ...]] = set()
-    for dtype, M, r in itertools.product(DTYPES, ROWS, RANKS):
+    for dtype, (M, width), r in itertools.product(DTYPES, SHAPES, RANKS):
         r = min(r, rank_block(dtype))
         for dropout in (False, True):
-            for kernel, config, launch in _launches(M, r, dtype, chip, dropout):
-                variant = (kernel, config, dtype, r, dropout)
+            for kernel, config, launch in _launches(M, width, r, dtype, chip, dropout):
+                variant = (kernel, config, dtype, r, dropout, width)
                 if variant not in seen:
                     seen.add(variant)
-                    yield Case(f"{kernel} r={r}{' dropout' if dropout else ''}", dtype, config, launch)
+                    marks = " dropout" * dropout + " odd" * (width == ODD)
+                    yield Case(f"{kernel} r={r}{marks}", dtype, config, launch)
 
 
 def _launches(
-    M: int, r: int, dtype: torch.dtype, chip: Chip, dropout: bool
+    M: int, width: int, r: int, dtype: torch.dtype, chip: Chip, dropout: bool
 ) -> Iterator[tuple[str, Config, Callable[[], object]]]:
     """(kernel, configuration, launch) of every kernel that takes part in a layer of this size."""
+    N = K = width
     X, dY, W = (torch.empty(shape, dtype=dtype) for shape in ((M, K), (M, N), (N, K)))
     bias, XA = torch.empty(N, dtype=dtype), torch.empty(M, r, dtype=dtype)
     A, B = torch.empty(r, K), torch.empty(N, r)  # float32, as PEFT keeps adapters
     drop = Dropout(0.1, torch.empty(2, dtype=torch.int64)) if dropout else None
-    tiles, split = gemm_config(M, N, dtype, chip), split_config(M, dtype, chip, r)
-    rows, single = shrink_config(M, dtype, chip, r, dropout), one_pass_config(M, dtype, chip, dropout)
+    tiles, split = gemm_config(M, N, dtype, chip, wide_loads(X, W)), split_config(M, dtype, chip, r)
+    rows, single = shrink_config(M, dtype, chip, r, dropout), one_pass_config(M, dtype, chip, dropout, wide_loads(X, W))
     yield "shrink", rows, partial(shrink, X, A, 2.0, drop, rows)
     yield "one_pass", single, partial(one_pass, X, W, A, B, bias, 2.0, drop, single)
     yield "dx_da", tiles, partial(dx_da, dY, W, XA, A, X, drop, tiles)

@@ -50,6 +50,7 @@ class TmaConfig:
 
     FLATTEN: the tile loop and the K loop are one pipeline (not where atomics stand between them: it would be lost).
     XA_STAGES: pipeline depth of the loop that makes XA, which has the same shared memory for narrower tiles.
+    RANK_STEP: the most ranks of XA and B in registers at a time.
     """
 
     BLOCK_M: int
@@ -59,6 +60,7 @@ class TmaConfig:
     num_stages: int
     FLATTEN: bool = False
     XA_STAGES: int = 6
+    RANK_STEP: int = 64
     GROUP_M: int = 8
 
 
@@ -88,7 +90,8 @@ def shared_bytes(config: Config, dtype: torch.dtype, r: int) -> int:
         case TmaConfig():  # A and B may be float32; Y leaves in two halves of its columns
             ring = config.num_stages * config.BLOCK_K * (config.BLOCK_M + config.BLOCK_N) * dtype.itemsize
             ends = config.BLOCK_M * config.BLOCK_N // 2 * dtype.itemsize
-            ends += R * (config.BLOCK_M * dtype.itemsize + config.BLOCK_N * 4) if config.FLATTEN else 0
+            wide = 4 if min(R, config.RANK_STEP) > 32 else dtype.itemsize
+            ends += R * (config.BLOCK_M * dtype.itemsize + config.BLOCK_N * wide) if config.FLATTEN else 0
             return max(ring + ends, config.XA_STAGES * config.BLOCK_K * (config.BLOCK_M * dtype.itemsize + R * 4)) + KIB
     return tiles * dtype.itemsize * config.num_stages
 
@@ -130,11 +133,21 @@ def _rows(M: int, most: int) -> int:
     return min(most, max(16, 1 << (max(M, 1) - 1).bit_length()))
 
 
-def gemm_config(M: int, N: int, dtype: torch.dtype, chip: Chip) -> GemmConfig:
-    """Tiles of the extended GEMM (forward and dX) and of the expand pass: M rows, N columns of output."""
+def wide_loads(*matrices: torch.Tensor) -> bool:
+    """Whether Triton can prove that rows (or columns) of every matrix load 16 bytes at a time."""
+    return all(1 in t.stride() and all(s == 1 or s % 16 == 0 for s in t.stride()) for t in matrices)
+
+
+def gemm_config(M: int, N: int, dtype: torch.dtype, chip: Chip, wide: bool = True) -> GemmConfig:
+    """Tiles of the extended GEMM (forward and dX) and of the expand pass: M rows, N columns of output.
+
+    Without ``wide`` loads each element has an address of its own: smaller tiles keep those in registers.
+    """
     if dtype == torch.float32:  # dots on scalar units: small tiles keep registers and code size down
         return GemmConfig(_rows(M, 64), 64, 32, num_warps=4, num_stages=2)
     rows = _rows(M, 128)
+    if not wide:
+        return GemmConfig(rows, 64, 32, num_warps=8 if rows == 128 else 4, num_stages=2)
     if chip.is_amd:
         return GemmConfig(rows, 128 if rows == 128 else 64, 32, num_warps=8 if rows == 128 else 4, num_stages=2)
     if rows < 128 or N <= 64:
@@ -143,12 +156,12 @@ def gemm_config(M: int, N: int, dtype: torch.dtype, chip: Chip) -> GemmConfig:
     return GemmConfig(128, 128, 64, num_warps=8, num_stages=stages)
 
 
-def one_pass_config(M: int, dtype: torch.dtype, chip: Chip, dropout: bool) -> GemmConfig:
+def one_pass_config(M: int, dtype: torch.dtype, chip: Chip, dropout: bool, wide: bool = True) -> GemmConfig:
     """Tiles of one_pass, which serves few rows or narrow N; a mask drawn in the K loop wants a short step."""
     if dtype == torch.float32:
         return GemmConfig(_rows(M, 32), 64, 32, num_warps=4, num_stages=3)
-    short = dropout or chip.is_amd
-    return GemmConfig(_rows(M, 64), 64, 32 if short else 64, num_warps=4, num_stages=2 if chip.is_amd else 3)
+    step = 32 if dropout or chip.is_amd or not wide else 64
+    return GemmConfig(_rows(M, 32 if dropout and not wide else 64), 64, step, num_warps=4, num_stages=3 if wide and not chip.is_amd else 2)
 
 
 def shrink_config(M: int, dtype: torch.dtype, chip: Chip, r: int, dropout: bool) -> ShrinkConfig:
@@ -175,10 +188,11 @@ def split_config(M: int, dtype: torch.dtype, chip: Chip, r: int) -> SplitConfig:
 def tma_config(M: int, N: int, r: int, dtype: torch.dtype, chip: Chip) -> TmaConfig:
     """Tiles of the persistent TMA kernels: 128x256 where that gives every multiprocessor a tile, else 128x128."""
     R = rank_tile(r, dtype)
-    flatten = chip.arch == "sm_90" and R <= 32  # with 64 ranks the operands of the closing product do not fit
+    ragged = R > 32 and r % 16 > 0  # read element by element: their addresses fill the registers of a wide tile
     if chip.shared < 200 * KIB:  # sm_120
-        return TmaConfig(128, 128, 32, num_warps=8, num_stages=5)
-    deep, wide_tiles = 8 if R <= 32 else 6, -(-M // 128) * -(-N // 256)
-    if wide_tiles >= chip.units:
-        return TmaConfig(128, 256, 64, num_warps=8, num_stages=3, FLATTEN=flatten, XA_STAGES=deep)
-    return TmaConfig(128, 128, 64, num_warps=8, num_stages=4, FLATTEN=flatten, XA_STAGES=deep)
+        return TmaConfig(128, 64 if ragged else 128, 32, num_warps=8, num_stages=5)
+    deep = 8 if R <= 32 else 6
+    hopper = {"FLATTEN": True, "RANK_STEP": 32} if chip.arch == "sm_90" else {}
+    if -(-M // 128) * -(-N // 256) < chip.units or ragged:
+        return TmaConfig(128, 128, 64, num_warps=8, num_stages=4, XA_STAGES=deep, **hopper)
+    return TmaConfig(128, 256, 64, num_warps=8, num_stages=3, XA_STAGES=deep, **hopper)
