@@ -83,9 +83,11 @@ def _launches(
     if drop is None:
         yield "extend", tiles, partial(extend, X, W, XA, B, bias, tiles)
         yield "dyb_db", split, partial(dyb_db, dY, B, XA, 2.0, split, make_dbias=True)
-        boxes = tma_config(M, N, r, dtype, chip)
-        if is_valid(boxes, dtype, r, chip) is None:
-            yield "tma_extend", boxes, partial(tma_extend, X, W, XA, B, bias, boxes, chip.units)
-            yield "one_launch", boxes, partial(one_launch, X, W, A, B, bias, 2.0, boxes, chip.units)
+        for rank in (r, r - 7):  # the latter is read element by element, into tiles of the same size
+            boxes = tma_config(M, N, rank, dtype, chip)
+            if is_valid(boxes, dtype, rank, chip) is None:
+                XA, A, B, of = torch.empty(M, rank, dtype=dtype), A[:rank], torch.empty(N, rank), f" {rank} of"
+                yield f"tma_extend{of}", boxes, partial(tma_extend, X, W, XA, B, bias, boxes, chip.units)
+                yield f"one_launch{of}", boxes, partial(one_launch, X, W, A, B, bias, 2.0, boxes, chip.units)
     else:
         yield "expand", tiles, partial(expand_add_, X, XA, A, drop, tiles)

@@ -30,11 +30,40 @@ XA_PROGRAMS = (8, 48)  # programs that make XA, where wave quantisation leaves f
 
 
 @triton.jit
-def _rank_columns(P_ptr, offs, mask, r, stride_p, stride_pr, BLOCK_R: tl.constexpr):
-    """Tile (rows, BLOCK_R) of P (rows, r), any strides: p = P[offs, :r], zero from r on."""
-    offs_r = tl.arange(0, BLOCK_R)
+def _rank_columns(P_ptr, offs, mask, offs_r, r, stride_p, stride_pr):
+    """Columns offs_r of P (rows, r), any strides: p = P[offs, offs_r], zero from r on."""
     p_ptrs = P_ptr + offs[:, None].to(tl.int64) * stride_p + offs_r[None, :].to(tl.int64) * stride_pr
     return tl.load(p_ptrs, mask=mask[:, None] & (offs_r < r)[None, :], other=0.0)
+
+
+@triton.jit
+def _close(
+    acc,
+    XA_ptr,
+    B_ptr,
+    row,
+    col,
+    M,
+    N,
+    r,
+    stride_sm,
+    stride_bn,
+    stride_br,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    RANK_STEP: tl.constexpr,
+):
+    """acc + XA B^T in steps of RANK_STEP ranks: how many are in registers beside a full accumulator."""
+    STEP: tl.constexpr = RANK_STEP if BLOCK_R > RANK_STEP else BLOCK_R
+    offs_m = row + tl.arange(0, BLOCK_M)
+    offs_n = col + tl.arange(0, BLOCK_N)
+    for r0 in tl.static_range(0, BLOCK_R, STEP):
+        offs_r = r0 + tl.arange(0, STEP)
+        xa = _rank_columns(XA_ptr, offs_m, offs_m < M, offs_r, r, stride_sm, 1)
+        b = _rank_columns(B_ptr, offs_n, offs_n < N, offs_r, r, stride_bn, stride_br)
+        acc = tl.dot(xa, b.to(xa.dtype).T, acc)
+    return acc
 
 
 @triton.jit
@@ -92,6 +121,7 @@ def _tma_extend_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    RANK_STEP: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
     """Y = X W^T + bias + XA B^T, output tiles dealt out to resident programs."""
@@ -101,13 +131,12 @@ def _tma_extend_kernel(
         pid_m, pid_n = tile_order(tile, num_m, num_n, GROUP_M)
         row = pid_m * BLOCK_M
         col = pid_n * BLOCK_N
-        offs_m = row + tl.arange(0, BLOCK_M)
-        offs_n = col + tl.arange(0, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         acc = _accumulate(acc, X_desc, W_desc, row, col, K, BLOCK_K)
-        xa = _rank_columns(XA_ptr, offs_m, offs_m < M, r, stride_sm, 1, BLOCK_R)
-        b = _rank_columns(B_ptr, offs_n, offs_n < N, r, stride_bn, stride_br, BLOCK_R).to(X_desc.dtype)
-        acc = tl.dot(xa, b.T, acc)
+        acc = _close(
+            acc, XA_ptr, B_ptr, row, col, M, N, r, stride_sm, stride_bn, stride_br, BLOCK_M, BLOCK_N, BLOCK_R,
+            RANK_STEP,
+        )  # fmt: skip
         _finish(acc, Y_desc, bias_ptr, row, col, N, stride_bias, HAS_BIAS, BLOCK_M, BLOCK_N)
 
 
@@ -140,6 +169,7 @@ def _one_launch_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    RANK_STEP: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
     """XA = scaling X A^T by the first xa_programs programs, then Y = X W^T + bias + XA B^T by all of them.
@@ -177,15 +207,14 @@ def _one_launch_kernel(
         pid_m, pid_n = tile_order(tile, num_m, num_n, GROUP_M)
         row = pid_m * BLOCK_M
         col = pid_n * BLOCK_N
-        offs_m = row + tl.arange(0, BLOCK_M)
-        offs_n = col + tl.arange(0, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         acc = _accumulate(acc, X_desc, W_desc, row, col, K, BLOCK_K)
         while tl.atomic_add(ready_ptr + pid_m, 0, sem="acquire") == 0:
             pass
-        xa = _rank_columns(XA_ptr, offs_m, offs_m < M, r, stride_sm, 1, BLOCK_R)
-        b = _rank_columns(B_ptr, offs_n, offs_n < N, r, stride_bn, stride_br, BLOCK_R).to(X_desc.dtype)
-        acc = tl.dot(xa, b.T, acc)
+        acc = _close(
+            acc, XA_ptr, B_ptr, row, col, M, N, r, stride_sm, stride_bn, stride_br, BLOCK_M, BLOCK_N, BLOCK_R,
+            RANK_STEP,
+        )  # fmt: skip
         tl.debug_barrier()  # every thread has read the block before it counts as read
         if tl.atomic_add(readers_ptr + pid_m, 1, sem="acq_rel") == num_n - 1:
             tl.atomic_xchg(readers_ptr + pid_m, 0, sem="relaxed")
@@ -226,6 +255,7 @@ def _prepare(X: Tensor, W: Tensor, config: TmaConfig) -> tuple[Tensor, dict[str,
         "BLOCK_M": config.BLOCK_M,
         "BLOCK_N": config.BLOCK_N,
         "BLOCK_K": config.BLOCK_K,
+        "RANK_STEP": config.RANK_STEP,
         "GROUP_M": config.GROUP_M,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,

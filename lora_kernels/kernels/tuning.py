@@ -161,7 +161,13 @@ def one_pass_config(M: int, dtype: torch.dtype, chip: Chip, dropout: bool, wide:
     if dtype == torch.float32:
         return GemmConfig(_rows(M, 32), 64, 32, num_warps=4, num_stages=3)
     step = 32 if dropout or chip.is_amd or not wide else 64
-    return GemmConfig(_rows(M, 32 if dropout and not wide else 64), 64, step, num_warps=4, num_stages=3 if wide and not chip.is_amd else 2)
+    return GemmConfig(
+        _rows(M, 32 if dropout and not wide else 64),
+        64,
+        step,
+        num_warps=4,
+        num_stages=3 if wide and not chip.is_amd else 2,
+    )
 
 
 def shrink_config(M: int, dtype: torch.dtype, chip: Chip, r: int, dropout: bool) -> ShrinkConfig:
@@ -188,11 +194,11 @@ def split_config(M: int, dtype: torch.dtype, chip: Chip, r: int) -> SplitConfig:
 def tma_config(M: int, N: int, r: int, dtype: torch.dtype, chip: Chip) -> TmaConfig:
     """Tiles of the persistent TMA kernels: 128x256 where that gives every multiprocessor a tile, else 128x128."""
     R = rank_tile(r, dtype)
-    ragged = R > 32 and r % 16 > 0  # read element by element: their addresses fill the registers of a wide tile
+    ragged = r > 16 and r % 16 > 0  # read element by element: their addresses fill the registers of a wide tile
     if chip.shared < 200 * KIB:  # sm_120
         return TmaConfig(128, 64 if ragged else 128, 32, num_warps=8, num_stages=5)
-    deep = 8 if R <= 32 else 6
+    deep, wide_tiles = 8 if R <= 32 else 6, -(-M // 128) * -(-N // 256)
     hopper = {"FLATTEN": True, "RANK_STEP": 32} if chip.arch == "sm_90" else {}
-    if -(-M // 128) * -(-N // 256) < chip.units or ragged:
+    if wide_tiles < chip.units or ragged:
         return TmaConfig(128, 128, 64, num_warps=8, num_stages=4, XA_STAGES=deep, **hopper)
     return TmaConfig(128, 256, 64, num_warps=8, num_stages=3, XA_STAGES=deep, **hopper)
