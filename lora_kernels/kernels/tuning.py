@@ -198,7 +198,8 @@ def tma_config(M: int, N: int, r: int, dtype: torch.dtype, chip: Chip) -> TmaCon
     if chip.shared < 200 * KIB:  # sm_120
         return TmaConfig(128, 64 if ragged else 128, 32, num_warps=8, num_stages=5)
     deep, wide_tiles = 8 if R <= 32 else 6, -(-M // 128) * -(-N // 256)
-    hopper = {"FLATTEN": True, "RANK_STEP": 32} if chip.arch == "sm_90" else {}
+    flat = chip.arch == "sm_90"
+    step = 32 if flat else 64
     if wide_tiles < chip.units or ragged:
-        return TmaConfig(128, 128, 64, num_warps=8, num_stages=4, XA_STAGES=deep, **hopper)
-    return TmaConfig(128, 256, 64, num_warps=8, num_stages=3, XA_STAGES=deep, **hopper)
+        return TmaConfig(128, 128, 64, num_warps=8, num_stages=4, FLATTEN=flat, XA_STAGES=deep, RANK_STEP=step)
+    return TmaConfig(128, 256, 64, num_warps=8, num_stages=3, FLATTEN=flat, XA_STAGES=deep, RANK_STEP=step)
