@@ -36,6 +36,8 @@ BACKENDS = ("auto", "reference", "triton")
 PLANS = ("eager", "shrink_extend", "one_pass")  # the planner's own; OPT_IN runs where a call names it
 FORWARD_ONLY = ("one_pass", *OPT_IN)
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_NAMES: dict[str, tuple[str, str | None]] = {backend: (backend, None) for backend in BACKENDS}
+_NAMES |= {f"triton:{plan}": ("triton", plan) for plan in PLANS + OPT_IN}
 
 _override = "auto"  # a plain global: torch.compile guards on it, and cannot trace a ContextVar
 _triton_installed = importlib.util.find_spec("triton") is not None
@@ -49,13 +51,9 @@ def split_name(requested: str) -> tuple[str, str | None]:
     Raises:
         ConfigError: not a backend or plan of ours.
     """
-    backend, _, plan = requested.partition(":")
-    if backend not in BACKENDS or (plan and (plan not in PLANS + OPT_IN or backend != "triton")):
-        raise ConfigError(
-            f"backend {requested!r} is unknown; accepted are {', '.join(BACKENDS)} and triton:PLAN with PLAN one of "
-            f"{', '.join(PLANS + OPT_IN)}"
-        )
-    return backend, plan or None
+    if requested not in _NAMES:
+        raise ConfigError(f"backend {requested!r} is unknown; accepted are {', '.join(_NAMES)}")
+    return _NAMES[requested]
 
 
 @contextlib.contextmanager

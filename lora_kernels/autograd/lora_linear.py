@@ -30,12 +30,12 @@ class _LoRALinear(torch.autograd.Function):
         seed: Tensor | None,
         backend: str,
     ) -> Tensor:
-        X2 = X.reshape(math.prod(X.shape[:-1]), X.shape[-1])
+        X2 = _rows(X)
         Y, XA = _forward(X2, W, A, B, bias, scaling, p, seed, backend)
         ctx.save_for_backward(X2, W, A, B, XA, seed)
         ctx.constants = scaling, p, backend
         ctx.shape = X.shape
-        return Y.view(*X.shape[:-1], Y.shape[-1])
+        return Y if X.dim() == 2 else Y.view(*X.shape[:-1], Y.shape[-1])
 
     @staticmethod
     @once_differentiable
@@ -44,7 +44,7 @@ class _LoRALinear(torch.autograd.Function):
         scaling, p, backend = ctx.constants
         need_x, _, need_a, need_b, need_bias, *_ = ctx.needs_input_grad
         needs = Needs(need_x, need_a, need_b, need_bias)
-        dY = dY.reshape(X.shape[0], B.shape[0])
+        dY = _rows(dY)
         if torch.compiler.is_compiling():
             made = torch.ops.lora_kernels.lora_linear_bwd(dY, X, W, A, B, XA, scaling, p, seed, list(needs), backend)
             grads = tuple(grad if need else None for grad, need in zip(made, needs, strict=True))
@@ -52,6 +52,11 @@ class _LoRALinear(torch.autograd.Function):
             grads = ops.lora_linear_bwd(dY, X, W, A, B, XA, scaling, p, seed, needs, backend)
         dX, dA, dB, dbias = grads
         return None if dX is None else dX.view(ctx.shape), None, dA, dB, dbias, None, None, None, None
+
+
+def _rows(X: Tensor) -> Tensor:
+    """X (..., K) as (M, K); no -1, which an empty batch cannot infer."""
+    return X if X.dim() == 2 else X.reshape(math.prod(X.shape[:-1]), X.shape[-1])
 
 
 def _forward(X: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -68,21 +73,23 @@ def _check(X: Tensor, W: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> N
             "pass W.detach()"
         )
     N, K = format_of(W).shape(W)
+    dtype = X.dtype
     r = A.shape[0] if A.dim() == 2 else 0
-    if r < 1 or X.dim() < 1 or X.shape[-1] != K or A.shape != (r, K) or B.shape != (N, r):
+    if r < 1 or X.dim() < 1 or X.shape[-1] != K or A.shape[1] != K or B.shape != (N, r):
         raise ShapeError(
             f"X {tuple(X.shape)}, W {tuple(W.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)} do not fit: expected "
             "X (..., K), W (N, K), A (r, K), B (N, r) with r >= 1"
         )
     if bias is not None and bias.shape != (N,):
         raise ShapeError(f"bias has shape {tuple(bias.shape)}; expected ({N},) or None")
-    if not (X.is_floating_point() and A.is_floating_point() and B.is_floating_point()):
-        raise ShapeError(f"X {X.dtype}, A {A.dtype}, B {B.dtype}: expected floating-point tensors")
-    if X.dtype != W.dtype or (bias is not None and bias.dtype != X.dtype):
-        given = f"X is {X.dtype}, W {W.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
+    if not (dtype.is_floating_point and A.dtype.is_floating_point and B.dtype.is_floating_point):
+        raise ShapeError(f"X {dtype}, A {A.dtype}, B {B.dtype}: expected floating-point tensors")
+    if dtype != W.dtype or (bias is not None and bias.dtype != dtype):
+        given = f"X is {dtype}, W {W.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
         raise ShapeError(f"{given}; they must share one dtype (only A and B may differ). Cast X, or use torch.autocast")
-    if not (X.device == W.device == A.device == B.device):
-        raise ShapeError(f"X is on {X.device}, W on {W.device}, A on {A.device}, B on {B.device}; expected one device")
+    device = X.device
+    if W.device != device or A.device != device or B.device != device:
+        raise ShapeError(f"X is on {device}, W on {W.device}, A on {A.device}, B on {B.device}; expected one device")
 
 
 def dropout_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
@@ -148,4 +155,7 @@ def lora_linear(
         raise ConfigError(f"dropout_p={dropout_p}; accepted is a probability from 0 to 1")
     backend = resolve_backend(backend, device_type, X.dtype)
     state = dropout_seed(seed, X.device) if training and dropout_p > 0.0 else None
-    return _LoRALinear.apply(X, W, A, B, bias, scaling, dropout_p, state, backend)
+    if torch.is_grad_enabled():
+        return _LoRALinear.apply(X, W, A, B, bias, scaling, dropout_p, state, backend)
+    Y, _ = _forward(_rows(X), W, A, B, bias, scaling, dropout_p, state, backend)
+    return Y.view(*X.shape[:-1], Y.shape[-1])

@@ -31,7 +31,7 @@ def _keep(X: Tensor, p: float, seed: Tensor | None) -> Tensor | None:
     if seed is None:
         return None
     if X.device.type == "cpu":
-        return reference.generator_keep_mask(seed, p, X.shape[0], X.shape[1], X.dtype)
+        return reference.generator_keep_mask(seed, p, X.shape[0], X.shape[1])
     return reference.philox_keep_mask(seed, p, X.shape[0], X.shape[1])
 
 

@@ -50,12 +50,17 @@ def philox_keep_mask(seed: Tensor, p: float, M: int, K: int, device: torch.devic
     return lanes.reshape(M, 8 * ((K + 7) // 8))[:, :K] >= drop_threshold(p)
 
 
-def generator_keep_mask(seed: Tensor, p: float, M: int, K: int, dtype: torch.dtype) -> Tensor:
-    """A keep mask from PyTorch's own CPU generator: 0/1 in ``dtype``, (M, K), a twentieth of the cost of Philox there.
+def generator_keep_mask(seed: Tensor, p: float, M: int, K: int) -> Tensor:
+    """A keep mask from PyTorch's own CPU generator: bool (M, K), the same for the same (seed, p, M, K).
 
-    ``seed`` is an int64 CPU tensor (2,). The same seed gives the same mask for the same (M, K) and dtype.
+    ``seed`` is an int64 CPU tensor (2,). As in Philox an element is dropped by 16 random bits, four elements to a draw:
+    an eighth of the time that bernoulli_ takes, and a far smaller part of Philox's in PyTorch operations.
     """
     first, second = seed.tolist()
     mixed = (first * 0x9E3779B97F4A7C15 + second * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
     generator = torch.Generator().manual_seed(mixed >> 32)  # the CPU generator looks at 32 bits of its seed
-    return torch.empty(M, K, dtype=dtype).bernoulli_(1.0 - p, generator=generator)
+    draws = torch.empty((M * K + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    lanes = draws.view(torch.int16)[: M * K].view(M, K)
+    if (threshold := drop_threshold(p) - 32768) > 32767:
+        return torch.zeros(M, K, dtype=torch.bool)
+    return lanes >= threshold

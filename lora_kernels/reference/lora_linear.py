@@ -37,6 +37,11 @@ def _inv_keep(keep: Tensor | None, p: float) -> float:
     return 0.0 if p >= 1.0 else 1.0 / (1.0 - p)
 
 
+def _as(T: Tensor, X: Tensor) -> Tensor:
+    """T in X's dtype; T itself where it has it (asking ``to`` for nothing costs microseconds)."""
+    return T if T.dtype == X.dtype else T.to(X.dtype)
+
+
 def _scaled_mm(P: Tensor, Q: Tensor, factor: float) -> Tensor:
     """factor * P Q with the factor applied before rounding, in one matrix product."""
     out = P.new_empty(P.shape[0], Q.shape[1])
@@ -57,10 +62,10 @@ def lora_linear_fwd(
 
     A and B may have another float dtype than X: they are rounded to X's, as under autocast.
     """
-    XD = X if keep is None else X * keep
-    XA = _scaled_mm(XD, A.to(X.dtype).t(), scaling * _inv_keep(keep, p))
+    XD = X if keep is None else X * _as(keep, X)  # a product with bool takes ten times as long on a CPU
+    XA = _scaled_mm(XD, _as(A, X).t(), scaling * _inv_keep(keep, p))
     Y = torch.nn.functional.linear(X, W, bias)
-    return Y.addmm_(XA, B.to(X.dtype).t()), XA
+    return Y.addmm_(XA, _as(B, X).t()), XA
 
 
 def lora_linear_bwd(
@@ -77,16 +82,17 @@ def lora_linear_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dX (M, K), dA (r, K) in A's dtype, dB (N, r) in B's, dbias (N,); None for each that ``needs`` leaves out."""
     dX = dA = dB = dbias = None
+    D = None if keep is None else _as(keep, X)
     if needs.X or needs.A:
-        dYB = _scaled_mm(dY, B.to(X.dtype), scaling)
+        dYB = _scaled_mm(dY, _as(B, X), scaling)
         if needs.X:
             dX = dY @ W
-            if keep is None:
-                dX.addmm_(dYB, A.to(X.dtype))
+            if D is None:
+                dX.addmm_(dYB, _as(A, X))
             else:
-                dX.addcmul_(dYB @ A.to(X.dtype), keep.to(X.dtype), value=_inv_keep(keep, p))
+                dX.addcmul_(dYB @ _as(A, X), D, value=_inv_keep(keep, p))
         if needs.A:
-            XD = X if keep is None else X * keep
+            XD = X if D is None else X * D
             dA = _scaled_mm(dYB.t(), XD, _inv_keep(keep, p)).to(A.dtype)
     if needs.B:
         dB = (dY.t() @ XA).to(B.dtype)

@@ -18,7 +18,7 @@ def seed(a: int, b: int = 0) -> torch.Tensor:
 def masks(p: float, first: int = 7) -> dict[str, torch.Tensor]:
     return {
         "philox": philox_keep_mask(seed(first), p, M, K),
-        "generator": generator_keep_mask(seed(first), p, M, K, torch.float32).bool(),
+        "generator": generator_keep_mask(seed(first), p, M, K),
     }
 
 
@@ -47,7 +47,7 @@ def test_neighbours_rows_and_columns_are_independent(kind):
 
 @pytest.mark.parametrize("kind", ["philox", "generator"])
 def test_seeds_and_offsets_give_unrelated_masks(kind):
-    make = {"philox": philox_keep_mask, "generator": lambda s, p, m, k: generator_keep_mask(s, p, m, k, torch.float32)}
+    make = {"philox": philox_keep_mask, "generator": generator_keep_mask}
     reference = make[kind](seed(7), 0.5, M, K).float() * 2 - 1
     for other in (seed(8), seed(7, 1), seed(7 + 2**32), seed(7, 2**32), seed(-7)):
         product = reference * (make[kind](other, 0.5, M, K).float() * 2 - 1)
@@ -70,7 +70,8 @@ def test_philox_known_answer():
         assert torch.equal(philox_keep_mask(seed(0), p, 1, 8)[0], expected)
 
 
-def test_edges_of_the_probability():
-    assert philox_keep_mask(seed(1), 0.0, 9, 9).all()
-    assert not philox_keep_mask(seed(1), 1.0, 9, 9).any()
-    assert philox_keep_mask(seed(1), 0.5, 0, 9).shape == (0, 9)
+@pytest.mark.parametrize("make", [philox_keep_mask, generator_keep_mask])
+def test_edges_of_the_probability(make):
+    assert make(seed(1), 0.0, 9, 9).all()
+    assert not make(seed(1), 1.0, 9, 9).any()
+    assert make(seed(1), 0.5, 0, 9).shape == (0, 9)
