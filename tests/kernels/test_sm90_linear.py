@@ -17,7 +17,7 @@ from lora_kernels.reference import lora_linear_fwd, philox_keep_mask
 from lora_kernels.testing import assert_close, make_problem, plain, poison, truth
 
 H100 = CHIPS["sm_90"]
-SMALL = TmaConfig(64, 64, 64, num_warps=4, num_stages=2)  # several tiles and steps in a small problem
+SMALL = TmaConfig(64, 64, 64, num_warps=4, num_stages=2, RANK_STEP=32)  # several tiles, steps and steps of ranks
 DTYPES = (torch.float16, torch.bfloat16)
 SIZES = [(130, 96, 128), (200, 160, 192), (64, 64, 64), (1, 8, 8), (65, 72, 200), (257, 200, 40)]
 
