@@ -55,7 +55,7 @@ class Oracle:
         if q.p == 0:
             return self.undropped()
         if backend == "reference" and q.X.device.type == "cpu":
-            return self._answers("generator", generator_keep_mask(q.seed, q.p, M, K, q.X.dtype).bool())
+            return self._answers("generator", generator_keep_mask(q.seed, q.p, M, K).bool())
         return self._answers("philox", philox_keep_mask(q.seed, q.p, M, K))
 
     def _answers(self, key: str, keep: Tensor | None) -> tuple[Results, Results]:
