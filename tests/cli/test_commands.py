@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -24,3 +25,16 @@ def test_a_command_is_needed(capsys):
 def test_the_module_runs():
     done = subprocess.run([sys.executable, "-m", "lora_kernels.cli", "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, f"lora-kernels {__version__}")
+
+
+def test_threads_wait_asleep_unless_told_otherwise():
+    """The policy is set before torch is imported, which is when OpenMP reads it."""
+    code = (
+        "import os, sys, lora_kernels.cli; assert 'torch' not in sys.modules; "
+        "lora_kernels.cli.main(['doctor']); print(os.environ['OMP_WAIT_POLICY'])"
+    )
+    for given, expected in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+        environment |= {"OMP_WAIT_POLICY": given} if given else {}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == expected
