@@ -15,7 +15,7 @@ from lora_kernels.adapters.files import read_adapter
 from lora_kernels.cli.explain import AUTO_CLASSES
 from lora_kernels.config import LoRAConfig
 from lora_kernels.errors import AdapterFormatError, ConfigError
-from lora_kernels.finetune.tasks.pretrained import DTYPES, load_pretrained, load_tokenizer
+from lora_kernels.finetune.tasks.pretrained import DTYPES, load_pretrained, load_tokenizer, quiet
 from lora_kernels.layers import LoRALinear
 
 HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
@@ -52,8 +52,9 @@ def run(arguments: argparse.Namespace) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        model.save_pretrained(part)  # type: ignore[operator]
-        load_tokenizer(arguments.model).save_pretrained(part)
+        with quiet():
+            model.save_pretrained(part)  # type: ignore[operator]
+            load_tokenizer(arguments.model).save_pretrained(part)
         part.chmod(0o755)
         part.rename(out)
     except BaseException:

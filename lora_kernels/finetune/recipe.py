@@ -76,6 +76,7 @@ def _run(task: Task, recipe: Recipe, out: Path, say: Say, resume: bool) -> dict[
     started = time.perf_counter()
     for library in ("sklearn", "matplotlib", *(("peft",) if recipe.beside_peft else ())):
         require(library)  # now, not after the training
+    out.mkdir(parents=True, exist_ok=True)
     say(task.describe_data())
     seed_all(recipe.seed)
     model = LoRA(task.load_model(), recipe.lora).to(recipe.device)

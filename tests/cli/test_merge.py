@@ -27,7 +27,9 @@ def test_the_merged_model_needs_nothing_of_ours(tiny_model, adapter, tmp_path, c
     folder, expected = adapter
     options = ["--adapter", str(folder), "--model", str(tiny_model), "--out", str(tmp_path / "merged")]
     assert main(["merge", *options, "--labels", "bad,fair,good"]) == 0
-    assert "13 layers merged" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "13 layers merged" in shown.out
+    assert shown.err == ""
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     assert not any(isinstance(module, LoRALinear) for module in plain.modules())
     assert not any("lora" in name for name in plain.state_dict())

@@ -108,6 +108,7 @@ def test_bf16_and_other_options_run(options, tmp_path, capsys):
         ("--model ./missing", "model './missing': there is no such folder"),
         ("--device cuda:7", "device 'cuda:7' cannot be used"),
         ("--backend fast", "backend 'fast' is unknown"),
+        ("--out /dev/null/out", "Not a directory: '/dev/null/out'"),
         ("--r 0", "r = 0: accepted is an integer of at least 1"),
         ("--targets nothing", "no layer of BertForSequenceClassification matches"),
         ("--epochs 0", "nothing to train on: 0 epochs"),

@@ -23,8 +23,8 @@ def locate(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and its report on a new head, which is what fine-tuning is for."""
+def quiet() -> Iterator[None]:
+    """No progress bars of transformers', and no report on a new head, which is what fine-tuning is for."""
     logging = require("transformers").utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -43,7 +43,7 @@ def _load(auto_class: str, name: str, **arguments: Any) -> Any:
     if (source.startswith((".", "/", "~"))) and not Path(source).expanduser().is_dir():
         raise ConfigError(f"model {name!r}: there is no such folder")
     try:
-        with _quiet():
+        with quiet():
             return getattr(transformers, auto_class).from_pretrained(source, **arguments)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
