@@ -295,7 +295,7 @@ def lora_linear_fwd(
     if plan == "eager" and drop is None:
         XA = torch.addmm(X.new_empty(M, A.shape[0]), X, A.to(X.dtype).t(), beta=0, alpha=scaling)
     else:
-        XA = shrink(X, A, scaling, drop, shrink_config(M, X.dtype, chip, A.shape[0], drop is not None))
+        XA = shrink(X, A, scaling, drop, shrink_config(M, X.dtype, chip, A.shape[0], drop is not None, wide))
     if plan == "eager":
         return torch.nn.functional.linear(X, W, bias).addmm_(XA, B.to(X.dtype).t()), XA
     if plan == "tma_extend":

@@ -34,6 +34,7 @@ from lora_kernels.kernels.reduce import Partial, reduce_partials
 from lora_kernels.kernels.tuning import (
     GemmConfig,
     SplitConfig,
+    expand_config,
     gemm_config,
     rank_block,
     rank_tile,
@@ -370,7 +371,7 @@ def lora_linear_bwd(
     drop = None if seed is None else Dropout(p, seed)
     (M, K), r = X.shape, A.shape[0]
     split = split_config(M, X.dtype, chip, r)
-    tiles = gemm_config(M, K, X.dtype, chip, wide_loads(dY, W, X))
+    wide = wide_loads(dY, W, X)
     dX = dA = None
     if plan == "eager":
         dB = (dY.t() @ XA).to(B.dtype) if need_b else None
@@ -383,8 +384,13 @@ def lora_linear_bwd(
         return None, None, dB, dbias
     if need_x and plan == "eager":
         dX = dY @ W
-        dX = dX.addmm_(dYB, A.to(X.dtype)) if drop is None else expand_add_(dX, dYB, A, drop, tiles)
+        dX = (
+            dX.addmm_(dYB, A.to(X.dtype))
+            if drop is None
+            else expand_add_(dX, dYB, A, drop, expand_config(M, K, X.dtype, chip, wide))
+        )
     elif need_x:
+        tiles = gemm_config(M, K, X.dtype, chip, wide)
         dX, dA = dx_da(dY, W, dYB, A, X, drop, tiles, make_da=need_a and r <= rank_block(X.dtype))
     if need_a and dA is None:
         if plan == "eager" and drop is None:

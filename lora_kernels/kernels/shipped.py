@@ -22,6 +22,7 @@ from lora_kernels.kernels.shrink import shrink
 from lora_kernels.kernels.sm90_linear import one_launch, tma_extend
 from lora_kernels.kernels.tuning import (
     Config,
+    expand_config,
     gemm_config,
     is_valid,
     one_pass_config,
@@ -74,8 +75,9 @@ def _launches(
     bias, XA = torch.empty(N, dtype=dtype), torch.empty(M, r, dtype=dtype)
     A, B = torch.empty(r, K), torch.empty(N, r)  # float32, as PEFT keeps adapters
     drop = Dropout(0.1, torch.empty(2, dtype=torch.int64)) if dropout else None
-    tiles, split = gemm_config(M, N, dtype, chip, wide_loads(X, W)), split_config(M, dtype, chip, r)
-    rows, single = shrink_config(M, dtype, chip, r, dropout), one_pass_config(M, dtype, chip, dropout, wide_loads(X, W))
+    wide = wide_loads(X, W)
+    tiles, split = gemm_config(M, N, dtype, chip, wide), split_config(M, dtype, chip, r)
+    rows, single = shrink_config(M, dtype, chip, r, dropout, wide), one_pass_config(M, dtype, chip, dropout, wide)
     yield "shrink", rows, partial(shrink, X, A, 2.0, drop, rows)
     yield "one_pass", single, partial(one_pass, X, W, A, B, bias, 2.0, drop, single)
     yield "dx_da", tiles, partial(dx_da, dY, W, XA, A, X, drop, tiles)
@@ -90,4 +92,5 @@ def _launches(
                 yield f"tma_extend{of}", boxes, partial(tma_extend, X, W, XA, B, bias, boxes, chip.units)
                 yield f"one_launch{of}", boxes, partial(one_launch, X, W, A, B, bias, 2.0, boxes, chip.units)
     else:
-        yield "expand", tiles, partial(expand_add_, X, XA, A, drop, tiles)
+        patch = expand_config(M, K, dtype, chip, wide)
+        yield "expand", patch, partial(expand_add_, X, XA, A, drop, patch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -139,21 +139,27 @@ def wide_loads(*matrices: torch.Tensor) -> bool:
 
 
 def gemm_config(M: int, N: int, dtype: torch.dtype, chip: Chip, wide: bool = True) -> GemmConfig:
-    """Tiles of the extended GEMM (forward and dX) and of the expand pass: M rows, N columns of output.
+    """Tiles of the extended GEMM (forward and dX): M rows, N columns of output.
 
     Without ``wide`` loads each element has an address of its own: smaller tiles keep those in registers.
     """
     if dtype == torch.float32:  # dots on scalar units: small tiles keep registers and code size down
-        return GemmConfig(_rows(M, 64), 64, 32, num_warps=4, num_stages=2)
+        return GemmConfig(_rows(M, 64 if wide else 32), 64, 32, num_warps=4, num_stages=2)
     rows = _rows(M, 128)
     if not wide:
-        return GemmConfig(rows, 64, 32, num_warps=8 if rows == 128 else 4, num_stages=2)
+        return GemmConfig(min(rows, 64), 64, 32, num_warps=8 if rows >= 64 else 4, num_stages=2)
     if chip.is_amd:
         return GemmConfig(rows, 128 if rows == 128 else 64, 32, num_warps=8 if rows == 128 else 4, num_stages=2)
     if rows < 128 or N <= 64:
         return GemmConfig(min(rows, 64), 64, 64, num_warps=8 if rows >= 64 else 4, num_stages=3)
     stages = 3 if chip.shared >= 128 * 1024 else 2
     return GemmConfig(128, 128, 64, num_warps=8, num_stages=stages)
+
+
+def expand_config(M: int, N: int, dtype: torch.dtype, chip: Chip, wide: bool = True) -> GemmConfig:
+    """Tiles of the expand pass: those of the GEMM, shorter where each element of dX has an address of its own."""
+    tiles = gemm_config(M, N, dtype, chip, wide)
+    return tiles if wide else replace(tiles, BLOCK_M=min(tiles.BLOCK_M, 32), num_warps=4)
 
 
 def one_pass_config(M: int, dtype: torch.dtype, chip: Chip, dropout: bool, wide: bool = True) -> GemmConfig:
@@ -170,14 +176,16 @@ def one_pass_config(M: int, dtype: torch.dtype, chip: Chip, dropout: bool, wide:
     )
 
 
-def shrink_config(M: int, dtype: torch.dtype, chip: Chip, r: int, dropout: bool) -> ShrinkConfig:
-    """Tiles of the shrink pass: enough row blocks to fill the chip, wide reads along K."""
+def shrink_config(M: int, dtype: torch.dtype, chip: Chip, r: int, dropout: bool, wide: bool = True) -> ShrinkConfig:
+    """Tiles of the shrink pass: enough row blocks to fill the chip, long reads along K where loads are ``wide``."""
     if dtype == torch.float32:
-        return ShrinkConfig(_rows(M, 32), 64, num_warps=4, num_stages=2)
+        return ShrinkConfig(_rows(M, 32), 64 if wide else 32, num_warps=4, num_stages=2)
     rows = _rows(-(-M // chip.units), 64)
     stages = 2 if dropout or chip.is_amd else 3
-    wide = not dropout and r <= 32 and rank_tile(r, dtype) <= rows  # 64 ranks at 128 columns spill
-    return ShrinkConfig(rows, 128 if wide else 64, num_warps=4, num_stages=stages)
+    if not wide:
+        return ShrinkConfig(rows, 32, num_warps=4, num_stages=2)
+    long = not dropout and r <= 32 and rank_tile(r, dtype) <= rows  # 64 ranks at 128 columns spill
+    return ShrinkConfig(rows, 128 if long else 64, num_warps=4, num_stages=stages)
 
 
 def split_config(M: int, dtype: torch.dtype, chip: Chip, r: int) -> SplitConfig:
