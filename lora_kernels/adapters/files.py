@@ -51,9 +51,9 @@ def write_adapter(folder: str | os.PathLike[str], tensors: Mapping[str, torch.Te
     with _sole_writer(folder):
         for leftover in folder.glob(".adapter_*.tmp"):  # of a writer that was killed
             leftover.unlink(missing_ok=True)
-        _replace(folder / WEIGHTS_NAME, data)
+        write_whole(folder / WEIGHTS_NAME, data)
         if not _holds(folder / CONFIG_NAME, text):
-            _replace(folder / CONFIG_NAME, text)
+            write_whole(folder / CONFIG_NAME, text)
 
 
 def read_adapter(folder: str | os.PathLike[str], follow_symlinks: bool = False) -> tuple[dict[str, torch.Tensor], Any]:
@@ -104,10 +104,12 @@ def _sole_writer(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _replace(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
+    """Write ``path`` so that a reader, or a crash at any moment, sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -115,12 +117,12 @@ def _replace(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # so that the new name survives a power cut, too
-        handle = os.open(path.parent, os.O_RDONLY)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            os.fsync(folder)  # so that the new name survives a power cut, too
         finally:
-            os.close(handle)
+            os.close(folder)
 
 
 def _read(path: Path, limit: int, follow_symlinks: bool) -> bytes:

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from lora_kernels.adapters.files import write_whole
 from lora_kernels.config import LoRAConfig
 from lora_kernels.errors import ConfigError
-from lora_kernels.finetune.checkpoint import checkpoints, write_whole
+from lora_kernels.finetune.checkpoint import checkpoints
 from lora_kernels.finetune.options import TrainOptions
 from lora_kernels.finetune.recipe import Recipe, run
 from lora_kernels.finetune.schedule import SCHEDULES

@@ -7,9 +7,7 @@ renamed. A crash at any moment leaves the older checkpoints whole; only then are
 from __future__ import annotations
 
 import json
-import os
 import re
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from lora_kernels.adapters.files import write_whole
 from lora_kernels.errors import LoRAKernelsError
 
 _NAME = re.compile(r"^step-(\d{9})\.safetensors$")
@@ -62,28 +61,6 @@ def unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if "$dict" in value:
         return {key: unpack(item, tensors) for key, item in value["$dict"]}
     return {key: unpack(item, tensors) for key, item in value.items()}
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes ``path`` so that a reader, or a crash, sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name != "posix":
-        return  # elsewhere a folder cannot be opened
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # so that the new name survives a power cut too
-    finally:
-        os.close(folder)
 
 
 def checkpoints(folder: Path) -> list[Path]:

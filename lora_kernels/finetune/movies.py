@@ -15,7 +15,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from lora_kernels.finetune.checkpoint import write_whole
+from lora_kernels.adapters.files import write_whole
 from lora_kernels.finetune.data import DataError, Examples
 
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from lora_kernels.adapters import load_adapter, merge_lora, save_adapter
+from lora_kernels.adapters.files import write_whole
 from lora_kernels.config import LoRAConfig
 from lora_kernels.errors import ConfigError
 from lora_kernels.finetune.batch import split_batch, to_device
-from lora_kernels.finetune.checkpoint import write_whole
 from lora_kernels.finetune.compare import interleaved, peft_model
 from lora_kernels.finetune.extras import require
 from lora_kernels.finetune.lora import LoRA

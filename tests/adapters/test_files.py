@@ -173,3 +173,17 @@ def test_saving_replaces_a_link_and_not_what_it_points_to(tmp_path: Path) -> Non
     write_adapter(folder, tensors(), CONFIG)
     assert victim.read_text() == "precious"
     assert read_adapter(folder)[1] == CONFIG
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    files.write_whole(path, b"old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        files.write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

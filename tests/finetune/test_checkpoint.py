@@ -12,7 +12,6 @@ from lora_kernels.finetune.checkpoint import (
     pack,
     save_checkpoint,
     unpack,
-    write_whole,
 )
 
 
@@ -86,17 +85,3 @@ def test_leftovers_of_a_killed_run_go(tmp_path):
     left.write_bytes(b"part")
     save_checkpoint(tmp_path, 2, {"step": 2})
     assert not left.exists()
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_whole(path, b"old")
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        write_whole(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
