@@ -124,6 +124,8 @@ TESTED_ELSEWHERE = {
     "kernels/shrink.py": "kernels/test_lora_linear.py",
     "kernels/launchers.py": "kernels/test_lora_linear.py",
     "kernels/shipped.py": "test_compile_matrix.py",
+    "kernels/shipped_case.py": "test_compile_matrix.py",
+    "kernels/shipped_sm90.py": "test_compile_matrix.py",
     "errors.py": "autograd/test_lora_linear.py",
 }
 
