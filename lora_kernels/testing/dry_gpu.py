@@ -112,7 +112,7 @@ class DryGPU:
             shared=metadata["shared"],
             resources=resources,
             seconds=times.total / 1e6,
-            ttir=files["ttir"].read_text(),
+            ttir=files["ttir"].read_text() if "ttir" in files else "",
         )
 
     def launched(self, kernel_hash: str) -> None:
