@@ -37,6 +37,7 @@ class Machine:
 class Row:
     """One timing. Times in ms; ``gbps`` counts the bytes of roofline.Work; a ratio is of medians of the same run.
 
+    ``N``: of several projections on one X their sizes, "4096+1024+1024"; of an MLP its inner width.
     ``peak_mib`` is what a call holds at its peak beyond its inputs; None (an empty cell) is "not measured".
     """
 
@@ -45,7 +46,7 @@ class Row:
     dtype: str
     format: str
     M: int
-    N: int
+    N: int | str
     K: int
     r: int
     L: int
@@ -70,7 +71,7 @@ class Check:
     check: str
     dtype: str
     M: int
-    N: int
+    N: int | str
     K: int
     r: int
     dropout: float
@@ -187,6 +188,37 @@ class Journal:
     def write_tables(self) -> None:
         write_csv(self.folder / "rows.csv", columns(Row), self.rows())
         write_csv(self.folder / "checks.csv", columns(Check), self.checks())
+
+
+def read_rows(place: Path) -> list[Record]:
+    """The rows of a CSV, or of every rows*.csv in a folder and below, numbers as numbers and empty cells as None.
+
+    Raises:
+        ValueError: nothing there, or a table with other columns.
+    """
+    paths = sorted(place.rglob("rows*.csv")) if place.is_dir() else [place]
+    if not paths or not paths[0].is_file():
+        raise ValueError(f"{place}: no rows here; expected a CSV of rows, or a folder with a rows.csv")
+    rows: list[Record] = []
+    for path in paths:
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            if set(columns(Row)) - set(reader.fieldnames or ()):
+                raise ValueError(f"{path}: not a table of rows; expected the columns {', '.join(columns(Row))}")
+            rows += [{name: _cell(name, text) for name, text in line.items()} for line in reader]
+    return rows
+
+
+_WHOLE = {"M", "N", "K", "r", "L"}
+_REAL = {field.name for field in fields(Row) if "float" in str(field.type)}
+
+
+def _cell(name: str, text: str) -> Any:
+    if name in _WHOLE:
+        return int(text) if text.isdigit() else text
+    if name in _REAL:
+        return float(text) if text else None
+    return text
 
 
 def write_csv(path: Path, names: Sequence[str], records: Sequence[Record]) -> None:
