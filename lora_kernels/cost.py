@@ -1,30 +1,38 @@
-"""What a plan costs: its launches, the FLOP and bytes of each, and the time a chip should take for them.
+"""What work costs: the FLOP and bytes of every kernel of a LoRA linear layer, and the time a chip should take for them.
 
-Per launch the larger of FLOP over rate and bytes over bandwidth, plus a fixed cost. Rates are data-sheet figures times
-efficiencies that no GPU of ours has measured yet, chosen so that the vendor's library keeps the base GEMM wherever the
-prediction is not clearly in favour of ours.
+A kernel's time is the larger of FLOP over rate and bytes over bandwidth, plus a fixed cost a launch. Rates are
+data-sheet figures times efficiencies that no GPU of ours has measured yet, chosen so that the vendor's library keeps
+the base GEMM wherever the prediction is not clearly in favour of ours. variants.py composes kernels into plans.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
 from lora_kernels.kernels.chip import Chip
-from lora_kernels.kernels.tuning import rank_block
+from lora_kernels.kernels.tuning import Config, rank_block
 
 LAUNCH_SECONDS = 2.5e-6
-LIBRARY_EFFICIENCY = 0.75  # of the data-sheet rate, a large product by the vendor's library
-POINTER_EFFICIENCY = {"sm_80": 0.66, "sm_86": 0.68, "sm_89": 0.68, "sm_90": 0.5, "sm_100": 0.3}  # our pointer kernels
-TMA_EFFICIENCY = {"sm_90": 0.72, "sm_100": 0.3}  # our kernels with TMA descriptors
+# Of the data-sheet rate, a large product: by the vendor's library anywhere, by our kernels on an architecture.
+LIBRARY_EFFICIENCY = 0.75
+EFFICIENCY = {
+    "pointer": {"sm_80": 0.66, "sm_86": 0.68, "sm_89": 0.68, "sm_90": 0.5, "sm_100": 0.3},
+    "tma": {"sm_90": 0.72, "sm_100": 0.3},
+    "gluon": {"sm_90": 0.74},
+}
 BANDWIDTH_EFFICIENCY = 0.88
-OPT_IN = ("tma_extend", "one_launch")  # plans that run only where they are named: no GPU has run them yet
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One call as the planner sees it: direction, sizes, dtype, and what it must make."""
+    """One call as the planner sees it: direction, sizes, dtype, and what it must make.
+
+    ``bits``: dropout's mask is kept as packed bits (forward writes them, backward reads them), not drawn again.
+    ``descriptors``: TMA descriptors can take the tensors of this call as they lie in memory.
+    """
 
     op: str  # "fwd" or "bwd"
     M: int
@@ -35,47 +43,63 @@ class Problem:
     dropout: bool = False
     bias: bool = False
     need_dx: bool = True
+    bits: bool = True
+    descriptors: bool = True
+
+    @property
+    def mask_bytes(self) -> int:
+        """Bytes of the packed mask, 0 where there is none."""
+        return self.M * 16 * -(-self.K // 128) if self.dropout and self.bits else 0
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel: its name, FLOP, bytes moved to and from memory, and which efficiency applies."""
+    """One kernel: its name, FLOP, bytes moved to and from memory, and whose efficiency applies.
+
+    ``maker``: "library" (the vendor's), or one of EFFICIENCY: "pointer", "tma", "gluon".
+    """
 
     kernel: str
     flop: int
     bytes: int
-    library: bool = False
-    tma: bool = False
+    maker: str = "pointer"
+
+    @property
+    def library(self) -> bool:
+        return self.maker == "library"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A way to carry out a Problem, with the launches it takes and the time predicted for them."""
+    """A way to carry out a Problem: its launches, the time predicted for them, and how it was found.
+
+    ``seconds``: predicted. ``measured``: seconds by the tuned table of this GPU, None where it has none. ``tiles``: of
+    the main product, None for the default. ``refused``: why it cannot run here. ``why``: what chose it: "model",
+    "tuned on this GPU", "named"; empty for a plan that was not chosen.
+    """
 
     name: str
     launches: tuple[Launch, ...]
     seconds: float
     refused: str | None = None
+    opt_in: bool = False
+    tiles: Config | None = None
+    measured: float | None = None
+    why: str = ""
 
     @property
     def bytes(self) -> int:
         return sum(launch.bytes for launch in self.launches)
 
-    @property
-    def opt_in(self) -> bool:
-        return self.name in OPT_IN
-
     def __str__(self) -> str:
         if self.refused:
             return f"{self.name}: refused, {self.refused}"
         kernels = " + ".join(launch.kernel for launch in self.launches)
-        note = "; never chosen unless named, no GPU has run it yet" if self.opt_in else ""
-        return f"{self.name}: {self.seconds * 1e6:.1f} us predicted, {self.bytes / 1e6:.1f} MB, {kernels}{note}"
-
-
-def launches(name: str, problem: Problem) -> tuple[Launch, ...]:
-    """The launches of plan ``name`` for ``problem``, in order."""
-    return (_fwd_launches if problem.op == "fwd" else _bwd_launches)(name, problem)
+        time = f"{self.seconds * 1e6:.1f} us predicted"
+        if self.measured is not None:
+            time += f", {self.measured * 1e6:.1f} us measured"
+        note = "; never chosen unless named or measured" if self.opt_in and self.measured is None else ""
+        return f"{self.name}: {time}, {self.bytes / 1e6:.1f} MB, {kernels}{note}"
 
 
 def seconds(launch: Launch, dtype: torch.dtype, chip: Chip) -> float:
@@ -84,59 +108,114 @@ def seconds(launch: Launch, dtype: torch.dtype, chip: Chip) -> float:
     rate = (chip.fp32_tflops if scalar else chip.tflops / (2 if dtype == torch.float32 else 1)) * 1e12
     if launch.library:
         rate *= LIBRARY_EFFICIENCY
-    elif launch.tma:
-        rate *= TMA_EFFICIENCY.get(chip.arch, 0.4)
     else:
-        rate *= 0.4 if scalar else POINTER_EFFICIENCY.get(chip.arch, 0.4)
+        rate *= 0.4 if scalar else EFFICIENCY[launch.maker].get(chip.arch, 0.4)
     return max(launch.flop / rate, launch.bytes / (chip.gbps * 1e9 * BANDWIDTH_EFFICIENCY)) + LAUNCH_SECONDS
 
 
-def _fwd_launches(name: str, q: Problem) -> tuple[Launch, ...]:
-    e, (M, N, K, r) = q.dtype.itemsize, (q.M, q.N, q.K, q.r)
-    read_x = -(-r // rank_block(q.dtype))
-    shrink = Launch("shrink", 2 * M * K * r, e * (read_x * M * K + r * K + M * r), library=not q.dropout)
-    base = Launch("matmul", 2 * M * N * K, e * (M * K + N * K + M * N), library=True)
-    add = Launch("addmm_", 2 * M * N * r, e * (2 * M * N + M * r + N * r), library=True)
-    extend = Launch("extend", 2 * M * N * (K + r), e * (M * K + N * K + M * N + M * r + N * r))
-    match name:
-        case "eager":
-            return (shrink, base, add)
-        case "shrink_extend":
-            return (Launch("shrink", shrink.flop, shrink.bytes), extend)
-        case "tma_extend":
-            return (Launch("shrink", shrink.flop, shrink.bytes), Launch(name, extend.flop, extend.bytes, tma=True))
-        case "one_launch":  # X is read a second time, from L2
-            return (Launch(name, shrink.flop + extend.flop, extend.bytes + e * (r * K + M * r), tma=True),)
-        case _:
-            tiles = -(-N // 64)
-            flop = 2 * M * N * (K + r) + 2 * tiles * M * K * max(r, 16)
-            return (Launch("one_pass", flop, extend.bytes + e * r * K),)
+def _passes(q: Problem) -> int:
+    """How often a pass that holds one tile of ranks walks over its matrix."""
+    return -(-q.r // rank_block(q.dtype))
 
 
-def _bwd_launches(name: str, q: Problem) -> tuple[Launch, ...]:
-    e, (M, N, K, r) = q.dtype.itemsize, (q.M, q.N, q.K, q.r)
-    dy, x, small = e * M * N, e * M * K, e * r * (M + N + K)
-    reads = -(-r // rank_block(q.dtype))
-    base = Launch("matmul", 2 * M * N * K, dy + x + e * N * K, library=True)
-    launches: list[Launch] = []
-    if name == "eager":
-        launches += [Launch("dYB", 2 * M * N * r, dy + small, library=True)]
-        launches += [Launch("dB", 2 * M * N * r, dy + small, library=True)]
-        if q.need_dx:
-            launches += [base, Launch("expand", 2 * M * K * r, 2 * x + small, library=not q.dropout)]
-        if q.dropout:
-            launches += [Launch("dA", 2 * M * K * r, reads * x + small), Launch("reduce", 0, small)]
-        else:
-            launches += [Launch("dA", 2 * M * K * r, x + small, library=True)]
-        return tuple(launches)
-    parts = 4 * r * (M * -(-N // 128) + N * -(-M // 512))
-    launches += [Launch("dYB+dB", 4 * M * N * r, reads * dy + parts + small), Launch("reduce", 0, parts + small)]
-    da_parts = 4 * r * K * -(-M // 128)
-    if q.need_dx:
-        fused = r <= rank_block(q.dtype)
-        extra = (x + da_parts) if fused else 0
-        flop = 2 * M * K * (N + r) + (2 * M * K * r if fused else 0)
-        launches += [Launch("dX+dA" if fused else "dX", flop, base.bytes + extra + small)]
-    if not q.need_dx or r > rank_block(q.dtype):
-        launches += [Launch("dA", 2 * M * K * r, reads * x + da_parts + small)]
-    return (*launches, Launch("reduce", 0, da_parts + small))
+def shrink(q: Problem) -> Launch:
+    """XA = (D*X) A^T, and the mask's bits."""
+    e = q.dtype.itemsize
+    moved = e * (_passes(q) * q.M * q.K + q.r * q.K + q.M * q.r) + q.mask_bytes
+    return Launch("shrink", 2 * q.M * q.K * q.r, moved)
+
+
+def extend(q: Problem) -> Launch:
+    """Y = X W^T + XA B^T."""
+    moved = q.M * q.K + q.N * q.K + q.M * q.N + q.M * q.r + q.N * q.r
+    return Launch("extend", 2 * q.M * q.N * (q.K + q.r), q.dtype.itemsize * moved)
+
+
+def one_launch(q: Problem) -> Launch:
+    """XA and Y in one launch; X is read a second time, from L2."""
+    flop = 2 * q.M * q.K * q.r + 2 * q.M * q.N * (q.K + q.r)
+    return Launch("one_launch", flop, extend(q).bytes + q.dtype.itemsize * (q.r * q.K + q.M * q.r))
+
+
+def one_pass(q: Problem) -> Launch:
+    """XA in every column block of Y again."""
+    flop = 2 * q.M * q.N * (q.K + q.r) + 2 * -(-q.N // 64) * q.M * q.K * max(q.r, 16)
+    return Launch("one_pass", flop, extend(q).bytes + q.dtype.itemsize * q.r * q.K + q.mask_bytes)
+
+
+def _small(q: Problem) -> int:
+    """Bytes of dYB, B and A: an upper estimate for any pass of the backward."""
+    return q.dtype.itemsize * q.r * (q.M + q.N + q.K)
+
+
+def _dyb_db_parts(q: Problem) -> int:
+    return 4 * q.r * (q.M * -(-q.N // 128) + q.N * -(-q.M // 512))
+
+
+def _da_parts(q: Problem) -> int:
+    return 4 * q.r * q.K * -(-q.M // 128)
+
+
+def dyb_db(q: Problem) -> Launch:
+    """dYB = s dY B and dB = dY^T XA from one read of dY for each tile of ranks, as fp32 partials."""
+    moved = _passes(q) * q.dtype.itemsize * q.M * q.N + _dyb_db_parts(q) + _small(q)
+    return Launch("dyb_db", 4 * q.M * q.N * q.r, moved)
+
+
+def reduce(q: Problem) -> Launch:
+    """The sum of dyb_db's partials."""
+    return Launch("reduce", 0, _dyb_db_parts(q) + _small(q))
+
+
+def reduce_da(q: Problem) -> Launch:
+    """The sum of dA's partials, by the same kernel as reduce."""
+    return Launch("reduce", 0, _da_parts(q) + _small(q))
+
+
+def makes_da(q: Problem) -> bool:
+    """Whether dX's epilogue yields dA: where all ranks fit one tile."""
+    return q.r <= rank_block(q.dtype)
+
+
+def dx_da(q: Problem) -> Launch:
+    """dX = dY W + D*(dYB A), and dA's partials from the X tile where all ranks fit one tile."""
+    e, flop = q.dtype.itemsize, 2 * q.M * q.K * (q.N + q.r)
+    moved = e * (q.M * q.N + q.N * q.K + q.M * q.K) + _small(q) + q.mask_bytes
+    if makes_da(q):
+        flop, moved = flop + 2 * q.M * q.K * q.r, moved + e * q.M * q.K + _da_parts(q)
+    return Launch("dx_da", flop, moved)
+
+
+def da(q: Problem) -> Launch:
+    """dA = dYB^T (D*X) as a pass of its own, as fp32 partials."""
+    moved = _passes(q) * (q.dtype.itemsize * q.M * q.K + q.mask_bytes) + _da_parts(q) + _small(q)
+    return Launch("da", 2 * q.M * q.K * q.r, moved)
+
+
+def expand(q: Problem) -> Launch:
+    """dX += D*(dYB A): a read and a write of dX."""
+    return Launch("expand", 2 * q.M * q.K * q.r, 2 * q.dtype.itemsize * q.M * q.K + _small(q) + q.mask_bytes)
+
+
+def _as(kernel: Callable[[Problem], Launch], name: str, maker: str) -> Callable[[Problem], Launch]:
+    """The same work by another kernel."""
+    return lambda q: replace(kernel(q), kernel=name, maker=maker)
+
+
+# The kernels of a LoRA linear layer by the names of their launches, and what each does to a Problem.
+KERNELS: dict[str, Callable[[Problem], Launch]] = {
+    kernel.__name__: kernel for kernel in (shrink, extend, one_pass, dyb_db, dx_da, da, expand, reduce)
+} | {
+    "ptr_one_launch": _as(one_launch, "ptr_one_launch", "pointer"),
+    "tma_extend": _as(extend, "tma_extend", "tma"),
+    "one_launch": _as(one_launch, "one_launch", "tma"),
+    "tma_dx": _as(dx_da, "tma_dx", "tma"),
+    "gluon_extend": _as(extend, "gluon_extend", "gluon"),
+    "gluon_one_launch": _as(one_launch, "gluon_one_launch", "gluon"),
+    "gluon_dx": _as(dx_da, "gluon_dx", "gluon"),
+}
+
+
+def library(kernel: str, M: int, N: int, K: int, itemsize: int, add: bool = False) -> Launch:
+    """A product (M, K) x (K, N) by the vendor's library; with ``add`` it reads what it adds to."""
+    return Launch(kernel, 2 * M * N * K, itemsize * (M * K + N * K + (2 if add else 1) * M * N), "library")

@@ -17,24 +17,15 @@ from types import ModuleType
 
 import torch
 
-from lora_kernels.cost import OPT_IN, Plan, Problem, launches, seconds
+from lora_kernels.cost import Plan, Problem, seconds
 from lora_kernels.errors import BackendUnavailableError, ConfigError
 from lora_kernels.kernels.chip import CHIPS, Chip, chip_of
-from lora_kernels.kernels.tuning import (
-    Config,
-    gemm_config,
-    is_valid,
-    one_pass_config,
-    rank_block,
-    shrink_config,
-    split_config,
-    tma_config,
-    tma_rows,
-)
+from lora_kernels.variants import VARIANTS, Variant
 
 BACKENDS = ("auto", "reference", "triton")
-PLANS = ("eager", "shrink_extend", "one_pass")  # the planner's own; OPT_IN runs where a call names it
-FORWARD_ONLY = ("one_pass", *OPT_IN)
+PLANS = tuple(variant.name for variant in VARIANTS if not variant.opt_in)  # the planner's own
+OPT_IN = tuple(variant.name for variant in VARIANTS if variant.opt_in)
+FORWARD_ONLY = {variant.name: variant.backward for variant in VARIANTS if variant.bwd is None}
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _NAMES: dict[str, tuple[str, str | None]] = {backend: (backend, None) for backend in BACKENDS}
 _NAMES |= {f"triton:{plan}": ("triton", plan) for plan in PLANS + OPT_IN}
@@ -142,53 +133,40 @@ def chip_for(device: torch.device) -> Chip:
     return CHIPS["sm_90"]
 
 
-def _refusal(name: str, q: Problem, chip: Chip) -> str | None:
-    if name == "eager":
-        return None
-    if name in FORWARD_ONLY and q.op == "bwd":
-        return "it is a forward plan"
-    if name == "one_launch" and q.dropout:
-        return "dropout's mask is drawn by the shrink pass, which it does not have; tma_extend has"
-    if name in OPT_IN and (reason := tma_rows(q.N, q.K, q.dtype)):
-        return reason
-    if name == "one_pass" and q.r > rank_block(q.dtype):
-        return f"r={q.r} is above {rank_block(q.dtype)}, one tile of ranks"
-    configs: list[Config]
-    if name == "one_pass":
-        configs = [one_pass_config(q.M, q.dtype, chip, q.dropout)]
-    elif name in OPT_IN:
-        configs = [tma_config(q.M, q.N, q.r, q.dtype, chip)]
-    elif q.op == "fwd":
-        configs = [gemm_config(q.M, q.N, q.dtype, chip), shrink_config(q.M, q.dtype, chip, q.r, q.dropout)]
-    else:
-        configs = [gemm_config(q.M, q.K, q.dtype, chip), split_config(q.M, q.dtype, chip, q.r)]
-    return next((why for c in configs if (why := is_valid(c, q.dtype, q.r, chip))), None)
+def _plan(variant: Variant, problem: Problem, chip: Chip) -> Plan:
+    direction = variant.fwd if problem.op == "fwd" else variant.bwd
+    refused = "it is a forward plan" if direction is None else direction.refused(problem, chip)
+    if direction is None or refused:
+        return Plan(variant.name, (), float("inf"), refused, variant.opt_in)
+    parts = direction.launches(problem)
+    time = sum(seconds(launch, problem.dtype, chip) for launch in parts)
+    return Plan(variant.name, parts, time, None, variant.opt_in)
 
 
 @functools.lru_cache(maxsize=4096)
 def candidates(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
-    """Every plan for ``problem``, the fastest predicted first, refused ones last; those of OPT_IN after all others."""
-    plans = []
-    for name in PLANS + OPT_IN:
-        refused = _refusal(name, problem, chip)
-        parts = () if refused else launches(name, problem)
-        time = float("inf") if refused else sum(seconds(launch, problem.dtype, chip) for launch in parts)
-        plans.append(Plan(name, parts, time, refused))
+    """Every plan for ``problem``, the fastest predicted first, refused ones last; opt-in ones after all others."""
+    plans = (_plan(variant, problem, chip) for variant in VARIANTS)
     return tuple(sorted(plans, key=lambda plan: (plan.opt_in, plan.seconds)))
 
 
 def choose(problem: Problem, chip: Chip, forced: str | None = None) -> Plan:
     """The plan that runs, one of PLANS unless ``forced`` names another.
 
-    A backward has no FORWARD_ONLY plan: asked for one, the planner's own choice stands there.
+    A backward has no FORWARD_ONLY plan: asked for one, its counterpart runs where there is one and it is valid, else
+    the planner's own choice.
 
     Raises:
         BackendUnavailableError: the plan asked for by name is not valid for this problem.
     """
     plans = candidates(problem, chip)
-    if forced is None or (forced in FORWARD_ONLY and problem.op == "bwd"):
+    counterpart = problem.op == "bwd" and forced in FORWARD_ONLY
+    name = FORWARD_ONLY[forced] if counterpart and forced is not None else forced
+    if name is None:
         return plans[0]
-    plan = next(p for p in plans if p.name == forced)
+    plan = next(p for p in plans if p.name == name)
+    if plan.refused and counterpart:
+        return plans[0]
     if plan.refused:
         raise BackendUnavailableError(f"plan {forced!r} cannot run here: {plan.refused}; name another or none")
     return plan

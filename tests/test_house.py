@@ -21,16 +21,17 @@ ALLOWED = {
     "kernels": LEAVES,
     "testing": {"errors", "formats", "reference"},
     "cost": LEAVES | {"kernels"},
-    "plan": LEAVES | {"cost", "kernels", "reference"},
+    "variants": LEAVES | {"cost", "kernels"},
+    "plan": LEAVES | {"cost", "kernels", "reference", "variants"},
     "ops": LEAVES | {"kernels", "plan", "cost", "reference"},
     "autograd": LEAVES | {"ops", "plan", "reference"},
     "layers": LEAVES | {"autograd", "plan"},
 }
 ALLOWED["targets"] = LEAVES | {"layers"}
-ALLOWED["report"] = ALLOWED["layers"] | {"layers", "targets", "kernels", "cost"}
+ALLOWED["report"] = ALLOWED["layers"] | {"layers", "targets", "kernels", "cost", "variants"}
 ALLOWED["inject"] = ALLOWED["adapters"] = ALLOWED["layers"] | {"layers", "targets", "report", "inject", "adapters"}
 ALLOWED["integrations"] = ALLOWED["finetune"] = ALLOWED["inject"] | {"integrations", "finetune"}
-ALLOWED["cli"] = ALLOWED["finetune"] | {"cli", "testing", "kernels", "cost"}
+ALLOWED["cli"] = ALLOWED["finetune"] | {"cli", "testing", "kernels", "cost", "variants"}
 # The optional dependencies and the files that may name them at import time or inside a function.
 OPTIONAL = {"triton", "transformers", "peft", "matplotlib", "sklearn", "tqdm", "accelerate", "datasets"}
 
