@@ -1,4 +1,4 @@
-"""The differentiable LoRA linear layer. Saved for backward: X and XA (M, r); no dropped copy, no mask."""
+"""The differentiable LoRA linear layer. Saved for backward: X and XA (M, r); on Triton also the mask, in bits."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ class _LoRALinear(torch.autograd.Function):
         p: float,
         seed: Tensor | None,
         backend: str,
+        keep_bits: bool,
     ) -> Tensor:
         X2 = _rows(X)
-        Y, XA = _forward(X2, W, A, B, bias, scaling, p, seed, backend)
-        ctx.save_for_backward(X2, W, A, B, XA, seed)
+        Y, XA, keep = _forward(X2, W, A, B, bias, scaling, p, seed, backend, keep_bits)
+        ctx.save_for_backward(X2, W, A, B, XA, seed, keep if keep_bits else None)
         ctx.constants = scaling, p, backend
         ctx.shape = X.shape
         return Y if X.dim() == 2 else Y.view(*X.shape[:-1], Y.shape[-1])
@@ -40,18 +41,20 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        X, W, A, B, XA, seed = ctx.saved_tensors
+        X, W, A, B, XA, seed, keep = ctx.saved_tensors
         scaling, p, backend = ctx.constants
         need_x, _, need_a, need_b, need_bias, *_ = ctx.needs_input_grad
         needs = Needs(need_x, need_a, need_b, need_bias)
         dY = _rows(dY)
         if torch.compiler.is_compiling():
-            made = torch.ops.lora_kernels.lora_linear_bwd(dY, X, W, A, B, XA, scaling, p, seed, list(needs), backend)
+            made = torch.ops.lora_kernels.lora_linear_bwd(
+                dY, X, W, A, B, XA, scaling, p, seed, keep, list(needs), backend
+            )
             grads = tuple(grad if need else None for grad, need in zip(made, needs, strict=True))
         else:
-            grads = ops.lora_linear_bwd(dY, X, W, A, B, XA, scaling, p, seed, needs, backend)
+            grads = ops.lora_linear_bwd(dY, X, W, A, B, XA, scaling, p, seed, keep, needs, backend)
         dX, dA, dB, dbias = grads
-        return None if dX is None else dX.view(ctx.shape), None, dA, dB, dbias, None, None, None, None
+        return None if dX is None else dX.view(ctx.shape), None, dA, dB, dbias, None, None, None, None, None
 
 
 def _rows(X: Tensor) -> Tensor:
@@ -59,7 +62,7 @@ def _rows(X: Tensor) -> Tensor:
     return X if X.dim() == 2 else X.reshape(math.prod(X.shape[:-1]), X.shape[-1])
 
 
-def _forward(X: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _forward(X: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     if torch.compiler.is_compiling():
         return torch.ops.lora_kernels.lora_linear_fwd(X, *args)
     return ops.lora_linear_fwd(X, *args)
@@ -117,6 +120,7 @@ def lora_linear(
     training: bool = True,
     seed: int | Tensor | None = None,
     backend: str = "auto",
+    dropout_mask: str = "bits",
 ) -> Tensor:
     """Y = X W^T + bias + scaling * dropout(X) A^T B^T.
 
@@ -128,10 +132,12 @@ def lora_linear(
         bias: (N,) in X's dtype, or None.
         scaling: lora_alpha / r, or lora_alpha / sqrt(r); a run-time value, nothing is compiled for it.
         dropout_p: probability that an element of the adapter's input is zeroed while ``training``; the rest is scaled
-            by 1/(1-p). The mask is regenerated in the backward, never stored.
+            by 1/(1-p).
         seed: fixes the mask: an int, or an int64 tensor (2,) of seed and offset on X's device. None draws one from
             PyTorch's generator of that device, so torch.manual_seed makes a run repeatable.
         backend: "auto", "reference", "triton" or "triton:PLAN".
+        dropout_mask: how the backward of a Triton plan knows the mask: "bits" keeps it at one bit an element (1/16 of a
+            16-bit X), "seed" draws it again and keeps nothing. The reference always draws it again.
 
     Returns:
         Y (..., N) in X's dtype (under torch.autocast in its dtype). Gradients flow to X, A, B, and to bias where it
@@ -141,7 +147,7 @@ def lora_linear(
         FrozenWeightError: W requires a gradient.
         ShapeError: operands that do not fit together.
         BackendUnavailableError: a backend asked for by name that cannot run here.
-        ConfigError: unknown backend, or dropout_p outside [0, 1].
+        ConfigError: unknown backend or dropout_mask, or dropout_p outside [0, 1].
 
     Source: Hu et al., LoRA, arXiv 2106.09685.
     """
@@ -153,9 +159,12 @@ def lora_linear(
     _check(X, W, A, B, bias)
     if not 0.0 <= dropout_p <= 1.0:
         raise ConfigError(f"dropout_p={dropout_p}; accepted is a probability from 0 to 1")
+    if dropout_mask not in ("bits", "seed"):
+        raise ConfigError(f"dropout_mask={dropout_mask!r}; accepted are 'bits' and 'seed'")
     backend = resolve_backend(backend, device_type, X.dtype)
     state = dropout_seed(seed, X.device) if training and dropout_p > 0.0 else None
     if torch.is_grad_enabled():
-        return _LoRALinear.apply(X, W, A, B, bias, scaling, dropout_p, state, backend)
-    Y, _ = _forward(_rows(X), W, A, B, bias, scaling, dropout_p, state, backend)
+        keep_bits = state is not None and dropout_mask == "bits" and backend.startswith("triton") and X.numel() > 0
+        return _LoRALinear.apply(X, W, A, B, bias, scaling, dropout_p, state, backend, keep_bits)
+    Y, _, _ = _forward(_rows(X), W, A, B, bias, scaling, dropout_p, state, backend, False)
     return Y.view(*X.shape[:-1], Y.shape[-1])

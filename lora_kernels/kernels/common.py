@@ -13,10 +13,15 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Dropout:
-    """Inverted dropout as kernels take it: probability p and an int64 tensor (2,) of seed and offset, on the device."""
+    """Inverted dropout as kernels take it: probability p and an int64 tensor (2,) of seed and offset, on the device.
+
+    ``bits``: the keep mask at one bit an element, uint8 (M, ceil(K/8)) in rows of 16 ceil(K/128) bytes, bit j of byte c
+    for column 8 c + j: what the forward draws it leaves there, and the backward reads it. None: it is drawn again.
+    """
 
     p: float
     seed: Tensor
+    bits: Tensor | None = None
 
     @property
     def inv_keep(self) -> float:
@@ -28,11 +33,23 @@ class Dropout:
         return round(self.p * 65536)
 
 
-def dropout_args(drop: Dropout | None) -> dict[str, Any]:
-    """Keyword arguments seed_ptr, threshold and DROPOUT of a kernel."""
+NONE, DRAW, READ = 0, 1, 2  # DROPOUT of a kernel: no mask, Philox from the seed, the packed bits
+
+
+def dropout_args(drop: Dropout | None, draw: bool = False) -> dict[str, Any]:
+    """Keyword arguments seed_ptr, keep_ptr, stride_keep, threshold and DROPOUT of a kernel.
+
+    ``draw``: the mask is drawn even where there are bits, for a kernel that fills them.
+    """
     if drop is None:
-        return {"seed_ptr": None, "threshold": 0, "DROPOUT": False}
-    return {"seed_ptr": drop.seed, "threshold": drop.threshold, "DROPOUT": True}
+        return {"seed_ptr": None, "keep_ptr": None, "stride_keep": 0, "threshold": 0, "DROPOUT": NONE}
+    return {
+        "seed_ptr": drop.seed,
+        "keep_ptr": drop.bits,
+        "stride_keep": 0 if drop.bits is None else drop.bits.stride(0),
+        "threshold": drop.threshold,
+        "DROPOUT": DRAW if draw or drop.bits is None else READ,
+    }
 
 
 def inv_keep(drop: Dropout | None) -> float:
@@ -57,11 +74,8 @@ def tile_order(pid, num_m, num_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def keep_tile(seed_ptr, offs_m, col, threshold, BLOCK_K: tl.constexpr):
-    """Keep mask (BLOCK_M, BLOCK_K) of rows offs_m and columns col .. col + BLOCK_K; col and BLOCK_K are multiples of 8.
-
-    Philox4x32-7, key = seed, counter = (column // 8, row, offset): reference/dropout.py has it in words.
-    """
+def _draw_tile(seed_ptr, offs_m, col, threshold, BLOCK_K: tl.constexpr):
+    """Philox4x32-7, key = seed, counter = (column // 8, row, offset): reference/dropout.py has it in words."""
     BLOCK_M: tl.constexpr = offs_m.shape[0]
     seed = tl.load(seed_ptr)
     offset = tl.load(seed_ptr + 1)
@@ -75,6 +89,43 @@ def keep_tile(seed_ptr, offs_m, col, threshold, BLOCK_K: tl.constexpr):
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # last two axes read w0 w1 w2 w3
     lanes = tl.join(words & 0xFFFF, words >> 16)
     return tl.reshape(lanes, (BLOCK_M, BLOCK_K)).to(tl.int32) >= threshold
+
+
+@triton.jit
+def keep_tile(
+    seed_ptr,
+    keep_ptr,
+    stride_keep,
+    offs_m,
+    mask_m,
+    col,
+    K,
+    threshold,
+    BLOCK_K: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    """Keep mask (BLOCK_M, BLOCK_K) of rows offs_m and columns col .. col + BLOCK_K; col and BLOCK_K are multiples of 8.
+
+    DROPOUT 1: drawn from the seed; 2: unpacked from the bits.
+    """
+    if DROPOUT == 2:
+        offs_c = col // 8 + tl.arange(0, BLOCK_K // 8)
+        c_ptrs = keep_ptr + offs_m[:, None].to(tl.int64) * stride_keep + offs_c[None, :]
+        packed = tl.load(c_ptrs, mask=mask_m[:, None] & (offs_c * 8 < K)[None, :], other=0).to(tl.int32)
+        bits = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+        return tl.reshape(bits, (offs_m.shape[0], BLOCK_K)) != 0
+    else:
+        return _draw_tile(seed_ptr, offs_m, col, threshold, BLOCK_K)
+
+
+@triton.jit
+def store_keep(keep, keep_ptr, stride_keep, offs_m, mask_m, col, K, BLOCK_K: tl.constexpr):
+    """Pack a keep mask (BLOCK_M, BLOCK_K) into its place among the bits: byte c = sum over j of keep[8 c + j] 2^j."""
+    lanes = tl.reshape(keep.to(tl.int32), (offs_m.shape[0], BLOCK_K // 8, 8))
+    packed = tl.sum(lanes << tl.arange(0, 8)[None, None, :], axis=2)
+    offs_c = col // 8 + tl.arange(0, BLOCK_K // 8)
+    c_ptrs = keep_ptr + offs_m[:, None].to(tl.int64) * stride_keep + offs_c[None, :]
+    tl.store(c_ptrs, packed.to(tl.uint8), mask=mask_m[:, None] & (offs_c * 8 < K)[None, :])
 
 
 @triton.jit

@@ -19,9 +19,11 @@ def _expand_kernel(
     dYB_ptr,
     A_ptr,
     seed_ptr,
+    keep_ptr,
     M,
     K,
     r,
+    stride_keep,
     stride_dxm,
     stride_sm,
     stride_ar,
@@ -45,7 +47,8 @@ def _expand_kernel(
         BLOCK_R, PRECISION,
     )  # fmt: skip
     if DROPOUT:
-        term = tl.where(keep_tile(seed_ptr, offs_m, col, threshold, BLOCK_K), term * factor, 0.0)
+        keep = keep_tile(seed_ptr, keep_ptr, stride_keep, offs_m, mask_m, col, K, threshold, BLOCK_K, DROPOUT)
+        term = tl.where(keep, term * factor, 0.0)
     dx_ptrs = dX_ptr + offs_m[:, None].to(tl.int64) * stride_dxm + offs_k[None, :]
     mask = mask_m[:, None] & mask_k[None, :]
     dx = tl.load(dx_ptrs, mask=mask, other=0.0).to(tl.float32) + term

@@ -1,6 +1,135 @@
-"""What the operators call; importing it imports Triton."""
+"""The plans of a LoRA linear layer: which launches, in which order, with which tiles. Importing it imports Triton.
 
-from lora_kernels.kernels.lora_linear import lora_linear_fwd
-from lora_kernels.kernels.lora_linear_bwd import lora_linear_bwd
+    XA  = s/(1-p) (D*X) A^T        Y  = X W^T + bias + XA B^T
+    dYB = s dY B                   dX = dY W + D/(1-p) * (dYB A)       dA = dYB^T (D*X) / (1-p)       dB = dY^T XA
 
-__all__ = ["lora_linear_bwd", "lora_linear_fwd"]
+eager makes the base product by the vendor's library and adds the update: the floor that no plan may fall below.
+cost.py has the launches of each plan as data, plan.py chooses among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels.kernels.chip import Chip
+from lora_kernels.kernels.common import Dropout
+from lora_kernels.kernels.expand import expand_add_
+from lora_kernels.kernels.lora_linear import extend, one_pass
+from lora_kernels.kernels.lora_linear_bwd import da, dx_da, dyb_db
+from lora_kernels.kernels.shrink import shrink
+from lora_kernels.kernels.sm90_linear import one_launch, tma_extend
+from lora_kernels.kernels.tuning import (
+    expand_config,
+    gemm_config,
+    one_pass_config,
+    rank_block,
+    shrink_config,
+    split_config,
+    tma_config,
+    wide_loads,
+)
+
+__all__ = ["Dropout", "lora_linear_bwd", "lora_linear_fwd"]
+
+
+def lora_linear_fwd(
+    X: Tensor,
+    W: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    drop: Dropout | None,
+    plan: str,
+    chip: Chip,
+    tiles: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Y (M, N) and XA (M, r) by ``plan``; M > 0. Fills ``drop.bits`` where there are any.
+
+    ``tiles``: the configuration of the plan's main product; None takes the default of tuning.py.
+    """
+    M, (N, r), dtype = X.shape[0], B.shape, X.dtype
+    if plan == "one_launch":
+        assert drop is None, "one_launch draws no mask"
+        return one_launch(X, W, A, B, bias, scaling, tiles or tma_config(M, N, r, dtype, chip), chip.units)
+    wide = wide_loads(X, W)
+    if plan == "one_pass":
+        tiles = tiles or one_pass_config(M, dtype, chip, drop is not None, wide)
+        return one_pass(X, W, A, B, bias, scaling, drop, tiles)
+    if plan == "eager" and drop is None:
+        XA = torch.addmm(X.new_empty(M, r), X, A.to(dtype).t(), beta=0, alpha=scaling)
+    else:
+        XA = shrink(X, A, scaling, drop, shrink_config(M, dtype, chip, r, drop is not None, wide))
+    if plan == "eager":
+        return torch.nn.functional.linear(X, W, bias).addmm_(XA, B.to(dtype).t()), XA
+    if plan == "tma_extend":
+        return tma_extend(X, W, XA, B, bias, tiles or tma_config(M, N, r, dtype, chip), chip.units), XA
+    return extend(X, W, XA, B, bias, tiles or gemm_config(M, N, dtype, chip, wide)), XA
+
+
+def lora_linear_bwd(
+    dY: Tensor,
+    X: Tensor,
+    W: Tensor,
+    A: Tensor,
+    B: Tensor,
+    XA: Tensor,
+    scaling: float,
+    drop: Dropout | None,
+    needs: Sequence[bool],
+    plan: str,
+    chip: Chip,
+    tiles: Any = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dX, dA, dB, dbias by ``plan``; None for each that ``needs`` (X, A, B, bias) leaves out; M > 0."""
+    need_x, need_a, need_b, need_bias = needs
+    if plan == "eager":
+        return _eager_bwd(dY, X, W, A, B, XA, scaling, drop, needs, chip)
+    (M, K), r, dtype = X.shape, A.shape[0], X.dtype
+    split = split_config(M, dtype, chip, r)
+    make = {"make_dyb": need_x or need_a, "make_db": need_b, "make_dbias": need_bias}
+    dYB, dB, dbias = dyb_db(dY, B, XA, scaling, split, **make)
+    dX = dA = None
+    if need_x and dYB is not None:
+        tiles = tiles or gemm_config(M, K, dtype, chip, wide_loads(dY, W, X))
+        dX, dA = dx_da(dY, W, dYB, A, X, drop, tiles, make_da=need_a and r <= rank_block(dtype))
+    if need_a and dA is None and dYB is not None:
+        dA = da(dYB, X, drop, A.dtype, split)
+    return dX, dA, dB, dbias
+
+
+def _eager_bwd(
+    dY: Tensor,
+    X: Tensor,
+    W: Tensor,
+    A: Tensor,
+    B: Tensor,
+    XA: Tensor,
+    scaling: float,
+    drop: Dropout | None,
+    needs: Sequence[bool],
+    chip: Chip,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The vendor's library for every product; our kernels for what dropout masks."""
+    need_x, need_a, need_b, need_bias = needs
+    (M, K), dtype = X.shape, X.dtype
+    dX = dA = None
+    dB = (dY.t() @ XA).to(B.dtype) if need_b else None
+    dbias = dY.sum(0) if need_bias else None
+    if need_x or need_a:
+        dYB = torch.addmm(XA, dY, B.to(dtype), beta=0, alpha=scaling)
+    if need_x:
+        dX = dY @ W
+        if drop is None:
+            dX.addmm_(dYB, A.to(dtype))
+        else:
+            expand_add_(dX, dYB, A, drop, expand_config(M, K, dtype, chip, wide_loads(dY, W, X)))
+    if need_a and drop is None:
+        dA = (dYB.t() @ X).to(A.dtype)
+    elif need_a:
+        dA = da(dYB, X, drop, A.dtype, split_config(M, dtype, chip, A.shape[0]))
+    return dX, dA, dB, dbias

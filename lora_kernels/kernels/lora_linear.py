@@ -1,11 +1,10 @@
-"""Forward of a LoRA linear layer, its plans; sm90_linear.py has two more of them.
+"""Forward of a LoRA linear layer with pointers: runs on every chip.
 
     XA = s/(1-p) (D*X) A^T,   Y = X W^T + bias + XA B^T         X (M,K)  W (N,K)  A (r,K)  B (N,r)  Y (M,N)
 
-eager          the base product by the vendor's library, then Y += XA B^T: a read and a write of Y more
-shrink_extend  shrink makes XA; one GEMM whose accumulator starts at XA B^T and goes on over K: Y is written once
-one_pass       XA is accumulated beside Y in the same K loop, in every column block again: one launch, X read once,
-               r / BLOCK_N more matrix work; for few rows or narrow N
+extend    Y from an XA that the shrink pass made: one GEMM whose accumulator starts at XA B^T and goes on over K
+one_pass  XA as well, accumulated beside Y in the same K loop, in every column block again: one launch, X read once,
+          r / BLOCK_N more matrix work; for few rows or narrow N
 
 The low-rank term opens the accumulator instead of closing it: its operands are loaded before the software-pipelined
 loop, so no register operand feeds a pipelined wgmma (ptxas 12.8 miscompiles that shape).
@@ -18,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.kernels.chip import Chip
 from lora_kernels.kernels.common import (
     Dropout,
     accumulate,
@@ -27,19 +25,10 @@ from lora_kernels.kernels.common import (
     keep_tile,
     low_rank,
     precision_of,
+    store_keep,
     tile_order,
 )
-from lora_kernels.kernels.shrink import shrink
-from lora_kernels.kernels.sm90_linear import one_launch, tma_extend
-from lora_kernels.kernels.tuning import (
-    GemmConfig,
-    gemm_config,
-    one_pass_config,
-    rank_tile,
-    shrink_config,
-    tma_config,
-    wide_loads,
-)
+from lora_kernels.kernels.tuning import GemmConfig, rank_tile
 
 
 @triton.jit
@@ -102,10 +91,12 @@ def _one_pass_kernel(
     Y_ptr,
     XA_ptr,
     seed_ptr,
+    keep_ptr,
     M,
     N,
     K,
     r,
+    stride_keep,
     stride_xm,
     stride_xk,
     stride_wn,
@@ -121,6 +112,7 @@ def _one_pass_kernel(
     threshold,
     HAS_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
+    STORE_KEEP: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -158,7 +150,11 @@ def _one_pass_kernel(
             a = tl.load(a_ptrs, mask=mask_r[None, :] & mask_k[:, None], other=0.0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
         if DROPOUT:
-            x = tl.where(keep_tile(seed_ptr, offs_m, k * BLOCK_K, threshold, BLOCK_K), x, 0.0)
+            col = k * BLOCK_K
+            keep = keep_tile(seed_ptr, keep_ptr, stride_keep, offs_m, mask_m, col, K, threshold, BLOCK_K, DROPOUT)
+            if STORE_KEEP:
+                store_keep(keep, keep_ptr, stride_keep, offs_m, mask_m & (pid_n == 0), col, K, BLOCK_K)
+            x = tl.where(keep, x, 0.0)
         xa = tl.dot(x, a.to(x.dtype), xa, input_precision=PRECISION)
         x_ptrs += step_x
         w_ptrs += step_w
@@ -228,7 +224,7 @@ def one_pass(
     drop: Dropout | None,
     config: GemmConfig,
 ) -> tuple[Tensor, Tensor]:
-    """Y (M, N) and XA (M, r) in one launch; r at most rank_block, M > 0."""
+    """Y (M, N) and XA (M, r) in one launch; r at most rank_block, M > 0. Fills ``drop.bits`` where there are any."""
     (M, K), (N, r) = X.shape, B.shape
     Y = torch.empty(M, N, dtype=X.dtype, device=X.device)
     XA = torch.empty(M, r, dtype=X.dtype, device=X.device)
@@ -257,6 +253,7 @@ def one_pass(
         stride_sm=XA.stride(0),
         factor=scaling * inv_keep(drop),
         HAS_BIAS=bias is not None,
+        STORE_KEEP=drop is not None and drop.bits is not None,
         EVEN_K=K % config.BLOCK_K == 0,
         PRECISION=precision_of(X.dtype),
         BLOCK_M=config.BLOCK_M,
@@ -266,38 +263,6 @@ def one_pass(
         GROUP_M=config.GROUP_M,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **dropout_args(drop),
+        **dropout_args(drop, draw=True),
     )
     return Y, XA
-
-
-def lora_linear_fwd(
-    X: Tensor,
-    W: Tensor,
-    A: Tensor,
-    B: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    p: float,
-    seed: Tensor | None,
-    plan: str,
-    chip: Chip,
-) -> tuple[Tensor, Tensor]:
-    """Y (M, N) and XA (M, r) by ``plan``; seed int64 (2,) or None for no dropout; M > 0."""
-    drop = None if seed is None else Dropout(p, seed)
-    M, (N, r) = X.shape[0], B.shape
-    if plan == "one_launch":
-        assert drop is None, "one_launch draws no mask"
-        return one_launch(X, W, A, B, bias, scaling, tma_config(M, N, r, X.dtype, chip), chip.units)
-    wide = wide_loads(X, W)
-    if plan == "one_pass":
-        return one_pass(X, W, A, B, bias, scaling, drop, one_pass_config(M, X.dtype, chip, drop is not None, wide))
-    if plan == "eager" and drop is None:
-        XA = torch.addmm(X.new_empty(M, A.shape[0]), X, A.to(X.dtype).t(), beta=0, alpha=scaling)
-    else:
-        XA = shrink(X, A, scaling, drop, shrink_config(M, X.dtype, chip, A.shape[0], drop is not None, wide))
-    if plan == "eager":
-        return torch.nn.functional.linear(X, W, bias).addmm_(XA, B.to(X.dtype).t()), XA
-    if plan == "tma_extend":
-        return tma_extend(X, W, XA, B, bias, tma_config(M, N, r, X.dtype, chip), chip.units), XA
-    return extend(X, W, XA, B, bias, gemm_config(M, N, X.dtype, chip, wide)), XA

@@ -1,4 +1,4 @@
-"""Backward of a LoRA linear layer.
+"""Backward of a LoRA linear layer with pointers: runs on every chip.
 
     dYB = s dY B (M, r)      dB = dY^T XA (N, r)      dbias = sum of dY's rows (N,)          one read of dY
     dX  = dY W + D/(1-p) * (dYB A) (M, K)             dA = dYB^T (D*X) / (1-p) (r, K)         one GEMM, X read once
@@ -11,14 +11,11 @@ The masked term opens the dX accumulator: the mask's registers are dead before t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.kernels.chip import Chip
 from lora_kernels.kernels.common import (
     Dropout,
     accumulate,
@@ -29,18 +26,8 @@ from lora_kernels.kernels.common import (
     precision_of,
     tile_order,
 )
-from lora_kernels.kernels.expand import expand_add_
 from lora_kernels.kernels.reduce import Partial, reduce_partials
-from lora_kernels.kernels.tuning import (
-    GemmConfig,
-    SplitConfig,
-    expand_config,
-    gemm_config,
-    rank_block,
-    rank_tile,
-    split_config,
-    wide_loads,
-)
+from lora_kernels.kernels.tuning import GemmConfig, SplitConfig, rank_tile
 
 
 @triton.jit
@@ -114,10 +101,12 @@ def _dx_kernel(
     dX_ptr,
     dA_ptr,
     seed_ptr,
+    keep_ptr,
     M,
     N,
     K,
     r,
+    stride_keep,
     stride_dym,
     stride_dyn,
     stride_wn,
@@ -151,7 +140,9 @@ def _dx_kernel(
         BLOCK_R, PRECISION,
     )  # fmt: skip
     if DROPOUT:
-        acc = tl.where(keep_tile(seed_ptr, offs_m, pid_k * BLOCK_N, threshold, BLOCK_N), acc * factor, 0.0)
+        col = pid_k * BLOCK_N
+        keep = keep_tile(seed_ptr, keep_ptr, stride_keep, offs_m, mask_m, col, K, threshold, BLOCK_N, DROPOUT)
+        acc = tl.where(keep, acc * factor, 0.0)
     acc = accumulate(
         acc, dY_ptr, W_ptr, offs_m, offs_k, mask_m, mask_k, N, stride_dym, stride_dyn, stride_wk, stride_wn, BLOCK_K,
         EVEN_N, PRECISION,
@@ -165,7 +156,9 @@ def _dx_kernel(
         x_ptrs = X_ptr + offs_m[:, None].to(tl.int64) * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
         x = tl.load(x_ptrs, mask=tile_mask, other=0.0)
         if DROPOUT:
-            x = tl.where(keep_tile(seed_ptr, offs_m, pid_k * BLOCK_N, threshold, BLOCK_N), x, 0.0)
+            col = pid_k * BLOCK_N
+            keep = keep_tile(seed_ptr, keep_ptr, stride_keep, offs_m, mask_m, col, K, threshold, BLOCK_N, DROPOUT)
+            x = tl.where(keep, x, 0.0)
         s_ptrs = dYB_ptr + offs_m[:, None].to(tl.int64) * stride_sm + offs_r[None, :]
         dyb = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
         da = tl.dot(tl.trans(x), dyb, input_precision=PRECISION)
@@ -179,9 +172,11 @@ def _da_kernel(
     dYB_ptr,
     dA_ptr,
     seed_ptr,
+    keep_ptr,
     M,
     K,
     r,
+    stride_keep,
     stride_xm,
     stride_xk,
     stride_sm,
@@ -208,7 +203,9 @@ def _da_kernel(
         x_ptrs = X_ptr + rows * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
         x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         if DROPOUT:
-            x = tl.where(keep_tile(seed_ptr, offs_m, pid_k * BLOCK_N, threshold, BLOCK_N), x, 0.0)
+            col = pid_k * BLOCK_N
+            keep = keep_tile(seed_ptr, keep_ptr, stride_keep, offs_m, mask_m, col, K, threshold, BLOCK_N, DROPOUT)
+            x = tl.where(keep, x, 0.0)
         dyb = tl.load(dYB_ptr + rows * stride_sm + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
         da = tl.dot(tl.trans(x), dyb, da, input_precision=PRECISION)
     da_ptrs = dA_ptr + (span.to(tl.int64) * r + offs_r[None, :]) * K + offs_k[:, None]
@@ -350,51 +347,3 @@ def da(dYB: Tensor, X: Tensor, drop: Dropout | None, dtype: torch.dtype, config:
     (dA,) = reduce_partials(Partial(part, dtype, inv_keep(drop)))
     assert dA is not None
     return dA
-
-
-def lora_linear_bwd(
-    dY: Tensor,
-    X: Tensor,
-    W: Tensor,
-    A: Tensor,
-    B: Tensor,
-    XA: Tensor,
-    scaling: float,
-    p: float,
-    seed: Tensor | None,
-    needs: Sequence[bool],
-    plan: str,
-    chip: Chip,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dX, dA, dB, dbias by ``plan``; None for each that ``needs`` (X, A, B, bias) leaves out; M > 0."""
-    need_x, need_a, need_b, need_bias = needs
-    drop = None if seed is None else Dropout(p, seed)
-    (M, K), r = X.shape, A.shape[0]
-    split = split_config(M, X.dtype, chip, r)
-    wide = wide_loads(dY, W, X)
-    dX = dA = None
-    if plan == "eager":
-        dB = (dY.t() @ XA).to(B.dtype) if need_b else None
-        dbias = dY.sum(0) if need_bias else None
-        dYB = torch.addmm(XA, dY, B.to(X.dtype), beta=0, alpha=scaling) if need_x or need_a else None
-    else:
-        make = {"make_dyb": need_x or need_a, "make_db": need_b, "make_dbias": need_bias}
-        dYB, dB, dbias = dyb_db(dY, B, XA, scaling, split, **make)
-    if dYB is None:
-        return None, None, dB, dbias
-    if need_x and plan == "eager":
-        dX = dY @ W
-        dX = (
-            dX.addmm_(dYB, A.to(X.dtype))
-            if drop is None
-            else expand_add_(dX, dYB, A, drop, expand_config(M, K, X.dtype, chip, wide))
-        )
-    elif need_x:
-        tiles = gemm_config(M, K, X.dtype, chip, wide)
-        dX, dA = dx_da(dY, W, dYB, A, X, drop, tiles, make_da=need_a and r <= rank_block(X.dtype))
-    if need_a and dA is None:
-        if plan == "eager" and drop is None:
-            dA = (dYB.t() @ X).to(A.dtype)
-        else:
-            dA = da(dYB, X, drop, A.dtype, split)
-    return dX, dA, dB, dbias

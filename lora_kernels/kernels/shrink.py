@@ -3,7 +3,8 @@
     X (M, K), A (r, K) -> XA (M, r) in X's dtype;  D = dropout's keep mask, factor = scaling / (1 - p)
 
 Memory bound: 2 M r FLOP per 2 M bytes of X at 16 bit. One program makes BLOCK_M rows and BLOCK_R columns; X is read
-once per 64 ranks. Nothing is stored but XA: the mask is drawn in registers and drawn again in the backward.
+once per 64 ranks. The mask is drawn in registers; its bits are stored, 1/16 of a 16-bit X, where the backward is to
+read them instead of drawing again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.kernels.common import Dropout, dropout_args, inv_keep, keep_tile, precision_of
+from lora_kernels.kernels.common import Dropout, dropout_args, inv_keep, keep_tile, precision_of, store_keep
 from lora_kernels.kernels.tuning import ShrinkConfig, rank_tile
 
 
@@ -23,9 +24,11 @@ def _shrink_kernel(
     A_ptr,
     XA_ptr,
     seed_ptr,
+    keep_ptr,
     M,
     K,
     r,
+    stride_keep,
     stride_xm,
     stride_xk,
     stride_ar,
@@ -34,6 +37,7 @@ def _shrink_kernel(
     factor,
     threshold,
     DROPOUT: tl.constexpr,
+    STORE_KEEP: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -60,7 +64,11 @@ def _shrink_kernel(
             x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
             a = tl.load(a_ptrs, mask=mask_r[None, :] & mask_k[:, None], other=0.0)
         if DROPOUT:
-            x = tl.where(keep_tile(seed_ptr, offs_m, k * BLOCK_K, threshold, BLOCK_K), x, 0.0)
+            col = k * BLOCK_K
+            keep = keep_tile(seed_ptr, keep_ptr, stride_keep, offs_m, mask_m, col, K, threshold, BLOCK_K, DROPOUT)
+            if STORE_KEEP:
+                store_keep(keep, keep_ptr, stride_keep, offs_m, mask_m & (tl.program_id(1) == 0), col, K, BLOCK_K)
+            x = tl.where(keep, x, 0.0)
         acc = tl.dot(x, a.to(x.dtype), acc, input_precision=PRECISION)
         x_ptrs += step_x
         a_ptrs += step_a
@@ -69,7 +77,10 @@ def _shrink_kernel(
 
 
 def shrink(X: Tensor, A: Tensor, scaling: float, drop: Dropout | None, config: ShrinkConfig) -> Tensor:
-    """XA (M, r) = scaling/(1-p) (D*X) A^T for X (M, K) and A (r, K) of any strides and float dtypes; M > 0."""
+    """XA (M, r) = scaling/(1-p) (D*X) A^T for X (M, K) and A (r, K) of any strides and float dtypes; M > 0.
+
+    Fills ``drop.bits`` where there are any.
+    """
     (M, K), r = X.shape, A.shape[0]
     XA = torch.empty(M, r, dtype=X.dtype, device=X.device)
     BLOCK_R = rank_tile(r, X.dtype)
@@ -86,6 +97,7 @@ def shrink(X: Tensor, A: Tensor, scaling: float, drop: Dropout | None, config: S
         stride_ak=A.stride(1),
         stride_sm=XA.stride(0),
         factor=scaling * inv_keep(drop),
+        STORE_KEEP=drop is not None and drop.bits is not None,
         EVEN_K=K % config.BLOCK_K == 0,
         PRECISION=precision_of(X.dtype),
         BLOCK_M=config.BLOCK_M,
@@ -93,6 +105,6 @@ def shrink(X: Tensor, A: Tensor, scaling: float, drop: Dropout | None, config: S
         BLOCK_R=BLOCK_R,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **dropout_args(drop),
+        **dropout_args(drop, draw=True),
     )
     return XA

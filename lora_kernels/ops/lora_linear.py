@@ -18,11 +18,11 @@ from lora_kernels.reference import Needs
 
 _FWD = (
     "lora_linear_fwd(Tensor X, Tensor W, Tensor A, Tensor B, Tensor? bias, float scaling, float p, Tensor? seed, "
-    "str backend) -> (Tensor Y, Tensor XA)"
+    "str backend, bool keep_bits) -> (Tensor Y, Tensor XA, Tensor keep)"
 )
 _BWD = (
     "lora_linear_bwd(Tensor dY, Tensor X, Tensor W, Tensor A, Tensor B, Tensor XA, float scaling, float p, "
-    "Tensor? seed, bool[4] needs, str backend) -> (Tensor dX, Tensor dA, Tensor dB, Tensor dbias)"
+    "Tensor? seed, Tensor? keep, bool[4] needs, str backend) -> (Tensor dX, Tensor dA, Tensor dB, Tensor dbias)"
 )
 
 
@@ -45,16 +45,24 @@ def lora_linear_fwd(
     p: float,
     seed: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Y (M, N) and XA (M, r) for X (M, K); ``seed`` int64 (2,) switches dropout on; ``backend`` is a resolved name."""
+    keep_bits: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Y (M, N), XA (M, r) and the mask's bits for X (M, K); ``backend`` is a resolved name.
+
+    ``seed`` int64 (2,) switches dropout on. ``keep_bits``: on Triton leave its mask at one bit an element, uint8
+    (M, ceil(K/8)), for the backward to read; the reference always draws it again and gives None.
+    """
     kind, forced = planner.split_name(backend)
     if kind == "triton" and X.shape[0] > 0:
         (M, K), (N, r) = X.shape, B.shape
         problem = Problem("fwd", M, N, K, r, X.dtype, dropout=seed is not None, bias=bias is not None)
         chip = planner.chip_for(X.device)
         plan = planner.choose(problem, chip, forced)
-        return planner.triton_kernels().lora_linear_fwd(X, W, A, B, bias, scaling, p, seed, plan.name, chip)
-    return reference.lora_linear_fwd(X, W, A, B, bias, scaling, _keep(X, p, seed), p)
+        kernels = planner.triton_kernels()
+        keep = _empty_bits(X) if keep_bits and seed is not None else None
+        drop = None if seed is None else kernels.Dropout(p, seed, keep)
+        return *kernels.lora_linear_fwd(X, W, A, B, bias, scaling, drop, plan.name, chip), keep
+    return *reference.lora_linear_fwd(X, W, A, B, bias, scaling, _keep(X, p, seed), p), None
 
 
 def lora_linear_bwd(
@@ -67,10 +75,14 @@ def lora_linear_bwd(
     scaling: float,
     p: float,
     seed: Tensor | None,
+    keep: Tensor | None,
     needs: Needs,
     backend: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dX, dA, dB, dbias of lora_linear_fwd for dY (M, N); None for each that ``needs`` leaves out."""
+    """dX, dA, dB, dbias of lora_linear_fwd for dY (M, N); None for each that ``needs`` leaves out.
+
+    ``keep``: the bits that the forward left, or None to draw the mask again from ``seed``.
+    """
     kind, forced = planner.split_name(backend)
     if kind == "triton" and X.shape[0] > 0:
         (M, K), (N, r) = X.shape, B.shape
@@ -78,12 +90,38 @@ def lora_linear_bwd(
         chip = planner.chip_for(X.device)
         plan = planner.choose(problem, chip, forced)
         kernels = planner.triton_kernels()
-        return kernels.lora_linear_bwd(dY, X, W, A, B, XA, scaling, p, seed, needs, plan.name, chip)
+        drop = None if seed is None else kernels.Dropout(p, seed, keep)
+        return kernels.lora_linear_bwd(dY, X, W, A, B, XA, scaling, drop, needs, plan.name, chip)
     return reference.lora_linear_bwd(dY, X, W, A, B, XA, scaling, _keep(X, p, seed), p, needs)
 
 
-def _fwd_fake(X: Tensor, W: Tensor, A: Tensor, B: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return X.new_empty(X.shape[0], B.shape[0]), X.new_empty(X.shape[0], A.shape[0])
+def _fwd_impl(X: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *operands, seed, backend, keep_bits = args
+    Y, XA, keep = lora_linear_fwd(X, *operands, seed, backend, keep_bits)
+    return Y, XA, X.new_empty(0, dtype=torch.uint8) if keep is None else keep  # a schema has no optional outputs
+
+
+def _empty_bits(X: Tensor) -> Tensor:
+    """uint8 (M, ceil(K/8)) in rows of packed_width(K) bytes, for the mask's bits."""
+    M, K = X.shape
+    return X.new_empty(M, reference.packed_width(K), dtype=torch.uint8)[:, : (K + 7) // 8]
+
+
+def _fwd_fake(
+    X: Tensor,
+    W: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+    backend: str,
+    keep_bits: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kept = keep_bits and seed is not None and planner.split_name(backend)[0] == "triton"
+    keep = _empty_bits(X) if kept else X.new_empty(0, dtype=torch.uint8)
+    return X.new_empty(X.shape[0], B.shape[0]), X.new_empty(X.shape[0], A.shape[0]), keep
 
 
 def _bwd_impl(dY: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -102,6 +140,7 @@ def _bwd_fake(
     scaling: float,
     p: float,
     seed: Tensor | None,
+    keep: Tensor | None,
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
@@ -110,7 +149,7 @@ def _bwd_fake(
 
 
 _library = torch.library.Library("lora_kernels", "DEF")
-for _schema, _impl, _fake in ((_FWD, lora_linear_fwd, _fwd_fake), (_BWD, _bwd_impl, _bwd_fake)):
+for _schema, _impl, _fake in ((_FWD, _fwd_impl, _fwd_fake), (_BWD, _bwd_impl, _bwd_fake)):
     _name = _schema.partition("(")[0]
     _library.define(_schema)
     _library.impl(_name, _impl, "CompositeExplicitAutograd")

@@ -1,6 +1,15 @@
 """The oracle: plain PyTorch, any dtype, explicit backward, no autograd."""
 
-from lora_kernels.reference.dropout import generator_keep_mask, philox_keep_mask
+from lora_kernels.reference.dropout import generator_keep_mask, pack_keep, packed_width, philox_keep_mask, unpack_keep
 from lora_kernels.reference.lora_linear import Needs, lora_linear_bwd, lora_linear_fwd
 
-__all__ = ["Needs", "generator_keep_mask", "lora_linear_bwd", "lora_linear_fwd", "philox_keep_mask"]
+__all__ = [
+    "Needs",
+    "generator_keep_mask",
+    "lora_linear_bwd",
+    "lora_linear_fwd",
+    "pack_keep",
+    "packed_width",
+    "philox_keep_mask",
+    "unpack_keep",
+]

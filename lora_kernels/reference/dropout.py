@@ -64,3 +64,23 @@ def generator_keep_mask(seed: Tensor, p: float, M: int, K: int) -> Tensor:
     if (threshold := drop_threshold(p) - 32768) > 32767:
         return torch.zeros(M, K, dtype=torch.bool)
     return lanes >= threshold
+
+
+def packed_width(K: int) -> int:
+    """Bytes that a row of K kept-or-dropped bits takes, in whole groups of 16: rows start where wide loads can."""
+    return 16 * ((K + 127) // 128)
+
+
+def pack_keep(keep: Tensor) -> Tensor:
+    """A keep mask bool (M, K) at one bit an element: uint8 (M, packed_width(K)), bit j of byte c for column 8 c + j."""
+    M, K = keep.shape
+    lanes = keep.new_zeros(M, 8 * packed_width(K))
+    lanes[:, :K] = keep
+    weights = torch.tensor([1 << j for j in range(8)], device=keep.device)
+    return (lanes.view(M, -1, 8) * weights).sum(2).to(torch.uint8)
+
+
+def unpack_keep(bits: Tensor, K: int) -> Tensor:
+    """The keep mask bool (M, K) that pack_keep packed."""
+    lanes = bits[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1
+    return lanes.reshape(bits.shape[0], 8 * bits.shape[1])[:, :K].bool()

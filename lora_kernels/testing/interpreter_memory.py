@@ -105,7 +105,7 @@ def _check(pointers: TensorHandle, mask: np.ndarray | None, access: str) -> None
     addresses = pointers.data
     if mask is not None:
         addresses, mask = np.broadcast_arrays(addresses, mask)
-        addresses = addresses[mask]
+        addresses = addresses[mask.astype(bool)]  # `and` of a tensor and a scalar condition leaves integers
     if not addresses.size:
         return
     addresses = addresses.astype(np.int64)

@@ -5,7 +5,7 @@ import torch
 
 from lora_kernels import ops
 from lora_kernels.kernels.tuning import rank_block
-from lora_kernels.reference import Needs, philox_keep_mask
+from lora_kernels.reference import Needs, pack_keep, packed_width, philox_keep_mask, unpack_keep
 from lora_kernels.testing import REGIMES, assert_close, fuzz_problems, make_problem, plain, poison, truth
 from lora_kernels.testing.rule import Pool
 
@@ -14,15 +14,17 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ALL = Needs(True, True, True, True)
 
 
-def run(problem, plan, needs=None):
+def run(problem, plan, needs=None, keep_bits=True):
     """Y, XA and the four gradients by one plan, in memory that holds NaN until it is written."""
     backend = f"triton:{plan}"
     seed = problem.seed if problem.p else None
     needs = needs or Needs(True, True, True, problem.bias is not None)
     X, W, A, B = problem.X, problem.W, problem.A, problem.B
     with poison():
-        Y, XA = ops.lora_linear_fwd(X, W, A, B, problem.bias, problem.scaling, problem.p, seed, backend)
-        grads = ops.lora_linear_bwd(problem.dY, X, W, A, B, XA, problem.scaling, problem.p, seed, needs, backend)
+        Y, XA, keep = ops.lora_linear_fwd(
+            X, W, A, B, problem.bias, problem.scaling, problem.p, seed, backend, keep_bits
+        )
+        grads = ops.lora_linear_bwd(problem.dY, X, W, A, B, XA, problem.scaling, problem.p, seed, keep, needs, backend)
     return Y, XA, grads
 
 
@@ -31,10 +33,10 @@ def gaps_are_safe(plan, device):
     return plan != "eager" or device != "cpu"
 
 
-def check(problem, plan, close=assert_close):
+def check(problem, plan, close=assert_close, keep_bits=True):
     M, _, K, _ = problem.shape
     keep = philox_keep_mask(problem.seed, problem.p, M, K) if problem.p else None
-    Y, _, (dX, dA, dB, dbias) = run(problem, plan)
+    Y, _, (dX, dA, dB, dbias) = run(problem, plan, keep_bits=keep_bits)
     expected, true = plain(problem, keep), truth(problem, keep)
     for name, got in (("Y", Y), ("dX", dX), ("dA", dA), ("dB", dB), ("dbias", dbias)):
         if got is not None:
@@ -95,8 +97,9 @@ def test_same_bits_in_any_order_of_programs(plan, device):
             assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("keep_bits", [True, False], ids=["bits", "seed"])
 @pytest.mark.parametrize("plan", PLANS)
-def test_mask_is_the_reference_mask_bit_for_bit(plan, device):
+def test_mask_is_the_reference_mask_bit_for_bit(plan, keep_bits, device):
     """W = 0 and A = B = identity make Y the dropped input itself, and dX the mask of the gradient."""
     n, p = 16, 0.5
     problem = make_problem(70, n, n, n, torch.float32, device, bias=False)
@@ -105,11 +108,32 @@ def test_mask_is_the_reference_mask_bit_for_bit(plan, device):
     seed = torch.tensor([2**63 - 3, -(2**62) + 5], device=device)
     keep = philox_keep_mask(seed, p, 70, n)
     with poison():
-        Y, XA = ops.lora_linear_fwd(X, zero, eye, eye, None, 1.0, p, seed, f"triton:{plan}")
-        dX, *_ = ops.lora_linear_bwd(X, X, zero, eye, eye, XA, 1.0, p, seed, ALL, f"triton:{plan}")
+        Y, XA, bits = ops.lora_linear_fwd(X, zero, eye, eye, None, 1.0, p, seed, f"triton:{plan}", keep_bits)
+        dX, *_ = ops.lora_linear_bwd(X, X, zero, eye, eye, XA, 1.0, p, seed, bits, ALL, f"triton:{plan}")
     assert torch.equal(Y != 0, keep)
     assert torch.equal(dX != 0, keep)
     assert problem.p == 0.0
+    assert (bits is not None) == keep_bits
+
+
+@pytest.mark.parametrize("p", [0.25, 1.0])
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(("M", "K", "r"), [(70, 129, 5), (33, 8, 16), (65, 200, 40)])
+def test_the_bits_that_are_kept_are_the_mask_packed(M, K, r, plan, p, device):
+    problem = make_problem(M, 24, K, r, torch.bfloat16, device, dropout_p=p)
+    operands = (problem.X, problem.W, problem.A, problem.B, None, 1.0, p, problem.seed, f"triton:{plan}", True)
+    _, _, bits = ops.lora_linear_fwd(*operands)
+    keep = philox_keep_mask(problem.seed, p, M, K)
+    assert torch.equal(bits[:, : K // 8], pack_keep(keep)[:, : K // 8])
+    assert torch.equal(unpack_keep(bits, K), keep)
+    assert bits.stride() == (packed_width(K), 1)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_bits_and_a_second_draw_give_the_same_bits(plan, device):
+    problem = make_problem(70, 90, 130, 20, torch.bfloat16, device, dropout_p=0.25)
+    for kept, drawn in zip(run(problem, plan)[2], run(problem, plan, keep_bits=False)[2], strict=True):
+        assert torch.equal(kept, drawn)
 
 
 @pytest.mark.parametrize("plan", ["shrink_extend", "one_pass"])
@@ -125,12 +149,12 @@ def test_strides_beyond_2_31_elements(plan, device):
     small = make_problem(4, 4, 40, 3, torch.bfloat16, device, dropout_p=0.25)
     X, dY, W = far(small.X), far(small.dY), far(small.W)
     backend, seed = f"triton:{plan}", small.seed
-    Y, XA = ops.lora_linear_fwd(X, W, small.A, small.B, small.bias, 2.0, 0.25, seed, backend)
-    near, near_XA = ops.lora_linear_fwd(small.X, small.W, small.A, small.B, small.bias, 2.0, 0.25, seed, backend)
+    Y, XA, _ = ops.lora_linear_fwd(X, W, small.A, small.B, small.bias, 2.0, 0.25, seed, backend)
+    near, near_XA, _ = ops.lora_linear_fwd(small.X, small.W, small.A, small.B, small.bias, 2.0, 0.25, seed, backend)
     assert torch.equal(Y, near)
-    grads = ops.lora_linear_bwd(dY, X, W, small.A, small.B, XA, 2.0, 0.25, seed, ALL, backend)
+    grads = ops.lora_linear_bwd(dY, X, W, small.A, small.B, XA, 2.0, 0.25, seed, None, ALL, backend)
     near_grads = ops.lora_linear_bwd(
-        small.dY, small.X, small.W, small.A, small.B, near_XA, 2.0, 0.25, seed, ALL, backend
+        small.dY, small.X, small.W, small.A, small.B, near_XA, 2.0, 0.25, seed, None, ALL, backend
     )
     for got, expected in zip(grads, near_grads, strict=True):
         assert torch.equal(got, expected)
@@ -146,5 +170,5 @@ def test_fuzz(shard, device):
             case.M, case.N, case.K, case.r, case.dtype, device,
             bias=case.bias, dropout_p=case.p, strided=case.strided and gaps_are_safe(plan, device), seed=i,
         )  # fmt: skip
-        check(problem, plan, pool.assert_close)
+        check(problem, plan, pool.assert_close, keep_bits=i % 2 == 0)
     pool.close()

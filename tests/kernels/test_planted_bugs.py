@@ -11,14 +11,14 @@ import torch
 
 import lora_kernels.kernels
 from lora_kernels.kernels.chip import CHIPS
-from lora_kernels.reference import philox_keep_mask
+from lora_kernels.reference import packed_width, philox_keep_mask
 from lora_kernels.testing import assert_close, make_problem, plain, poison, truth
 
 SOURCE = Path(lora_kernels.kernels.__file__).parent
 
 # (what, file, text, replacement)
 BUGS = [
-    ("the LoRA branch is dropped", "lora_linear.py", "extend(X, W, XA, B,", "extend(X, W, XA * 0, B,"),
+    ("the LoRA branch is dropped", "launchers.py", "return extend(X, W, XA, B,", "return extend(X, W, XA * 0, B,"),
     ("one_pass drops the LoRA branch", "lora_linear.py", "acc = tl.dot(xa, b.to(xa.dtype), acc,", "acc += 0 * tl.dot(xa, b.to(xa.dtype),"),
     ("scaling is forgotten", "shrink.py", "factor=scaling * inv_keep(drop)", "factor=inv_keep(drop)"),
     ("scaling is applied twice", "shrink.py", "factor=scaling * inv_keep(drop)", "factor=scaling**2 * inv_keep(drop)"),
@@ -36,12 +36,16 @@ BUGS = [
     ("the accumulator is not carried", "common.py", "acc = tl.dot(p, q, acc,", "acc = tl.dot(p, q,"),
     ("the accumulator is bf16", "common.py", "acc = tl.dot(p, q, acc, input_precision=PRECISION)", "acc = tl.dot(p, q, acc, input_precision=PRECISION).to(tl.bfloat16).to(tl.float32)"),
     ("bias is added twice", "lora_linear.py", "bias_ptr + offs_n.to(tl.int64) * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[None, :]\n    y_ptrs = Y_ptr + offs_m[:, None].to(tl.int64) * stride_ym + offs_n[None, :]\n    tl.store(y_ptrs, acc.to(Y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])\n\n\n@triton.jit\ndef _one", "bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[None, :] * 2\n    y_ptrs = Y_ptr + offs_m[:, None].to(tl.int64) * stride_ym + offs_n[None, :]\n    tl.store(y_ptrs, acc.to(Y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])\n\n\n@triton.jit\ndef _one"),
-    ("the mask is drawn for the wrong columns", "shrink.py", "keep_tile(seed_ptr, offs_m, k * BLOCK_K,", "keep_tile(seed_ptr, offs_m, 0 * k,"),
+    ("the mask is drawn for the wrong columns", "shrink.py", "col = k * BLOCK_K", "col = 0 * k"),
     ("the mask ignores the row", "common.py", "c1 = tl.broadcast_to(offs_m[:, None],", "c1 = tl.broadcast_to(offs_m[:, None] * 0,"),
     ("the mask ignores the offset's high word", "common.py", "((offset >> 32) & 0xFFFFFFFF)", "(offset & 0)"),
     ("six rounds of Philox", "common.py", "tl.philox(seed, c0, c1, c2, c3, 7)", "tl.philox(seed, c0, c1, c2, c3, 6)"),
-    ("dX forgets the mask", "lora_linear_bwd.py", "acc = tl.where(keep_tile(seed_ptr, offs_m, pid_k * BLOCK_N, threshold, BLOCK_N), acc * factor, 0.0)", "acc = acc * factor"),
-    ("dA forgets the mask", "lora_linear_bwd.py", "            x = tl.where(keep_tile(seed_ptr, offs_m, pid_k * BLOCK_N, threshold, BLOCK_N), x, 0.0)\n        s_ptrs", "            x = x * 1.0\n        s_ptrs"),
+    ("bits are packed in the wrong order", "common.py", "lanes << tl.arange(0, 8)", "lanes << (7 - tl.arange(0, 8))"),
+    ("bits of the row before are read", "common.py", "c_ptrs = keep_ptr + offs_m[:, None].to(tl.int64) * stride_keep + offs_c[None, :]\n        packed", "c_ptrs = keep_ptr + offs_m[:, None].to(tl.int64) * stride_keep + offs_c[None, :] - stride_keep\n        packed"),
+    ("bits are read past the end", "common.py", "mask=mask_m[:, None] & (offs_c * 8 < K)[None, :], other=0)", "mask=mask_m[:, None], other=0)"),
+    ("only the first block of columns keeps its bits", "shrink.py", "mask_m & (tl.program_id(1) == 0), col,", "mask_m & (tl.program_id(1) == 0) & (k == 0), col,"),
+    ("dX forgets the mask", "lora_linear_bwd.py", "acc = tl.where(keep, acc * factor, 0.0)", "acc = acc * factor"),
+    ("dA forgets the mask", "lora_linear_bwd.py", "            x = tl.where(keep, x, 0.0)\n        s_ptrs", "            x = x * 1.0\n        s_ptrs"),
     ("a partial sum is left out", "reduce.py", "for _ in range(0, count):", "for _ in range(0, max(count - 1, 1)):"),
     ("row blocks of dB's span overlap", "lora_linear_bwd.py", "for m in range(0, SPAN_M, BLOCK_M):\n        offs_m = span * SPAN_M + m + tl.arange(0, BLOCK_M)\n        mask_m = offs_m < M\n        rows = offs_m[:, None].to(tl.int64)\n        dy_ptrs", "for m in range(0, SPAN_M, BLOCK_M):\n        offs_m = span * SPAN_M + m // 2 + tl.arange(0, BLOCK_M)\n        mask_m = offs_m < M\n        rows = offs_m[:, None].to(tl.int64)\n        dy_ptrs"),
     ("rows and columns of tiles are swapped", "lora_linear.py", "pid_m, pid_n = tile_order(", "pid_n, pid_m = tile_order("),
@@ -83,9 +87,11 @@ def judge(launchers, device):
             X = torch.empty((M - 1) * 2**29 + K, dtype=dtype, device=device).as_strided((M, K), (2**29, 1)).copy_(X)
         for plan in ("shrink_extend", "one_pass"):
             with poison():
-                Y, XA = launchers.lora_linear_fwd(X, q.W, q.A, q.B, q.bias, q.scaling, p, seed, plan, chip)
+                bits = torch.empty(M, packed_width(K), dtype=torch.uint8, device=device)[:, : -(-K // 8)]
+                drop = launchers.Dropout(p, seed, bits) if p else None
+                Y, XA = launchers.lora_linear_fwd(X, q.W, q.A, q.B, q.bias, q.scaling, drop, plan, chip)
                 grads = launchers.lora_linear_bwd(
-                    q.dY, X, q.W, q.A, q.B, XA, q.scaling, p, seed, (True,) * 4, "shrink_extend", chip
+                    q.dY, X, q.W, q.A, q.B, XA, q.scaling, drop, (True,) * 4, "shrink_extend", chip
                 )
             for name, got in zip(("Y", "dX", "dA", "dB", "dbias"), (Y, *grads), strict=True):
                 assert_close(got, getattr(expected, name), getattr(true, name), what=f"{plan} {name}")

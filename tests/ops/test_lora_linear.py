@@ -11,7 +11,7 @@ BACKENDS = ["reference", "triton:shrink_extend"]
 
 def fwd_args(dtype, device, backend, p=0.0):
     q = make_problem(6, 10, 14, 3, dtype, device)
-    return (q.X, q.W, q.A, q.B, q.bias, 1.7, p, q.seed if p else None, backend)
+    return (q.X, q.W, q.A, q.B, q.bias, 1.7, p, q.seed if p else None, backend, True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -24,16 +24,23 @@ def test_opcheck_forward(backend, p, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("needs", [(True, True, True, True), (False, True, False, False)], ids=str)
 def test_opcheck_backward(backend, needs, device):
-    X, W, A, B, _, scaling, p, _, _ = fwd_args(torch.float32, device, backend)
+    X, W, A, B, _, scaling, p, *_ = fwd_args(torch.float32, device, backend)
     dY, XA = torch.randn(6, 10, device=device), torch.randn(6, 3, device=device)
-    args = (dY, X, W, A, B, XA, scaling, p, None, list(needs), backend)
+    args = (dY, X, W, A, B, XA, scaling, p, None, None, list(needs), backend)
+    torch.library.opcheck(torch.ops.lora_kernels.lora_linear_bwd.default, args)
+
+
+def test_opcheck_backward_from_bits(device):
+    X, W, A, B, bias, scaling, p, seed, backend, _ = fwd_args(torch.float32, device, BACKENDS[1], 0.5)
+    _, XA, keep = torch.ops.lora_kernels.lora_linear_fwd(X, W, A, B, bias, scaling, p, seed, backend, True)
+    args = (torch.randn(6, 10, device=device), X, W, A, B, XA, scaling, p, seed, keep, [True] * 4, backend)
     torch.library.opcheck(torch.ops.lora_kernels.lora_linear_bwd.default, args)
 
 
 def test_meta_tensors_give_shapes_without_arithmetic():
     X, W, A, B = (torch.empty(s, device="meta") for s in ((6, 14), (10, 14), (3, 14), (10, 3)))
-    Y, XA = torch.ops.lora_kernels.lora_linear_fwd(X, W, A, B, None, 1.0, 0.0, None, "auto")
-    assert (Y.shape, XA.shape) == ((6, 10), (6, 3))
+    Y, XA, keep = torch.ops.lora_kernels.lora_linear_fwd(X, W, A, B, None, 1.0, 0.0, None, "auto", True)
+    assert (Y.shape, XA.shape, keep.shape) == ((6, 10), (6, 3), (0,))
     assert Y.is_meta
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lora_kernels.reference import generator_keep_mask, philox_keep_mask
+from lora_kernels.reference import generator_keep_mask, pack_keep, packed_width, philox_keep_mask, unpack_keep
 from lora_kernels.reference.dropout import drop_threshold
 
 M, K = 512, 1024
@@ -75,3 +75,13 @@ def test_edges_of_the_probability(make):
     assert make(seed(1), 0.0, 9, 9).all()
     assert not make(seed(1), 1.0, 9, 9).any()
     assert make(seed(1), 0.5, 0, 9).shape == (0, 9)
+
+
+@pytest.mark.parametrize("K", [1, 8, 127, 128, 129])
+def test_bits_unpack_to_what_was_packed(K):
+    keep = philox_keep_mask(seed(5), 0.5, 13, K)
+    bits = pack_keep(keep)
+    assert bits.shape == (13, packed_width(K))
+    assert packed_width(K) % 16 == 0
+    assert torch.equal(unpack_keep(bits, K), keep)
+    assert bits[3, 0] & 1 == keep[3, 0]

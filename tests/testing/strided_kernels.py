@@ -11,6 +11,7 @@ import torch
 
 from lora_kernels.kernels import launchers
 from lora_kernels.kernels.chip import CHIPS
+from lora_kernels.reference import packed_width
 from lora_kernels.testing import make_problem
 from lora_kernels.testing.dry_gpu import DryGPU
 from lora_kernels.testing.ttir_lint import narrow_offsets
@@ -19,11 +20,14 @@ if __name__ == "__main__":
     found: dict[str, list[str]] = {}
     for p in (0.0, 0.1):
         problem = make_problem(17, 37, 41, 17, torch.bfloat16, dropout_p=p, adapter_dtype=torch.float32, strided=True)
-        X, W, A, B, dY, seed = problem.X, problem.W, problem.A, problem.B, problem.dY, problem.seed if p else None
+        X, W, A, B, dY = problem.X, problem.W, problem.A, problem.B, problem.dY
+        bits = torch.empty(17, packed_width(41), dtype=torch.uint8)
         with DryGPU(CHIPS["sm_80"]) as gpu:
             for plan in ("eager", "shrink_extend", "one_pass"):
-                _, XA = launchers.lora_linear_fwd(X, W, A, B, problem.bias, 2.0, p, seed, plan, gpu.chip)
-                launchers.lora_linear_bwd(dY, X, W, A, B, XA, 2.0, p, seed, (True,) * 4, plan, gpu.chip)
+                for kept in (None, bits) if p else (None,):
+                    drop = launchers.Dropout(p, problem.seed, kept) if p else None
+                    _, XA = launchers.lora_linear_fwd(X, W, A, B, problem.bias, 2.0, drop, plan, gpu.chip)
+                    launchers.lora_linear_bwd(dY, X, W, A, B, XA, 2.0, drop, (True,) * 4, plan, gpu.chip)
         for kernel in gpu.kernels:
             found.setdefault(kernel.name, []).extend(narrow_offsets(kernel.ttir))
     json.dump(found, sys.stdout)
