@@ -4,64 +4,87 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.blocks import Answers, Block, answers, block_masks, block_of, output_names
 from benchmarks.cases import DTYPE_NAMES, Case
 from benchmarks.rivals import Implementation, Layer, ours
 from benchmarks.rows import Check
 from lora_kernels import BackendUnavailableError, ops
 from lora_kernels.reference import Needs, generator_keep_mask, philox_keep_mask
-from lora_kernels.testing import Problem, Results, make_problem, plain, poison, truth, within_rule
+from lora_kernels.testing import Problem, make_problem, plain, poison, truth, within_rule
 
 RESULTS = ("Y", "dX", "dA", "dB", "dbias")
+Mask = Callable[[Tensor, float, int, int], Tensor]
 RIVAL_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # ||got - truth|| / ||truth||
 
 
-def problem_of(case: Case, device: torch.device, bias: bool = False) -> Problem:
+def problem_of(case: Case, device: torch.device, bias: bool = False) -> Problem | Block:
     """The case's tensors, LoRA term as large as the base term."""
+    if case.op != "lora_linear":
+        return block_of(case, device, bias)
     return make_problem(
         case.M, case.N, case.K, case.r, case.dtype, device, bias=bias, dropout_p=case.p, strided=case.strided,
         adapter_dtype=torch.float32 if case.fp32_adapters else None,
     )  # fmt: skip
 
 
-def step(layer: Layer, X: Tensor, dY: Tensor, backward: bool) -> dict[str, Tensor]:
+def step(layer: Layer, X: Tensor, dY: Tensor | tuple[Tensor, ...], backward: bool) -> Answers:
     """One forward, and with ``backward`` the gradients of X and of the layer's parameters, by name."""
     if not backward:
         with torch.no_grad():
-            return {"Y": layer.forward(X)}
+            return _named(layer.forward(X))
     X = X.detach().requires_grad_()
     Y = layer.forward(X)
-    return dict(zip(RESULTS, (Y, *torch.autograd.grad(Y, (X, *layer.params), dY)), strict=False))
+    gradients = torch.autograd.grad(Y, (X, *layer.params), dY)
+    return _named(Y) | dict(zip(("dX", *layer.gradients), gradients, strict=False))
+
+
+def _named(Y: Tensor | Sequence[Tensor]) -> Answers:
+    outputs = (Y,) if isinstance(Y, Tensor) else tuple(Y)
+    return dict(zip(output_names(len(outputs)), outputs, strict=True))
 
 
 class Oracle:
     """Truth in fp64 and plain PyTorch's answer for one problem, without dropout and with the mask of its seed."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem | Block) -> None:
         self.problem = problem
-        self._known: dict[str, tuple[Results, Results]] = {}
+        self._known: dict[str, tuple[Answers, Answers]] = {}
 
-    def undropped(self) -> tuple[Results, Results]:
+    def undropped(self) -> tuple[Answers, Answers]:
         return self._answers("none", None)
 
-    def dropped(self, backend: str) -> tuple[Results, Results]:
+    def dropped(self, backend: str) -> tuple[Answers, Answers]:
         """With the mask that ``backend`` makes of the problem's seed."""
-        (M, _, K, _), q = self.problem.shape, self.problem
+        q = self.problem
         if q.p == 0:
             return self.undropped()
         if backend == "reference" and q.X.device.type == "cpu":
-            return self._answers("generator", generator_keep_mask(q.seed, q.p, M, K).bool())
-        return self._answers("philox", philox_keep_mask(q.seed, q.p, M, K))
+            return self._answers("generator", lambda *sizes: generator_keep_mask(*sizes).bool())
+        return self._answers("philox", philox_keep_mask)
 
-    def _answers(self, key: str, keep: Tensor | None) -> tuple[Results, Results]:
+    def _answers(self, key: str, mask: Mask | None) -> tuple[Answers, Answers]:
         if key not in self._known:
-            self._known[key] = truth(self.problem, keep), plain(self.problem, keep)
+            self._known[key] = self._block(mask) if isinstance(self.problem, Block) else self._linear(mask)
         return self._known[key]
+
+    def _linear(self, mask: Mask | None) -> tuple[Answers, Answers]:
+        q = self.problem
+        assert isinstance(q, Problem)
+        keep = None if mask is None else mask(q.seed, q.p, *q.X.shape)
+        exact, usual = vars(truth(q, keep)), vars(plain(q, keep))
+        return exact, usual
+
+    def _block(self, mask: Mask | None) -> tuple[Answers, Answers]:
+        q = self.problem
+        assert isinstance(q, Block)
+        keeps = [None] * len(q.parts) if mask is None else block_masks(q, mask)
+        return answers(q, keeps, torch.float64), answers(q, keeps, q.X.dtype)
 
 
 def judge(case: Case, oracle: Oracle, implementation: Implementation, backward: bool = True) -> Iterator[Check]:
@@ -84,7 +107,7 @@ def judge(case: Case, oracle: Oracle, implementation: Implementation, backward: 
         yield _check("rule", case, implementation, "", "refused", message=str(refusal))
         return
     for name, tensor in got.items():
-        expected, usually = getattr(exact, name), getattr(usual, name).to(tensor.dtype)
+        expected, usually = exact[name], usual[name].to(tensor.dtype)
         if implementation.ours:
             verdict = within_rule(tensor, usually, expected, dtype=case.dtype)
             ratios: tuple[float | None, float | None] = (verdict.max_ratio, verdict.rms_ratio)
@@ -110,8 +133,9 @@ def _check(
         name = implementation.name + (f" {implementation.backend}" if implementation.ours else "")
     else:
         name = implementation
+    check += "" if case.op == "lora_linear" else f" {case.op}"
     return Check(
-        check, DTYPE_NAMES[case.dtype], case.M, case.N, case.K, case.r, case.p, name, what, status, max_ratio,
+        check, DTYPE_NAMES[case.dtype], case.M, case.N_shown, case.K, case.r, case.p, name, what, status, max_ratio,
         rms_ratio, message,
     )  # fmt: skip
 
@@ -161,7 +185,7 @@ def forward_mask(seed: Tensor, p: float, M: int, K: int, dtype: torch.dtype, bac
         A = torch.zeros(_RANKS, K, **like)
         picked = torch.arange(min(_RANKS, K - first), device=seed.device)
         A[picked, first + picked] = 1
-        _, XA = ops.lora_linear_fwd(X, W, A, B, None, 1.0, p, seed, backend)
+        _, XA, _ = ops.lora_linear_fwd(X, W, A, B, None, 1.0, p, seed, backend)
         columns.append(XA[:, : len(picked)] != 0)
     return torch.cat(columns, dim=1)
 
@@ -173,7 +197,7 @@ def backward_masks(seed: Tensor, p: float, M: int, K: int, dtype: torch.dtype, b
     A, XA = torch.full((_RANKS, K), 1 / _RANKS, **like), torch.zeros(M, _RANKS, **like)
 
     def gradients(dY: Tensor) -> tuple[Tensor, Tensor]:
-        dX, dA, *_ = ops.lora_linear_bwd(dY, X, W, A, B, XA, 1.0, p, seed, Needs(), backend)
+        dX, dA, *_ = ops.lora_linear_bwd(dY, X, W, A, B, XA, 1.0, p, seed, None, Needs(), backend)
         assert dX is not None
         assert dA is not None
         return dX, dA

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from benchmarks import checks
+from benchmarks.blocks import Block
 from benchmarks.cases import DTYPE_NAMES, Case
+from benchmarks.counting import operators, saved_mib
 from benchmarks.rivals import FROZEN, Implementation
 from benchmarks.roofline import Ceilings, Work, passes
 from benchmarks.rows import Check, Row
@@ -65,6 +69,8 @@ def plan_label(implementation: Implementation, case: Case, mode: str, device: to
     kind, forced = planner.split_name(implementation.backend)
     if kind == "reference":
         return "reference"
+    if case.op != "lora_linear":
+        return forced or "auto"
     ops = ("fwd", "bwd") if mode.startswith("fwd_bwd") else ("fwd",)
     used = [
         planner.choose(
@@ -87,7 +93,7 @@ def measure(case: Case, mode: str, implementations: Sequence[Implementation], be
         if why is not None:
             found.append(checks.not_run(case, implementation, why))
         elif implementation.dropout or case.p == 0:
-            if implementation is FROZEN:  # it answers another question
+            if not implementation.lora:  # it answers another question
                 passed.append(implementation)
                 continue
             with recorded(case, implementation, found):
@@ -98,48 +104,65 @@ def measure(case: Case, mode: str, implementations: Sequence[Implementation], be
     problem = oracle.problem
     del oracle
     copies = _copies(problem, bench.copies) if mode.endswith("_graph") else [problem]
-    calls: dict[Implementation, Call] = {}
+    set_up: dict[Implementation, Ready] = {}
     for implementation in passed:
         with recorded(case, implementation, found):
-            calls[implementation] = _call(implementation, copies, mode)
-    return _rows(case, mode, calls, len(copies), bench), found
+            set_up[implementation] = ready(implementation, copies, mode)
+    return _rows(case, mode, set_up, len(copies), bench), found
 
 
-def _copies(problem: Problem, most: int) -> list[Problem]:
+def _copies(problem: Problem | Block, most: int) -> list[Problem | Block]:
     """The problem in as many copies as it takes to keep its operands out of the L2 cache."""
-    tensors = {field: getattr(problem, field) for field in ("X", "W", "A", "B", "dY")}
+    parts = problem.parts if isinstance(problem, Block) else (problem,)
+    tensors = {id(t): t for part in parts for t in (part.X, part.W, part.A, part.B, part.dY)}
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     count = min(most, max(2, math.ceil(GRAPH_BYTES / size)))
-    fresh = [{name: tensor.clone() for name, tensor in tensors.items()} for _ in range(count - 1)]
-    return [problem, *(dataclasses.replace(problem, **copy) for copy in fresh)]
+    return [problem, *(copy.deepcopy(problem) for _ in range(count - 1))]
 
 
-def _call(implementation: Implementation, problems: Sequence[Problem], mode: str) -> Call:
+class Ready(NamedTuple):
+    """A contender set up to be timed; ``kept``: MiB saved for backward and operators dispatched, None of a graph or
+    of a compiled rival."""
+
+    call: Call
+    kept: tuple[float, int] | None
+
+
+def ready(implementation: Implementation, problems: Sequence[Problem | Block], mode: str) -> Ready:
     """One step on the problem; for a graph, a replay of one step on each copy."""
     backward = mode.startswith("fwd_bwd")
     steps: list[Call] = []
+    weights: list[Tensor] = []
     for problem in problems:
         layer = implementation.build(problem, None)
         X = problem.X.detach().requires_grad_(backward)
         steps.append(lambda layer=layer, X=X, dY=problem.dY: checks.step(layer, X, dY, backward))  # type: ignore[misc]
-    call = captured(steps) if mode.endswith("_graph") else steps[0]
-    call()
-    return call
+        parts = problem.parts if isinstance(problem, Block) else (problem,)
+        weights += [*layer.params, *(part.W for part in parts), *(part.bias for part in parts if part.bias is not None)]
+    if mode.endswith("_graph"):
+        call = captured(steps)
+        call()
+        return Ready(call, None)
+    steps[0]()
+    if implementation.compiled:
+        return Ready(steps[0], None)
+    return Ready(steps[0], (saved_mib(steps[0], weights), operators(steps[0])))
 
 
-def _rows(case: Case, mode: str, calls: dict[Implementation, Call], copies: int, bench: Bench) -> list[Row]:
-    keys = {f"{implementation.name} {implementation.backend}": implementation for implementation in calls}
-    samples = interleaved({key: calls[keys[key]] for key in keys}, bench.clock, bench.rounds)
+def _rows(case: Case, mode: str, ready: dict[Implementation, Ready], copies: int, bench: Bench) -> list[Row]:
+    keys = {f"{implementation.name} {implementation.backend}": implementation for implementation in ready}
+    samples = interleaved({key: ready[keys[key]].call for key in keys}, bench.clock, bench.rounds)
     spreads = {keys[key]: spread([ms / copies for ms in times]) for key, times in samples.items()}
-    frozen = spreads[FROZEN].p50 if FROZEN in spreads else None
+    frozen = next((times.p50 for i, times in spreads.items() if i.name == FROZEN.name), None)
     best = min((spreads[i].p50 for i in spreads if i.is_rival(case.dtype)), default=None)
     rows = []
     for implementation, times in spreads.items():
-        peak = None if copies > 1 else extra_peak_mib(calls[implementation], bench.device)
+        call, kept = ready[implementation]
+        peak = None if copies > 1 else extra_peak_mib(call, bench.device)
         plan = plan_label(implementation, case, mode, bench.device)
-        work = passes(case, mode, lora=implementation is not FROZEN)
-        name, ceilings = implementation.name, bench.ceilings()
-        rows.append(row(case, mode, name, plan, times, work, ceilings, frozen, best, peak))
+        work = passes(case, mode, lora=implementation.lora)
+        made = row(case, mode, implementation.name, plan, times, work, bench.ceilings(), frozen, best, peak)
+        rows.append(made if kept is None else replace(made, saved_mib=kept[0], operators=kept[1]))
     return rows
 
 
@@ -154,14 +177,14 @@ def row(
     frozen: float | None,
     best_rival: float | None = None,
     peak_mib: float | None = None,
-    op: str = "lora_linear",
+    op: str | None = None,
 ) -> Row:
     """A row from the median, 20th and 80th percentile of its times in ms and the work of its passes."""
     p50 = times[0]
     bound = sum(ceilings.milliseconds(part, case.dtype) for part in work)
     return Row(
-        op, mode, DTYPE_NAMES[case.dtype], "dense", case.M, case.N, case.K, case.r, 1, case.p, plan, implementation,
-        *times,
+        op or case.op, mode, DTYPE_NAMES[case.dtype], "dense", case.M, case.N_shown, case.K, case.r, 1, case.p, plan,
+        implementation, *times,
         tflops=sum(part.flop for part in work) / p50 / 1e9,
         gbps=sum(part.bytes for part in work) / p50 / 1e6,
         pct_of_bound=100 * bound / p50,

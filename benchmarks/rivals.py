@@ -18,30 +18,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_kernels import lora_linear
-from lora_kernels.plan import PLANS, triton_missing
+from lora_kernels.plan import OPT_IN, PLANS, triton_missing
 from lora_kernels.testing import Problem
 
 
 class Layer(NamedTuple):
-    """Y (M, N) = forward(X (M, K)), and the parameters that get gradients."""
+    """Y (M, N) = forward(X (M, K)), or several Y, and the parameters that get gradients, with the gradients' names."""
 
-    forward: Callable[[Tensor], Tensor]
+    forward: Callable[[Tensor], Tensor | tuple[Tensor, ...]]
     params: tuple[Tensor, ...] = ()
+    gradients: tuple[str, ...] = ("dA", "dB", "dbias")
 
 
 @dataclass(frozen=True)
 class Implementation:
     """``build(problem, seed)`` makes the layer; ``seed`` fixes the mask of ours and means nothing to a rival.
 
-    ``backend``: that of ours, empty for a rival. ``dropout``: whether it can drop at all. ``in_full``: False where the
-    update is rounded to W's precision, so that in 16 bits it answers another question.
+    ``backend``: that of ours, empty for a rival. ``lora``: False for a frozen layer, which is what others are compared
+    with. ``dropout``: whether it can drop at all. ``in_full``: False where the update is rounded to W's precision, so
+    that in 16 bits it answers another question.
     """
 
     name: str
-    build: Callable[[Problem, Tensor | None], Layer]
+    build: Callable[[Any, Tensor | None], Layer]
     backend: str = ""
+    lora: bool = True
     dropout: bool = True
     in_full: bool = True
+    compiled: bool = False
     needs: str = ""
 
     @property
@@ -56,7 +60,7 @@ class Implementation:
 
     def is_rival(self, dtype: torch.dtype) -> bool:
         """Whether its time counts as the best rival's."""
-        return not self.ours and self is not FROZEN and (self.in_full or dtype.itemsize > 2)
+        return not self.ours and self.lora and (self.in_full or dtype.itemsize > 2)
 
 
 def _leaf(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -165,10 +169,11 @@ def _merge(problem: Problem, seed: Tensor | None) -> Layer:
 
 
 TRITON_BACKENDS = ("triton", *(f"triton:{plan}" for plan in PLANS))  # the planner's own choice, then each plan by name
-FROZEN = Implementation("frozen linear", _frozen)
+OPT_IN_BACKENDS = tuple(f"triton:{plan}" for plan in OPT_IN)  # plans that run only where they are named
+FROZEN = Implementation("frozen linear", _frozen, lora=False)
 PEFT = Implementation("peft", _peft, needs="peft")
 PEFT_FP32 = Implementation("peft fp32 adapters", partial(_peft, fp32_adapters=True), needs="peft")
-PEFT_COMPILED = Implementation("peft torch.compile", _peft_compiled, needs="peft")
+PEFT_COMPILED = Implementation("peft torch.compile", _peft_compiled, compiled=True, needs="peft")
 ADDMM_CHAIN = Implementation("addmm chain", _chain)
 MERGE = Implementation("in-flight merge", _merge, dropout=False, in_full=False)
 

@@ -36,18 +36,21 @@ class Ceilings:
 
 
 def forward_work(case: Case, lora: bool = True) -> Work:
-    """X W^T, and with ``lora`` + s (X A^T) B^T with XA kept for the backward."""
-    M, N, K, e = case.M, case.N, case.K, case.dtype.itemsize
-    r = case.r if lora else 0
-    return Work(2 * M * N * K + 2 * M * r * (N + K), e * (M * K + N * K + M * N + r * (N + K + M)))
+    """The products, and with ``lora`` + s (X A^T) B^T with XA kept for the backward; an MLP keeps gate and up."""
+    M, e, r = case.M, case.dtype.itemsize, case.r if lora else 0
+    flop = sum(2 * M * N * K + 2 * M * r * (N + K) for N, K in case.linears)
+    weights = sum(N * K + r * (N + K + M) for N, K in case.linears)
+    made = 2 * case.N + case.K if case.op == "lora_mlp" else case.N
+    return Work(flop, e * (weights + M * (case.K + made)))
 
 
 def backward_work(case: Case, lora: bool = True) -> Work:
-    """dX alone for a frozen layer; dX, dA and dB with ``lora``, which reads X and XA as well."""
-    M, N, K, e = case.M, case.N, case.K, case.dtype.itemsize
-    r = case.r if lora else 0
-    reads = M * N + N * K + r * (N + K + M) + (M * K if lora else 0)
-    return Work(2 * M * N * K + 4 * M * r * (N + K), e * (reads + M * K + r * (N + K)))
+    """dX alone for frozen layers; dX, dA and dB with ``lora``, which reads X and XA as well."""
+    M, e, r = case.M, case.dtype.itemsize, case.r if lora else 0
+    flop = sum(2 * M * N * K + 4 * M * r * (N + K) for N, K in case.linears)
+    weights = sum(N * K + r * (N + K + M) + r * (N + K) for N, K in case.linears)
+    reads = 2 * case.N + case.K if case.op == "lora_mlp" else case.N
+    return Work(flop, e * (weights + M * (reads + case.K + (case.K if lora else 0))))
 
 
 def passes(case: Case, mode: str, lora: bool = True) -> tuple[Work, ...]:

@@ -38,7 +38,8 @@ class Row:
     """One timing. Times in ms; ``gbps`` counts the bytes of roofline.Work; a ratio is of medians of the same run.
 
     ``N``: of several projections on one X their sizes, "4096+1024+1024"; of an MLP its inner width.
-    ``peak_mib`` is what a call holds at its peak beyond its inputs; None (an empty cell) is "not measured".
+    ``peak_mib`` is what a call holds at its peak beyond its inputs, ``saved_mib`` what it keeps between forward and
+    backward beside the parameters, ``operators`` what it dispatches; None (an empty cell) is "not measured".
     """
 
     op: str
@@ -62,6 +63,8 @@ class Row:
     peak_mib: float | None
     ratio_to_frozen: float | None
     ratio_to_best_rival: float | None
+    saved_mib: float | None = None
+    operators: int | None = None
 
 
 @dataclass(frozen=True)
@@ -203,19 +206,21 @@ def read_rows(place: Path) -> list[Record]:
     for path in paths:
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
-            if set(columns(Row)) - set(reader.fieldnames or ()):
+            if set(columns(Row)) - set(reader.fieldnames or ()) - _LATER:
                 raise ValueError(f"{path}: not a table of rows; expected the columns {', '.join(columns(Row))}")
-            rows += [{name: _cell(name, text) for name, text in line.items()} for line in reader]
+            empty = dict.fromkeys(_LATER)
+            rows += [empty | {name: _cell(name, text) for name, text in line.items()} for line in reader]
     return rows
 
 
-_WHOLE = {"M", "N", "K", "r", "L"}
+_LATER = {"saved_mib", "operators"}  # columns that older tables lack
+_WHOLE = {"M", "N", "K", "r", "L", "operators"}
 _REAL = {field.name for field in fields(Row) if "float" in str(field.type)}
 
 
 def _cell(name: str, text: str) -> Any:
     if name in _WHOLE:
-        return int(text) if text.isdigit() else text
+        return int(text) if text.isdigit() else text or None
     if name in _REAL:
         return float(text) if text else None
     return text

@@ -2,6 +2,7 @@
 
 On a GPU every plan of ours and every rival; on a CPU the reference path, in float32, beside PEFT and the other rivals.
 Each contender is checked first and timed in turns with the others; rows go to OUT/rows.csv, checks to OUT/checks.csv.
+``--op overhead`` is what the host spends on a call, whatever the shape. docs/benchmarks.md says what the columns mean.
 """
 
 from __future__ import annotations
@@ -16,15 +17,23 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import DTYPES, MODELS, Case, parse
+from benchmarks.blocks import rivals_of
+from benchmarks.cases import DTYPES, MODELS, OPS, Case, parse
 from benchmarks.measure import Bench, measure
-from benchmarks.rivals import contenders, our_backends
+from benchmarks.overhead import overhead, table
+from benchmarks.rivals import our_backends
 from benchmarks.roofline import measure_ceilings
 from benchmarks.rows import Check, Journal, Record, record, this_machine
 from benchmarks.summary import summary
 from benchmarks.timing import MIB, Clock, CudaClock, HostClock
 
 MODES = ("fwd", "fwd_bwd", "fwd_graph", "fwd_bwd_graph")
+DEFAULTS = {  # shapes on a CPU, on a GPU
+    "lora_linear": ("bert-base", "llama-3-8b"),
+    "lora_linear_stacked": ("bert-base", "llama-3-8b"),
+    "lora_mlp": ("smollm2-135m", "llama-3-8b"),
+    "overhead": ("", ""),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,8 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     journal = Journal(options.out)
     journal.path.unlink(missing_ok=True)
     checks: list[Check] = []
+    if options.op == "overhead":
+        rows = overhead(device, DTYPES[options.dtype], options.dropouts, options.rounds)
+        journal.append("overhead", [record(row, machine) for row in rows], [])
+        journal.write_tables()
+        print("\n".join([*table(journal.rows()), f"rows in {options.out / 'rows.csv'}"]))
+        return 0
     for case in options.cases:
-        rows, made = measure(case, options.mode, contenders(case.dtype, our_backends(device)), bench)
+        rows, made = measure(case, options.mode, rivals_of(case, our_backends(device)), bench)
         checks += made
         journal.append(str(case), [record(row, machine) for row in rows], [record(check, machine) for check in made])
         journal.write_tables()
@@ -57,13 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _beside_peft(rows: Sequence[Record]) -> list[str]:
     """The ratio that matters to someone who has PEFT now: our time over PEFT's, case by case."""
     lines = []
-    shape = ("mode", "dtype", "M", "N", "K", "r", "dropout")
+    shape = ("op", "mode", "dtype", "M", "N", "K", "r", "dropout")
     peft = {tuple(row[name] for name in shape): row for row in rows if row["implementation"] == "peft"}
     for row in rows:
         other = peft.get(tuple(row[name] for name in shape))
         if row["implementation"] == "lora_kernels" and row["plan"].startswith(("auto", "reference")) and other:
             lines.append(
-                f"lora_kernels / peft, {row['mode']} M{row['M']} N{row['N']} K{row['K']} r{row['r']} "
+                f"{row['op']} / peft, {row['mode']} M{row['M']} N{row['N']} K{row['K']} r{row['r']} "
                 f"p{row['dropout']:g}: {row['ms_p50']:.3f} / {other['ms_p50']:.3f} ms = "
                 f"{row['ms_p50'] / other['ms_p50']:.3f}"
             )
@@ -79,10 +94,10 @@ def _bench(device: torch.device, options: argparse.Namespace) -> Bench:
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Time a layer beside its rivals.")
-    parser.add_argument("--op", choices=["lora_linear"], default="lora_linear")
+    parser.add_argument("--op", choices=[*OPS, "overhead"], default="lora_linear")
     parser.add_argument("--mode", choices=MODES, default="fwd_bwd")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--shapes", default="bert-base", help=f"M,N,K,r;M,N,K,r;... or one of {', '.join(MODELS)}")
+    parser.add_argument("--shapes", help=f"M,N,K,r;M,N,K,r;... or one of {', '.join(MODELS)} (default: DEFAULTS)")
     parser.add_argument("--tokens", type=int, help="rows of a model's layers (default 512 on a CPU, 8192 on a GPU)")
     parser.add_argument("--r", type=int, default=16, help="rank of a model's layers (default 16)")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default fp32 on a CPU, bf16 on a GPU")
@@ -99,8 +114,10 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--mode {options.mode}: CUDA graphs need a GPU")
     cpu = options.device == "cpu"
     options.dtype = options.dtype or ("fp32" if cpu else "bf16")
+    options.shapes = options.shapes or DEFAULTS[options.op][0 if cpu else 1]
     tokens = options.tokens or (512 if cpu else 8192)
     try:
+        options.dropouts = [float(p) for p in options.dropout.split(",")]
         options.cases = _cases(options, tokens)
     except ValueError as error:
         parser.error(str(error))
@@ -108,10 +125,12 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _cases(options: argparse.Namespace, tokens: int) -> list[Case]:
-    dropouts = [float(p) for p in options.dropout.split(",")]
-    if not all(0 <= p < 1 for p in dropouts) or min(tokens, options.r, options.rounds) < 1:
+    if not all(0 <= p < 1 for p in options.dropouts) or min(tokens, options.r, options.rounds) < 1:
         raise ValueError("--dropout takes probabilities from 0 to below 1; --tokens, --r and --rounds at least 1")
-    return [case for p in dropouts for case in parse(options.shapes, DTYPES[options.dtype], p, tokens, options.r)]
+    if options.op == "overhead":
+        return []
+    dtype = DTYPES[options.dtype]
+    return [case for p in options.dropouts for case in parse(options.shapes, dtype, p, tokens, options.r, options.op)]
 
 
 if __name__ == "__main__":

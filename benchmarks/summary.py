@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from benchmarks.cases import DTYPE_NAMES, TARGETS
+from benchmarks.cases import DTYPE_NAMES, OPS, TARGETS
 from benchmarks.rows import REHEARSAL, Record
 
 OURS = "lora_kernels"
@@ -57,15 +57,16 @@ def _name(row: Record) -> str:
     if not row["implementation"].startswith(OURS):
         return row["implementation"]
     plan = row["plan"].partition(" ")[0]
-    return plan if row["implementation"] == OURS else f"{plan} fp32 adapters"
+    return (plan + row["implementation"].removeprefix(OURS)).strip()
 
 
 def table(rows: Sequence[Record]) -> list[str]:
     """One line a case and mode: the frozen layer's time, then every implementation as a ratio to it, fastest first."""
     cases: dict[tuple[str, str], list[Record]] = {}
     for row in rows:
-        if row["op"] == "lora_linear":
-            cases.setdefault((row["mode"], _shape(row)), []).append(row)
+        if row["op"] in OPS:
+            head = "" if row["op"] == "lora_linear" else f"{row['op']} "
+            cases.setdefault((head + row["mode"], _shape(row)), []).append(row)
     lines = []
     for (mode, shape), group in cases.items():
         frozen = next((row["ms_p50"] for row in group if row["implementation"] == "frozen linear"), None)
@@ -91,7 +92,7 @@ def _targets(rows: Sequence[Record]) -> list[str]:
         case = target.case
         key = (target.mode, DTYPE_NAMES[case.dtype], case.M, case.N, case.K, case.r, case.p)
         for row in _own_choice(rows):
-            if key == tuple(row[c] for c in ("mode", "dtype", "M", "N", "K", "r", "dropout")):
+            if row["op"] == case.op and key == tuple(row[c] for c in ("mode", "dtype", "M", "N", "K", "r", "dropout")):
                 ratio = row["ratio_to_frozen"]
                 word = "aim met" if ratio <= target.aim else "met" if ratio <= target.must else "MISSED"
                 lines.append(f"target {target.mode} {case}: {ratio:.3f}, must {target.must}, aim {target.aim}: {word}")

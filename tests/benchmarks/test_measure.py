@@ -34,7 +34,7 @@ def test_a_contender_that_is_wrong_or_breaks_or_is_absent_gets_no_row() -> None:
     def broken(*_: object) -> None:
         raise ValueError("broken\nat line two")
 
-    wrong = dataclasses.replace(FROZEN, name="wrong")
+    wrong = dataclasses.replace(FROZEN, name="wrong", lora=True)
     breaks = Implementation("breaks", broken)  # type: ignore[arg-type]
     absent = dataclasses.replace(PEFT, needs="no_such_library")
     rows, found = measure(CASE, "fwd", [FROZEN, wrong, breaks, absent], BENCH)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.rows import REHEARSAL, Check, Journal, Machine, Row, columns, record, this_machine, write_csv
+from benchmarks.rows import REHEARSAL, Check, Journal, Machine, Row, columns, read_rows, record, this_machine, write_csv
 
 MACHINE = Machine("GPU", "1", "2", "3", "4", "5", "6")
 ROW = Row(
@@ -17,7 +17,7 @@ ROW = Row(
 def test_a_row_has_the_columns_that_results_are_published_with() -> None:
     expected = (
         "op mode dtype format M N K r L dropout plan implementation ms_p50 ms_p20 ms_p80 tflops gbps pct_of_bound "
-        "peak_mib ratio_to_frozen ratio_to_best_rival gpu driver cuda torch triton commit date"
+        "peak_mib ratio_to_frozen ratio_to_best_rival saved_mib operators gpu driver cuda torch triton commit date"
     )
     assert columns(Row) == expected.split()
 
@@ -60,6 +60,7 @@ def test_tables_are_csv_with_empty_cells_for_what_was_not_measured(tmp_path: Pat
         (read,) = csv.DictReader(file)
     assert list(read) == columns(Row)
     assert read["peak_mib"] == ""
+    assert read_rows(tmp_path) == journal.rows()
     assert (tmp_path / "checks.csv").read_text().strip() == ",".join(columns(Check))
 
 
@@ -79,3 +80,19 @@ def test_this_machine_names_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.gpu.startswith("cpu: ") or torch.cuda.is_available()
     assert this_machine(rehearse=True).gpu == REHEARSAL
     assert dataclasses.asdict(machine)["date"].endswith("+00:00")
+
+
+def test_a_table_from_before_a_column_was_added_is_read(tmp_path: Path) -> None:
+    older = [name for name in columns(Row) if name not in ("saved_mib", "operators")]
+    kept = {name: value for name, value in record(ROW, MACHINE).items() if name in older}
+    write_csv(tmp_path / "rows.csv", older, [kept])
+    assert read_rows(tmp_path / "rows.csv") == [record(ROW, MACHINE)]
+    write_csv(tmp_path / "rows.csv", older[1:], [])
+    with pytest.raises(ValueError, match="not a table of rows"):
+        read_rows(tmp_path)
+
+
+def test_a_sum_of_projections_is_read_back(tmp_path: Path) -> None:
+    row = record(dataclasses.replace(ROW, N="8+4+4", operators=7), MACHINE)
+    write_csv(tmp_path / "rows.csv", columns(Row), [row])
+    assert read_rows(tmp_path) == [row]
