@@ -24,46 +24,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.kernels.common import tile_order
+from lora_kernels.kernels.persistent import (
+    add_low_rank,
+    count_reader,
+    first_tile,
+    halves,
+    one_launch_flags,
+    one_launch_grid,
+    publish,
+    wait_for,
+)
 from lora_kernels.kernels.tuning import TmaConfig, rank_tile
-
-XA_PROGRAMS = (8, 48)  # programs that make XA, where wave quantisation leaves fewer or more idle
-
-
-@triton.jit
-def _rank_columns(P_ptr, offs, mask, offs_r, r, stride_p, stride_pr):
-    """Columns offs_r of P (rows, r), any strides: p = P[offs, offs_r], zero from r on."""
-    p_ptrs = P_ptr + offs[:, None].to(tl.int64) * stride_p + offs_r[None, :].to(tl.int64) * stride_pr
-    return tl.load(p_ptrs, mask=mask[:, None] & (offs_r < r)[None, :], other=0.0)
-
-
-@triton.jit
-def _close(
-    acc,
-    XA_ptr,
-    B_ptr,
-    row,
-    col,
-    M,
-    N,
-    r,
-    stride_sm,
-    stride_bn,
-    stride_br,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    RANK_STEP: tl.constexpr,
-):
-    """acc + XA B^T in steps of RANK_STEP ranks: how many are in registers beside a full accumulator."""
-    STEP: tl.constexpr = RANK_STEP if BLOCK_R > RANK_STEP else BLOCK_R
-    offs_m = row + tl.arange(0, BLOCK_M)
-    offs_n = col + tl.arange(0, BLOCK_N)
-    for r0 in tl.static_range(0, BLOCK_R, STEP):
-        offs_r = r0 + tl.arange(0, STEP)
-        xa = _rank_columns(XA_ptr, offs_m, offs_m < M, offs_r, r, stride_sm, 1)
-        b = _rank_columns(B_ptr, offs_n, offs_n < N, offs_r, r, stride_bn, stride_br)
-        acc = tl.dot(xa, b.to(xa.dtype).T, acc)
-    return acc
 
 
 @triton.jit
@@ -86,7 +57,6 @@ def _finish(
     N,
     stride_bias,
     HAS_BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Y = acc + bias, written in two halves of the columns: half the shared memory of a whole tile."""
@@ -94,7 +64,7 @@ def _finish(
         offs_n = col + tl.arange(0, BLOCK_N)
         bias = tl.load(bias_ptr + offs_n.to(tl.int64) * stride_bias, mask=offs_n < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]
-    left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+    left, right = halves(acc)
     Y_desc.store([row, col], left.to(Y_desc.dtype))
     Y_desc.store([row, col + BLOCK_N // 2], right.to(Y_desc.dtype))
 
@@ -133,11 +103,11 @@ def _tma_extend_kernel(
         col = pid_n * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         acc = _accumulate(acc, X_desc, W_desc, row, col, K, BLOCK_K)
-        acc = _close(
-            acc, XA_ptr, B_ptr, row, col, M, N, r, stride_sm, stride_bn, stride_br, BLOCK_M, BLOCK_N, BLOCK_R,
-            RANK_STEP,
+        acc = add_low_rank(
+            acc, XA_ptr, B_ptr, row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N), M, N, r, stride_sm, stride_bn,
+            stride_br, BLOCK_R, RANK_STEP,
         )  # fmt: skip
-        _finish(acc, Y_desc, bias_ptr, row, col, N, stride_bias, HAS_BIAS, BLOCK_M, BLOCK_N)
+        _finish(acc, Y_desc, bias_ptr, row, col, N, stride_bias, HAS_BIAS, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["xa_programs"])
@@ -197,29 +167,20 @@ def _one_launch_kernel(
             s_ptrs = XA_ptr + offs_m[:, None].to(tl.int64) * stride_sm + offs_r[None, :]
             mask = (offs_m < M)[:, None] & (offs_r < r)[None, :]
             tl.store(s_ptrs, (xa * scaling).to(XA_ptr.dtype.element_ty), mask=mask)
-            tl.debug_barrier()  # every thread's part of the block is written before one thread releases it
-            tl.atomic_xchg(ready_ptr + block, 1, sem="release")
-    # the programs that made XA start as many places late: they are the ones with a tile less
-    first = pid - xa_programs
-    if first < 0:
-        first += tl.num_programs(0)
-    for tile in tl.range(first, num_m * num_n, tl.num_programs(0)):
+            publish(ready_ptr, block)
+    for tile in tl.range(first_tile(xa_programs), num_m * num_n, tl.num_programs(0)):
         pid_m, pid_n = tile_order(tile, num_m, num_n, GROUP_M)
         row = pid_m * BLOCK_M
         col = pid_n * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         acc = _accumulate(acc, X_desc, W_desc, row, col, K, BLOCK_K)
-        while tl.atomic_add(ready_ptr + pid_m, 0, sem="acquire") == 0:
-            pass
-        acc = _close(
-            acc, XA_ptr, B_ptr, row, col, M, N, r, stride_sm, stride_bn, stride_br, BLOCK_M, BLOCK_N, BLOCK_R,
-            RANK_STEP,
+        wait_for(ready_ptr, pid_m)
+        acc = add_low_rank(
+            acc, XA_ptr, B_ptr, row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N), M, N, r, stride_sm, stride_bn,
+            stride_br, BLOCK_R, RANK_STEP,
         )  # fmt: skip
-        tl.debug_barrier()  # every thread has read the block before it counts as read
-        if tl.atomic_add(readers_ptr + pid_m, 1, sem="acq_rel") == num_n - 1:
-            tl.atomic_xchg(readers_ptr + pid_m, 0, sem="relaxed")
-            tl.atomic_xchg(ready_ptr + pid_m, 0, sem="relaxed")
-        _finish(acc, Y_desc, bias_ptr, row, col, N, stride_bias, HAS_BIAS, BLOCK_M, BLOCK_N)
+        count_reader(ready_ptr, readers_ptr, pid_m, num_n)
+        _finish(acc, Y_desc, bias_ptr, row, col, N, stride_bias, HAS_BIAS, BLOCK_N)
 
 
 def descriptor_refusal(**tensors: Tensor) -> str | None:
@@ -234,7 +195,7 @@ def descriptor_refusal(**tensors: Tensor) -> str | None:
     return None
 
 
-def _descriptor(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
+def descriptor(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Descriptor of a matrix in boxes of rows x columns; the stride of a lone row is never used, but checked."""
     stride = t.stride(0) if t.shape[0] > 1 else -(-t.shape[1] // 8) * 8
     return TensorDescriptor(t, list(t.shape), [stride, 1], [rows, columns])
@@ -246,9 +207,9 @@ def _prepare(X: Tensor, W: Tensor, config: TmaConfig) -> tuple[Tensor, dict[str,
     if reason := descriptor_refusal(X=X, W=W, Y=Y):
         raise BackendUnavailableError(f"TMA kernels cannot take this call: {reason}; copy it or name no plan")
     return Y, {
-        "X_desc": _descriptor(X, config.BLOCK_M, config.BLOCK_K),
-        "W_desc": _descriptor(W, config.BLOCK_N, config.BLOCK_K),
-        "Y_desc": _descriptor(Y, config.BLOCK_M, config.BLOCK_N // 2),
+        "X_desc": descriptor(X, config.BLOCK_M, config.BLOCK_K),
+        "W_desc": descriptor(W, config.BLOCK_N, config.BLOCK_K),
+        "Y_desc": descriptor(Y, config.BLOCK_M, config.BLOCK_N // 2),
         "M": X.shape[0],
         "N": W.shape[0],
         "K": X.shape[1],
@@ -287,39 +248,6 @@ def tma_extend(
         **shared,
     )
     return Y
-
-
-def one_launch_grid(num_m: int, num_n: int, units: int) -> tuple[int, int]:
-    """(programs, how many of them make XA) for num_m x num_n output tiles on ``units`` multiprocessors.
-
-    XA goes to the programs that wave quantisation leaves with a tile less; where one wave holds everything, to
-    programs that have no tile at all.
-    """
-    tiles = num_m * num_n
-    programs = min(units, tiles + num_m)
-    least, most = XA_PROGRAMS
-    return programs, min(num_m, programs, max(least, min(most, -tiles % programs)))
-
-
-_flags: dict[tuple[int, int], Tensor] = {}
-
-
-def one_launch_flags(num_m: int, device: torch.device) -> Tensor:
-    """int32 (2, num_m) of zeros, which the kernel finds and leaves: ready flags and counts of readers.
-
-    Launches on one stream follow each other, so they share the flags of that stream; another stream has its own. A
-    captured graph may be replayed beside its stream, so a capture takes flags from the graph's own memory.
-    """
-    if device.type != "cuda":
-        return torch.zeros(2, num_m, dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(2, num_m, dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device)
-    key = stream.device_index, stream.cuda_stream
-    kept = _flags.get(key)
-    if kept is None or kept.numel() < 2 * num_m:
-        kept = _flags[key] = torch.zeros(2 * max(256, triton.next_power_of_2(num_m)), dtype=torch.int32, device=device)
-    return kept[: 2 * num_m].view(2, num_m)
 
 
 def one_launch(

@@ -64,7 +64,23 @@ class TmaConfig:
     GROUP_M: int = 8
 
 
-Config = GemmConfig | ShrinkConfig | SplitConfig | TmaConfig
+@dataclass(frozen=True)
+class TmaDxConfig:
+    """Tiles of the persistent TMA kernel that makes dX and dA's partials: one program a multiprocessor.
+
+    BLOCK_M x BLOCK_N of dX, BLOCK_K of the sum over N. RANK_STEP: the most ranks of dYB and A in registers at a time.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    RANK_STEP: int = 32
+    GROUP_M: int = 8
+
+
+Config = GemmConfig | ShrinkConfig | SplitConfig | TmaConfig | TmaDxConfig
 
 
 def rank_block(dtype: torch.dtype) -> int:
@@ -93,12 +109,16 @@ def shared_bytes(config: Config, dtype: torch.dtype, r: int) -> int:
             wide = 4 if min(R, config.RANK_STEP) > 32 else dtype.itemsize
             ends += R * (config.BLOCK_M * dtype.itemsize + config.BLOCK_N * wide) if config.FLATTEN else 0
             return max(ring + ends, config.XA_STAGES * config.BLOCK_K * (config.BLOCK_M * dtype.itemsize + R * 4)) + KIB
+        case TmaDxConfig():  # the opening's operands, A maybe float32, are in shared memory when the ring fills
+            ring = config.num_stages * config.BLOCK_K * (config.BLOCK_M + config.BLOCK_N) * dtype.itemsize
+            opening = min(R, config.RANK_STEP) * (config.BLOCK_M + config.BLOCK_N) * dtype.itemsize
+            return ring + opening + KIB
     return tiles * dtype.itemsize * config.num_stages
 
 
 def is_valid(config: Config, dtype: torch.dtype, r: int, chip: Chip) -> str | None:
     """None where ``config`` can run on ``chip``; otherwise the reason it is refused."""
-    if isinstance(config, TmaConfig) and (reason := _tma_refusal(config, dtype, r, chip)):
+    if isinstance(config, TmaConfig | TmaDxConfig) and (reason := _tma_refusal(config, dtype, r, chip)):
         return reason
     need = shared_bytes(config, dtype, r)
     if need > chip.shared:
@@ -108,15 +128,21 @@ def is_valid(config: Config, dtype: torch.dtype, r: int, chip: Chip) -> str | No
     return None
 
 
-def _tma_refusal(config: TmaConfig, dtype: torch.dtype, r: int, chip: Chip) -> str | None:
+def _tma_refusal(config: TmaConfig | TmaDxConfig, dtype: torch.dtype, r: int, chip: Chip) -> str | None:
     if chip.is_amd or int(chip.arch.removeprefix("sm_")) < 90:
         return f"{chip.arch} has no TMA, sm_90 and newer have"
     if dtype.itemsize != 2:
         return f"its tiles are 16-bit, not {dtype}"
     if r > RANK_BLOCK:
         return f"r={r} is above {RANK_BLOCK}, one tile of ranks"
-    if config.FLATTEN and chip.arch == "sm_100":
-        return "a flattened tile loop does not compile for sm_100 (Triton 3.7)"
+    if isinstance(config, TmaConfig):
+        flat = config.FLATTEN and chip.arch == "sm_100"
+        return "a flattened tile loop does not compile for sm_100 (Triton 3.7)" if flat else None
+    size, most = config.BLOCK_M * config.BLOCK_N, 128 * (256 if chip.shared >= 200 * KIB else 128)
+    if chip.arch == "sm_100" and size > 128 * 128:
+        return "tiles above 128x128 need 544 columns of tensor memory, sm_100 has 512"
+    if size > most // (2 if _ragged(r) or (chip.shared < 200 * KIB and r > 16) else 1):
+        return f"{config.BLOCK_M}x{config.BLOCK_N} tiles with r={r} spill registers on {chip.arch}"
     return None
 
 
@@ -126,6 +152,11 @@ def tma_rows(N: int, K: int, dtype: torch.dtype) -> str | None:
         if size * dtype.itemsize % 16:
             return f"rows of {name}={size} elements are not a multiple of 16 bytes"
     return None
+
+
+def _ragged(r: int) -> bool:
+    """Whether columns of a rank are read element by element: their addresses fill the registers of a wide tile."""
+    return r > 16 and r % 16 > 0
 
 
 def _rows(M: int, most: int) -> int:
@@ -202,7 +233,7 @@ def split_config(M: int, dtype: torch.dtype, chip: Chip, r: int) -> SplitConfig:
 def tma_config(M: int, N: int, r: int, dtype: torch.dtype, chip: Chip) -> TmaConfig:
     """Tiles of the persistent TMA kernels: 128x256 where that gives every multiprocessor a tile, else 128x128."""
     R = rank_tile(r, dtype)
-    ragged = r > 16 and r % 16 > 0  # read element by element: their addresses fill the registers of a wide tile
+    ragged = _ragged(r)
     if chip.shared < 200 * KIB:  # sm_120
         return TmaConfig(128, 64 if ragged else 128, 32, num_warps=8, num_stages=5)
     deep, wide_tiles = 8 if R <= 32 else 6, -(-M // 128) * -(-N // 256)
@@ -211,3 +242,20 @@ def tma_config(M: int, N: int, r: int, dtype: torch.dtype, chip: Chip) -> TmaCon
     if wide_tiles < chip.units or ragged:
         return TmaConfig(128, 128, 64, num_warps=8, num_stages=4, FLATTEN=flat, XA_STAGES=deep, RANK_STEP=step)
     return TmaConfig(128, 256, 64, num_warps=8, num_stages=3, FLATTEN=flat, XA_STAGES=deep, RANK_STEP=step)
+
+
+def tma_dx_config(M: int, K: int, r: int, dtype: torch.dtype, chip: Chip) -> TmaDxConfig:
+    """Tiles of tma_dx, M rows and K columns of dX: the largest that do not spill, smaller where they are too few."""
+    scattered = K % 16 > 0 or _ragged(r)  # rows of A and of dA's partials, or of dYB, element by element
+    if chip.shared < 200 * KIB:  # sm_120
+        if scattered:
+            return TmaDxConfig(64, 64, 32, num_warps=8, num_stages=5, RANK_STEP=16)
+        return TmaDxConfig(128, 128 if r <= 16 else 64, 32, num_warps=8, num_stages=5)
+    if chip.arch != "sm_90":
+        if scattered:
+            return TmaDxConfig(128, 64, 64, num_warps=8, num_stages=4, RANK_STEP=16)
+        return TmaDxConfig(128, 128, 64, num_warps=8, num_stages=4, RANK_STEP=64)
+    wide_tiles = -(-M // 128) * -(-K // 256)
+    if scattered or wide_tiles < chip.units:
+        return TmaDxConfig(128, 128, 64, num_warps=8, num_stages=4, RANK_STEP=16 if scattered else 32)
+    return TmaDxConfig(128, 256, 64, num_warps=8, num_stages=3)
