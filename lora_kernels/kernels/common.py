@@ -74,8 +74,9 @@ def tile_order(pid, num_m, num_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _draw_tile(seed_ptr, offs_m, col, threshold, BLOCK_K: tl.constexpr):
-    """Philox4x32-7, key = seed, counter = (column // 8, row, offset): reference/dropout.py has it in words."""
+def _draw_bytes(seed_ptr, offs_m, col, threshold, BLOCK_K: tl.constexpr):
+    """Philox4x32-7, key = seed, counter = (column // 8, row, offset), 16 bits a column: reference/dropout.py has it in
+    words."""
     BLOCK_M: tl.constexpr = offs_m.shape[0]
     seed = tl.load(seed_ptr)
     offset = tl.load(seed_ptr + 1)
@@ -86,9 +87,55 @@ def _draw_tile(seed_ptr, offs_m, col, threshold, BLOCK_K: tl.constexpr):
     c2 = zero.to(tl.uint32) + (offset & 0xFFFFFFFF).to(tl.uint32)
     c3 = zero.to(tl.uint32) + ((offset >> 32) & 0xFFFFFFFF).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3, 7)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # last two axes read w0 w1 w2 w3
-    lanes = tl.join(words & 0xFFFF, words >> 16)
-    return tl.reshape(lanes, (BLOCK_M, BLOCK_K)).to(tl.int32) >= threshold
+    packed = _two_bits(w0, threshold) | (_two_bits(w1, threshold) << 2)
+    return packed | (_two_bits(w2, threshold) << 4) | (_two_bits(w3, threshold) << 6)
+
+
+@triton.jit
+def _two_bits(word, threshold):
+    """Whether a word's low and high 16 bits reach the threshold, as bits 0 and 1."""
+    low = ((word & 0xFFFF).to(tl.int32) >= threshold).to(tl.int32)
+    return low | (((word >> 16).to(tl.int32) >= threshold).to(tl.int32) << 1)
+
+
+@triton.jit
+def keep_bytes(
+    seed_ptr,
+    keep_ptr,
+    stride_keep,
+    offs_m,
+    mask_m,
+    col,
+    K,
+    threshold,
+    BLOCK_K: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    """Keep bits int32 (BLOCK_M, BLOCK_K / 8) of rows offs_m and columns col .. col + BLOCK_K, both multiples of 8.
+
+    Bit j of byte c is that of column col + 8 c + j. DROPOUT 1: drawn from the seed; 2: read.
+    """
+    if DROPOUT == 2:
+        offs_c = col // 8 + tl.arange(0, BLOCK_K // 8)
+        c_ptrs = keep_ptr + offs_m[:, None].to(tl.int64) * stride_keep + offs_c[None, :]
+        return tl.load(c_ptrs, mask=mask_m[:, None] & (offs_c * 8 < K)[None, :], other=0).to(tl.int32)
+    else:
+        return _draw_bytes(seed_ptr, offs_m, col, threshold, BLOCK_K)
+
+
+@triton.jit
+def store_keep(packed, keep_ptr, stride_keep, offs_m, mask_m, col, K, BLOCK_K: tl.constexpr):
+    """Put the bytes of rows offs_m and columns col .. col + BLOCK_K into their place."""
+    offs_c = col // 8 + tl.arange(0, BLOCK_K // 8)
+    c_ptrs = keep_ptr + offs_m[:, None].to(tl.int64) * stride_keep + offs_c[None, :]
+    tl.store(c_ptrs, packed.to(tl.uint8), mask=mask_m[:, None] & (offs_c * 8 < K)[None, :])
+
+
+@triton.jit
+def unpack_keep(packed):
+    """Keep bits int32 (BLOCK_M, BLOCK_K / 8) as a mask (BLOCK_M, BLOCK_K)."""
+    bits = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.reshape(bits, (packed.shape[0], packed.shape[1] * 8)) != 0
 
 
 @triton.jit
@@ -104,28 +151,9 @@ def keep_tile(
     BLOCK_K: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """Keep mask (BLOCK_M, BLOCK_K) of rows offs_m and columns col .. col + BLOCK_K; col and BLOCK_K are multiples of 8.
-
-    DROPOUT 1: drawn from the seed; 2: unpacked from the bits.
-    """
-    if DROPOUT == 2:
-        offs_c = col // 8 + tl.arange(0, BLOCK_K // 8)
-        c_ptrs = keep_ptr + offs_m[:, None].to(tl.int64) * stride_keep + offs_c[None, :]
-        packed = tl.load(c_ptrs, mask=mask_m[:, None] & (offs_c * 8 < K)[None, :], other=0).to(tl.int32)
-        bits = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
-        return tl.reshape(bits, (offs_m.shape[0], BLOCK_K)) != 0
-    else:
-        return _draw_tile(seed_ptr, offs_m, col, threshold, BLOCK_K)
-
-
-@triton.jit
-def store_keep(keep, keep_ptr, stride_keep, offs_m, mask_m, col, K, BLOCK_K: tl.constexpr):
-    """Pack a keep mask (BLOCK_M, BLOCK_K) into its place among the bits: byte c = sum over j of keep[8 c + j] 2^j."""
-    lanes = tl.reshape(keep.to(tl.int32), (offs_m.shape[0], BLOCK_K // 8, 8))
-    packed = tl.sum(lanes << tl.arange(0, 8)[None, None, :], axis=2)
-    offs_c = col // 8 + tl.arange(0, BLOCK_K // 8)
-    c_ptrs = keep_ptr + offs_m[:, None].to(tl.int64) * stride_keep + offs_c[None, :]
-    tl.store(c_ptrs, packed.to(tl.uint8), mask=mask_m[:, None] & (offs_c * 8 < K)[None, :])
+    """Keep mask (BLOCK_M, BLOCK_K) of rows offs_m and columns col .. col + BLOCK_K, drawn or read."""
+    packed = keep_bytes(seed_ptr, keep_ptr, stride_keep, offs_m, mask_m, col, K, threshold, BLOCK_K, DROPOUT)
+    return unpack_keep(packed)
 
 
 @triton.jit

@@ -22,11 +22,12 @@ from lora_kernels.kernels.common import (
     accumulate,
     dropout_args,
     inv_keep,
-    keep_tile,
+    keep_bytes,
     low_rank,
     precision_of,
     store_keep,
     tile_order,
+    unpack_keep,
 )
 from lora_kernels.kernels.tuning import GemmConfig, rank_tile
 
@@ -151,10 +152,10 @@ def _one_pass_kernel(
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
         if DROPOUT:
             col = k * BLOCK_K
-            keep = keep_tile(seed_ptr, keep_ptr, stride_keep, offs_m, mask_m, col, K, threshold, BLOCK_K, DROPOUT)
+            packed = keep_bytes(seed_ptr, keep_ptr, stride_keep, offs_m, mask_m, col, K, threshold, BLOCK_K, DROPOUT)
             if STORE_KEEP:
-                store_keep(keep, keep_ptr, stride_keep, offs_m, mask_m & (pid_n == 0), col, K, BLOCK_K)
-            x = tl.where(keep, x, 0.0)
+                store_keep(packed, keep_ptr, stride_keep, offs_m, mask_m & (pid_n == 0), col, K, BLOCK_K)
+            x = tl.where(unpack_keep(packed), x, 0.0)
         xa = tl.dot(x, a.to(x.dtype), xa, input_precision=PRECISION)
         x_ptrs += step_x
         w_ptrs += step_w

@@ -9,12 +9,22 @@ read them instead of drawing again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.kernels.common import Dropout, dropout_args, inv_keep, keep_tile, precision_of, store_keep
+from lora_kernels.kernels.common import (
+    Dropout,
+    dropout_args,
+    inv_keep,
+    keep_bytes,
+    precision_of,
+    store_keep,
+    unpack_keep,
+)
 from lora_kernels.kernels.tuning import ShrinkConfig, rank_tile
 
 
@@ -35,6 +45,8 @@ def _shrink_kernel(
     stride_ak,
     stride_sm,
     factor,
+    later_ranks,
+    later_factors,
     threshold,
     DROPOUT: tl.constexpr,
     STORE_KEEP: tl.constexpr,
@@ -65,21 +77,32 @@ def _shrink_kernel(
             a = tl.load(a_ptrs, mask=mask_r[None, :] & mask_k[:, None], other=0.0)
         if DROPOUT:
             col = k * BLOCK_K
-            keep = keep_tile(seed_ptr, keep_ptr, stride_keep, offs_m, mask_m, col, K, threshold, BLOCK_K, DROPOUT)
+            packed = keep_bytes(seed_ptr, keep_ptr, stride_keep, offs_m, mask_m, col, K, threshold, BLOCK_K, DROPOUT)
             if STORE_KEEP:
-                store_keep(keep, keep_ptr, stride_keep, offs_m, mask_m & (tl.program_id(1) == 0), col, K, BLOCK_K)
-            x = tl.where(keep, x, 0.0)
+                store_keep(packed, keep_ptr, stride_keep, offs_m, mask_m & (tl.program_id(1) == 0), col, K, BLOCK_K)
+            x = tl.where(unpack_keep(packed), x, 0.0)
         acc = tl.dot(x, a.to(x.dtype), acc, input_precision=PRECISION)
         x_ptrs += step_x
         a_ptrs += step_a
+    factors = tl.zeros((BLOCK_R,), tl.float32) + factor
+    for p in tl.static_range(len(later_ranks)):
+        factors = tl.where(offs_r >= later_ranks[p], later_factors[p], factors)
     s_ptrs = XA_ptr + offs_m[:, None].to(tl.int64) * stride_sm + offs_r[None, :]
-    tl.store(s_ptrs, (acc * factor).to(XA_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
+    tl.store(s_ptrs, (acc * factors[None, :]).to(XA_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
 
 
-def shrink(X: Tensor, A: Tensor, scaling: float, drop: Dropout | None, config: ShrinkConfig) -> Tensor:
+def shrink(
+    X: Tensor,
+    A: Tensor,
+    scaling: float,
+    drop: Dropout | None,
+    config: ShrinkConfig,
+    later: Sequence[tuple[int, float]] = (),
+) -> Tensor:
     """XA (M, r) = scaling/(1-p) (D*X) A^T for X (M, K) and A (r, K) of any strides and float dtypes; M > 0.
 
-    Fills ``drop.bits`` where there are any.
+    Fills ``drop.bits`` where there are any. ``later``: for an A that stacks projections (first rank, scaling) of those
+    after the first, in order, where they have scalings of their own.
     """
     (M, K), r = X.shape, A.shape[0]
     XA = torch.empty(M, r, dtype=X.dtype, device=X.device)
@@ -97,6 +120,8 @@ def shrink(X: Tensor, A: Tensor, scaling: float, drop: Dropout | None, config: S
         stride_ak=A.stride(1),
         stride_sm=XA.stride(0),
         factor=scaling * inv_keep(drop),
+        later_ranks=tuple(first for first, _ in later),
+        later_factors=tuple(s * inv_keep(drop) for _, s in later),
         STORE_KEEP=drop is not None and drop.bits is not None,
         EVEN_K=K % config.BLOCK_K == 0,
         PRECISION=precision_of(X.dtype),
