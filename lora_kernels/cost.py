@@ -75,7 +75,7 @@ class Plan:
 
     ``seconds``: predicted. ``measured``: seconds by the tuned table of this GPU, None where it has none. ``tiles``: of
     the main product, None for the default. ``refused``: why it cannot run here. ``why``: what chose it: "model",
-    "tuned on this GPU", "named"; empty for a plan that was not chosen.
+    "tuned on this GPU", "named"; empty for a plan that was not chosen. ``descriptors``: it hands its matrices to TMA.
     """
 
     name: str
@@ -86,6 +86,7 @@ class Plan:
     tiles: Config | None = None
     measured: float | None = None
     why: str = ""
+    descriptors: bool = False
 
     @property
     def bytes(self) -> int:

@@ -2,7 +2,7 @@
 
 A backend is asked for per call, for a block of code (``use_backend``) or for a program (LORA_KERNELS_BACKEND), in that
 order; "auto" takes Triton where it can run and the reference elsewhere. "triton:one_pass" names a plan as well.
-A plan is chosen by the time cost.py predicts for it.
+A plan is chosen by what a tuned table says of this GPU (tuned.py), without one by the time that cost.py predicts.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import math
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -20,6 +22,8 @@ import torch
 from lora_kernels.cost import Plan, Problem, seconds
 from lora_kernels.errors import BackendUnavailableError, ConfigError
 from lora_kernels.kernels.chip import CHIPS, Chip, chip_of
+from lora_kernels.kernels.tuning import wide_loads
+from lora_kernels.tuned import Entry, table_for
 from lora_kernels.variants import VARIANTS, Variant
 
 BACKENDS = ("auto", "reference", "triton")
@@ -133,25 +137,45 @@ def chip_for(device: torch.device) -> Chip:
     return CHIPS["sm_90"]
 
 
-def _plan(variant: Variant, problem: Problem, chip: Chip) -> Plan:
+def _plan(variant: Variant, problem: Problem, chip: Chip, entry: Entry | None) -> Plan:
     direction = variant.fwd if problem.op == "fwd" else variant.bwd
-    refused = "it is a forward plan" if direction is None else direction.refused(problem, chip)
-    if direction is None or refused:
-        return Plan(variant.name, (), float("inf"), refused, variant.opt_in)
+    if direction is None:
+        return Plan(variant.name, (), math.inf, "it is a forward plan", variant.opt_in)
+    found = None if entry is None else entry.best(variant.name)
+    tiles = found.tiles if found and entry and entry.r == problem.r else None  # made for a rank, not for its bucket
+    if tiles is not None and direction.refused(problem, chip, tiles):
+        tiles = None
+    if refused := direction.refused(problem, chip, tiles):
+        return Plan(variant.name, (), math.inf, refused, variant.opt_in)
     parts = direction.launches(problem)
     time = sum(seconds(launch, problem.dtype, chip) for launch in parts)
-    return Plan(variant.name, parts, time, None, variant.opt_in)
+    measured = None if found is None else found.cost * 1e-6
+    return Plan(variant.name, parts, time, None, variant.opt_in, tiles, measured, "", direction.descriptors)
 
 
 @functools.lru_cache(maxsize=4096)
 def candidates(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
     """Every plan for ``problem``, the fastest predicted first, refused ones last; opt-in ones after all others."""
-    plans = (_plan(variant, problem, chip) for variant in VARIANTS)
+    entry = table_for(chip.name).lookup(problem)
+    plans = (_plan(variant, problem, chip, entry) for variant in VARIANTS)
     return tuple(sorted(plans, key=lambda plan: (plan.opt_in, plan.seconds)))
 
 
+def _own_choice(problem: Problem, chip: Chip) -> Plan:
+    """What the tuned table says, if that can run; else the least prediction among the plans that are not opt-in."""
+    plans = candidates(problem, chip)
+    entry = table_for(chip.name).lookup(problem)
+    if entry is not None:
+        plan = next(p for p in plans if p.name == entry.chosen.plan)
+        if plan.refused is None:
+            return replace(plan, why=f"tuned on this GPU at {entry.M} rows")
+        return replace(plans[0], why=f"model, as the tuned {plan.name} is refused: {plan.refused}")
+    return replace(plans[0], why="model")
+
+
+@functools.lru_cache(maxsize=4096)
 def choose(problem: Problem, chip: Chip, forced: str | None = None) -> Plan:
-    """The plan that runs, one of PLANS unless ``forced`` names another.
+    """The plan that runs: ``forced``, or without a name the tuned table's, or the model's among PLANS.
 
     A backward has no FORWARD_ONLY plan: asked for one, its counterpart runs where there is one and it is valid, else
     the planner's own choice.
@@ -159,25 +183,68 @@ def choose(problem: Problem, chip: Chip, forced: str | None = None) -> Plan:
     Raises:
         BackendUnavailableError: the plan asked for by name is not valid for this problem.
     """
-    plans = candidates(problem, chip)
+    if forced is None:
+        return _own_choice(problem, chip)
     counterpart = problem.op == "bwd" and forced in FORWARD_ONLY
-    name = FORWARD_ONLY[forced] if counterpart and forced is not None else forced
-    if name is None:
-        return plans[0]
-    plan = next(p for p in plans if p.name == name)
-    if plan.refused and counterpart:
-        return plans[0]
-    if plan.refused:
-        raise BackendUnavailableError(f"plan {forced!r} cannot run here: {plan.refused}; name another or none")
-    return plan
+    name = FORWARD_ONLY[forced] if counterpart else forced
+    plan = next((p for p in candidates(problem, chip) if p.name == name), None)
+    if plan is not None and plan.refused is None:
+        return replace(plan, why="named" if name == forced else f"named {forced}")
+    if counterpart:
+        return _own_choice(problem, chip)
+    raise BackendUnavailableError(f"plan {forced!r} cannot run here: {plan and plan.refused}; name another or none")
 
 
-def describe(N: int, K: int, r: int, dtype: torch.dtype, device: torch.device, backend: str, tokens: int = 2048) -> str:
-    """One phrase for a layer: its backend, and on Triton the forward and backward plan at ``tokens`` rows."""
-    backend = resolve_backend(backend, device.type, dtype)
-    kind, forced = split_name(backend)
-    if kind == "reference":
-        return "reference"
+@functools.lru_cache(maxsize=8192)
+def _plan_of(
+    op: str, M: int, N: int, K: int, r: int, dtype: torch.dtype, dropout: bool, bias: bool, need_dx: bool, bits: bool,
+    descriptors: bool, device: torch.device, forced: str | None,
+) -> tuple[Plan, Chip]:  # fmt: skip
     chip = chip_for(device)
-    fwd, bwd = (choose(Problem(op, tokens, N, K, r, dtype), chip, forced).name for op in ("fwd", "bwd"))
-    return f"triton ({fwd} / {bwd} at {tokens} tokens)"
+    return choose(Problem(op, M, N, K, r, dtype, dropout, bias, need_dx, bits, descriptors), chip, forced), chip
+
+
+def plan_call(
+    op: str,
+    operands: tuple[torch.Tensor, ...],
+    N: int,
+    K: int,
+    r: int,
+    dropout: bool,
+    bias: bool,
+    need_dx: bool,
+    bits: bool,
+    forced: str | None,
+) -> tuple[Plan, Chip]:
+    """The plan and the Chip of one call, whose matrices are ``operands``: X, W, or dY, X, W, the first with M rows.
+
+    Costs a dictionary's look-up. Where the plan would hand matrices to TMA descriptors that these cannot take, or its
+    tuned tiles want wide loads that these do not allow, "auto" chooses again; a plan asked for by name raises.
+
+    Raises:
+        BackendUnavailableError: the plan asked for by name is not valid for this call.
+    """
+    first = operands[0]
+    dtype, device = first.dtype, first.device
+    plan, chip = _plan_of(op, first.shape[0], N, K, r, dtype, dropout, bias, need_dx, bits, True, device, forced)
+    if plan.descriptors and not descriptors_take(*operands):
+        return _plan_of(op, first.shape[0], N, K, r, dtype, dropout, bias, need_dx, bits, False, device, forced)
+    if plan.tiles is not None and not plan.descriptors and not wide_loads(*operands):
+        return replace(plan, tiles=None), chip
+    return plan, chip
+
+
+def descriptors_take(*matrices: torch.Tensor) -> bool:
+    """Whether TMA descriptors can take these matrices: rows contiguous, 16 bytes aligned and a multiple of it apart."""
+    for t in matrices:
+        rows, columns = t.shape
+        stride, step = t.stride()
+        if (step != 1 and columns > 1) or (rows > 1 and stride * t.element_size() % 16) or t.data_ptr() % 16:
+            return False
+    return True
+
+
+def forget() -> None:
+    """Drop every plan and table that is remembered, so that a new table counts from the next call on."""
+    for remembered in (table_for, candidates, choose, _plan_of):
+        remembered.cache_clear()

@@ -1,13 +1,18 @@
 """Backends by name, plans by prediction, and what each plan launches and moves."""
 
+import dataclasses
+import itertools
+
 import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels import plan, variants
+from lora_kernels import plan, tuned, variants
 from lora_kernels.cost import Problem
 from lora_kernels.errors import BackendUnavailableError, ConfigError
 from lora_kernels.kernels.chip import CHIPS
+from lora_kernels.kernels.tuning import GemmConfig, TmaConfig
+from lora_kernels.tuned import Entry, Measured
 
 H100 = CHIPS["sm_90"]
 LAYER = Problem("fwd", 8192, 4096, 4096, 16, torch.bfloat16)
@@ -154,7 +159,8 @@ def test_the_choice_is_the_least_predicted_time():
         plans = plan.candidates(Problem("fwd", M, 4096, 4096, 16, torch.bfloat16), H100)
         plans = tuple(p for p in plans if not p.opt_in)
         assert [p.seconds for p in plans] == sorted(p.seconds for p in plans)
-        assert plan.choose(Problem("fwd", M, 4096, 4096, 16, torch.bfloat16), H100) is plans[0]
+        chosen = plan.choose(Problem("fwd", M, 4096, 4096, 16, torch.bfloat16), H100)
+        assert (chosen.name, chosen.why) == (plans[0].name, "model")
 
 
 def test_one_row_takes_one_launch():
@@ -166,10 +172,121 @@ def test_a_forced_plan_runs_or_says_why():
     with pytest.raises(BackendUnavailableError, match="above 64"):
         plan.choose(Problem("fwd", 8, 64, 64, 65, torch.bfloat16), H100, "one_pass")
     backward = Problem("bwd", 8192, 4096, 4096, 16, torch.bfloat16)
-    assert plan.choose(backward, H100, "one_pass") is plan.candidates(backward, H100)[0]
+    assert plan.choose(backward, H100, "one_pass") == plan.choose(backward, H100)
+    assert plan.choose(backward, H100, "ptr_one_launch") == plan.choose(backward, H100)
+    assert plan.choose(backward, H100, "one_launch").name == "tma_extend"
+    named = plan.choose(backward, H100, "gluon_one_launch")
+    assert (named.name, named.why) == ("gluon_extend", "named gluon_one_launch")
+    seeds = dataclasses.replace(backward, dropout=True, bits=False)
+    assert plan.choose(seeds, H100, "one_launch") == plan.choose(seeds, H100)  # its counterpart is refused
+    with pytest.raises(BackendUnavailableError, match="as bits"):
+        plan.choose(seeds, H100, "tma_extend")
 
 
-def test_describe():
-    text = plan.describe(4096, 4096, 16, torch.bfloat16, torch.device("cpu"), "triton:eager", tokens=512)
-    assert text == "triton (eager / eager at 512 tokens)"
-    assert plan.describe(4096, 4096, 16, torch.bfloat16, torch.device("cpu"), "auto") == "reference"
+TUNED = dataclasses.replace(H100, name="NVIDIA H100 80GB HBM3")
+TILES = TmaConfig(128, 128, 64, num_warps=8, num_stages=4, FLATTEN=True)
+
+
+@pytest.fixture
+def table(monkeypatch, tmp_path):
+    """Puts entries of (op, measured, changes) into the table of TUNED."""
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.delenv("LORA_KERNELS_TUNED", raising=False)
+    monkeypatch.setattr(plan, "chip_for", lambda device: TUNED)
+
+    def put(*entries):
+        made = []
+        for op, measured, changes in entries:
+            sizes = {"M": 8192, "N": 4096, "K": 4096, "r": 16} | changes
+            flags = {"dropout": False, "bits": True, "bias": False, "need_dx": True}
+            where = dict.fromkeys(("torch", "triton", "driver", "commit", "date"), "")
+            made.append(Entry(TUNED.name, op, "bfloat16", **sizes, **flags, measured=measured, **where))
+        path = tuned.user_table(TUNED.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(tuned.dumps(TUNED.name, made))
+        plan.forget()
+
+    yield put
+    plan.forget()
+
+
+EAGER = Measured("eager", None, 400.0, 30.0)
+FASTER = Measured("tma_extend", TILES, 380.0, 60.0)
+
+
+def test_an_opt_in_plan_runs_where_a_table_says_it_is_faster(table):
+    table(("fwd", (EAGER, FASTER), {}))
+    chosen = plan.choose(LAYER, TUNED)
+    assert (chosen.name, chosen.tiles, chosen.measured) == ("tma_extend", TILES, pytest.approx(380e-6))
+    assert chosen.why == "tuned on this GPU at 8192 rows"
+    assert plan.choose(LAYER, H100).name not in plan.OPT_IN  # another GPU's table is not asked
+    assert plan.choose(dataclasses.replace(LAYER, M=64), TUNED).why == "model"
+    named = plan.choose(LAYER, TUNED, "eager")
+    assert (named.why, named.measured) == ("named", pytest.approx(400e-6))
+    assert plan.choose(LAYER, TUNED, "tma_extend").tiles == TILES  # the best tiles also where it is named
+
+
+def test_less_than_two_per_cent_is_not_faster(table):
+    table(("fwd", (EAGER, dataclasses.replace(FASTER, us=393.0)), {}))
+    assert plan.choose(LAYER, TUNED).name == "eager"
+    assert plan.choose(LAYER, TUNED).why.startswith("tuned on this GPU")
+
+
+def test_a_tuned_plan_that_this_call_refuses_gives_way_to_the_model(table):
+    table(("fwd", (EAGER, FASTER), {}))
+    chosen = plan.choose(dataclasses.replace(LAYER, descriptors=False), TUNED)
+    assert chosen.name in plan.PLANS
+    assert "model, as the tuned tma_extend is refused: the tensors of this call" in chosen.why
+
+
+def test_tiles_of_another_rank_of_the_bucket_are_not_taken_over(table):
+    table(("fwd", (EAGER, FASTER), {"r": 16}))
+    chosen = plan.choose(dataclasses.replace(LAYER, r=8), TUNED)
+    assert (chosen.name, chosen.tiles) == ("tma_extend", None)
+
+
+def test_tiles_that_are_refused_leave_the_default_ones(table):
+    table(("fwd", (EAGER, dataclasses.replace(FASTER, tiles=dataclasses.replace(TILES, num_stages=9))), {}))
+    chosen = plan.choose(LAYER, TUNED)
+    assert (chosen.name, chosen.tiles) == ("tma_extend", None)
+
+
+def call(X, W, forced=None):
+    N, K = W.shape
+    return plan.plan_call("fwd", (X, W), N, K, 16, False, False, True, True, forced)[0]
+
+
+def test_a_call_that_descriptors_cannot_take(table):
+    table(("fwd", (EAGER, FASTER), {"M": 64, "N": 256, "K": 128}))
+    X, W = torch.empty(64, 128, dtype=torch.bfloat16), torch.empty(256, 128, dtype=torch.bfloat16)
+    assert call(X, W).name == "tma_extend"
+    wide = torch.empty(64, 256, dtype=torch.bfloat16)
+    for other in (wide[:, ::2], wide[:, 1:129], torch.empty(128, 64, dtype=torch.bfloat16).t()):
+        assert call(other, W).name in plan.PLANS
+        with pytest.raises(BackendUnavailableError, match="descriptors need"):
+            call(other, W, "tma_extend")
+    assert call(wide[:, 8:136], W).name == "tma_extend"
+    assert call(torch.empty(64 * 130, dtype=torch.bfloat16).as_strided((64, 128), (130, 1)), W).name in plan.PLANS
+
+
+def test_descriptors_take_what_the_kernels_take():
+    sm90 = pytest.importorskip("lora_kernels.kernels.sm90_linear")
+    flat = torch.empty(4096, dtype=torch.bfloat16)
+    for rows, columns, stride, step, offset in itertools.product((1, 3), (1, 16), (16, 20, 24), (1, 2), (0, 1, 8)):
+        t = flat[offset:].as_strided((rows, columns), (stride, step))
+        assert plan.descriptors_take(t) == (sm90.descriptor_refusal(t=t) is None), t.stride()
+
+
+def test_tuned_tiles_of_pointer_kernels_need_wide_loads(table):
+    tiles = GemmConfig(64, 64, 32, num_warps=4, num_stages=2)
+    table(("fwd", (EAGER, Measured("shrink_extend", tiles, 100.0)), {"M": 64, "N": 256, "K": 128}))
+    X, W = torch.empty(64, 128, dtype=torch.bfloat16), torch.empty(256, 128, dtype=torch.bfloat16)
+    assert (call(X, W).name, call(X, W).tiles) == ("shrink_extend", tiles)
+    other = torch.empty(64, 130, dtype=torch.bfloat16)[:, :128]
+    assert (call(other, W).name, call(other, W).tiles) == ("shrink_extend", None)
+
+
+def test_a_plan_is_looked_up_not_made_again(table):
+    table(("fwd", (EAGER, FASTER), {}))
+    X, W = torch.empty(64, 128, dtype=torch.bfloat16), torch.empty(256, 128, dtype=torch.bfloat16)
+    assert call(X, W) is call(X, W)

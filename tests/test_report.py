@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import pytest
 import torch
 from torch import nn
 
+from lora_kernels import plan
 from lora_kernels.adapters import merge_lora
 from lora_kernels.config import LoRAConfig
+from lora_kernels.errors import ConfigError
 from lora_kernels.inject import apply_lora, explain
+from lora_kernels.kernels.tuning import GemmConfig
 from lora_kernels.layers import LoRALinear
 from lora_kernels.plan import use_backend
 from lora_kernels.report import Injection, injection_of, unwrap
+from lora_kernels.tuned import Entry, Measured, Table
 
 
 class Block(nn.Module):
@@ -84,3 +89,85 @@ def test_wrapped_models_are_looked_into(wrap: type) -> None:
     assert unwrap(wrapped) is inner
     assert isinstance(injection_of(wrapped), Injection)
     assert explain(wrapped) == explain(inner)
+
+
+PLANS = ("eager", "shrink_extend", "one_pass", "tma_extend", "one_launch", "gluon_extend", "ptr_one_launch")
+
+
+def plans_told(text: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """{plan: cells} of the forward and of the backward table; the first cell is ">" where it runs."""
+    tables = text.split("forward: ")[1].split("backward: ")
+    found = []
+    for table in tables:
+        lines = [re.split(r"  +", line.replace(">  ", ">").strip()) for line in table.splitlines()[2:] if line.strip()]
+        found.append({cells[0].lstrip(">"): ([">"] if cells[0][0] == ">" else [""]) + cells[1:] for cells in lines})
+    return found[0], found[1]
+
+
+def test_a_lone_layer_tells_every_plan() -> None:
+    layer = LoRALinear(4096, 4096, r=16, dtype=torch.bfloat16, device="meta")
+    fwd, bwd = plans_told(explain(layer, tokens=8192, chip="sm_90"))
+    assert set(fwd) == set(bwd) >= set(PLANS)
+    assert [name for name, cells in fwd.items() if cells[0] == ">"] == ["eager"]
+    assert [name for name, cells in bwd.items() if cells[0] == ">"] == ["eager"]
+    assert fwd["eager"][-1] == "runs: model"
+    assert fwd["eager"][-2] == "XA + matmul + addmm_"
+    assert "only if named: not measured" in fwd["tma_extend"][-1]
+    assert bwd["one_pass"][-1] == "refused: it is a forward plan"
+    assert float(fwd["eager"][1]) > 100
+    other, _ = plans_told(explain(layer, tokens=8192, chip="sm_80"))
+    assert "no TMA" in other["tma_extend"][-1]
+    assert "merged" in explain_merged(layer)
+
+
+def explain_merged(layer: LoRALinear) -> str:
+    layer._base_weight = layer.weight
+    try:
+        return explain(layer, chip="sm_90")
+    finally:
+        layer._base_weight = None
+
+
+def test_a_named_plan_runs_or_says_why_not() -> None:
+    layer = LoRALinear(
+        4096, 4096, r=16, lora_dropout=0.1, dtype=torch.bfloat16, device="meta", backend="triton:one_pass"
+    )
+    fwd, bwd = plans_told(explain(layer, chip="sm_90"))
+    assert fwd["one_pass"][0] == ">"
+    assert fwd["one_pass"][-1] == "runs: named"
+    assert bwd["eager"][0] == ">"
+    layer.backend = "triton:one_launch"
+    text = explain(layer, chip="sm_90")
+    assert "cannot run: plan 'one_launch' cannot run here: dropout's mask" in text
+    layer.backend = "reference"
+    assert explain(layer, chip="sm_90").endswith("chip='sm_90' tells what a GPU would run")
+
+
+def test_one_layer_of_a_model_by_its_path() -> None:
+    injected = apply_lora(model().bfloat16(), LoRAConfig(target_modules=["q"]))
+    text = explain(injected, layer="net.layers.2.q", chip="sm_90")
+    assert text.startswith("net.layers.2.q\n")
+    assert "N=6 K=8 r=8 bfloat16, bias on sm_90" in text
+    assert "triton (" in rows(explain(injected, chip="sm_90"))["net.layers.0-11.q"][4]
+    with pytest.raises(ConfigError, match=r"'net.layers.2.k' is no LoRALinear.*net.layers.0.q"):
+        explain(injected, layer="net.layers.2.k")
+    with pytest.raises(ConfigError, match="'h100' is unknown; known are"):
+        explain(injected, chip="h100")
+
+
+def test_measured_times_and_tiles_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = GemmConfig(128, 128, 64, num_warps=8, num_stages=3)
+    measured = (Measured("eager", None, 400.0), Measured("shrink_extend", tiles, 123.4))
+    sizes = {"op": "fwd", "dtype": "bfloat16", "M": 2048, "N": 4096, "K": 4096, "r": 16}
+    flags = {"dropout": False, "bits": True, "bias": False, "need_dx": True, "measured": measured}
+    where = dict.fromkeys(("gpu", "torch", "triton", "driver", "commit", "date"), "")
+    monkeypatch.setattr(plan, "table_for", functools.cache(lambda gpu: Table([Entry(**sizes, **flags, **where)])))
+    plan.forget()
+    layer = LoRALinear(4096, 4096, r=16, dtype=torch.bfloat16, device="meta", bias=False)
+    fwd, bwd = plans_told(explain(layer, chip="sm_90"))
+    plan.forget()
+    assert fwd["shrink_extend"][0] == ">"
+    assert fwd["shrink_extend"][2] == "123.4"
+    assert fwd["shrink_extend"][-1].startswith("runs: tuned on this GPU at 2048 rows; tiles GemmConfig(BLOCK_M=128")
+    assert fwd["eager"][2] == "400.0"
+    assert bwd["shrink_extend"][2] == "-"

@@ -1,4 +1,4 @@
-"""What a kernel needs to know of a GPU: limits that decide validity, rates that decide plans. No GPU names."""
+"""What a kernel needs to know of a GPU: limits that decide validity, rates that decide plans. No list of GPU names."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ class Chip:
 
     ``arch``: sm_NN or gfxNNN. ``shared``: bytes of shared memory one block may use. ``units``: multiprocessors.
     ``tflops``: dense 16-bit matrix rate with fp32 accumulation; ``fp32_tflops``: fp32 without TF32; ``gbps``: memory.
+    ``name``: what the driver calls the GPU, the key of its tuned table; empty for one that is not here.
     """
 
     arch: str
@@ -24,6 +25,7 @@ class Chip:
     tflops: float
     fp32_tflops: float
     gbps: float
+    name: str = ""
 
     @property
     def is_amd(self) -> bool:
@@ -70,4 +72,5 @@ def chip_of(device_index: int) -> Chip:
         tflops=matrix * rate or near.tflops,
         fp32_tflops=scalar * rate or near.fp32_tflops,
         gbps=gbps or near.gbps,
+        name=getattr(props, "name", ""),
     )
