@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from lora_kernels.kernels.chip import Chip
+from lora_kernels.kernels.sm90_gluon_config import GluonConfig
 from lora_kernels.kernels.tuning import Config, rank_block
 
+Tiles = Config | GluonConfig  # of a plan's main product
 LAUNCH_SECONDS = 2.5e-6
 # Of the data-sheet rate, a large product: by the vendor's library anywhere, by our kernels on an architecture.
 LIBRARY_EFFICIENCY = 0.75
@@ -83,7 +85,7 @@ class Plan:
     seconds: float
     refused: str | None = None
     opt_in: bool = False
-    tiles: Config | None = None
+    tiles: Tiles | None = None
     measured: float | None = None
     why: str = ""
     descriptors: bool = False

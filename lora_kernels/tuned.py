@@ -20,15 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_kernels.cost import Problem
+from lora_kernels.cost import Problem, Tiles
 from lora_kernels.errors import ConfigError
-from lora_kernels.kernels.tuning import Config
 
 FORMAT = 1
 MARGIN = 0.98  # of eager's time: a plan that is not faster than this is noise or luck, and eager stays
 REACH = 1  # row buckets (powers of two) that an entry answers for beyond its own
 SHIPPED = Path(__file__).parent / "kernels" / "tuned"
-CONFIGS = {config.__name__: config for config in typing.get_args(Config)}
+CONFIGS = {config.__name__: config for config in typing.get_args(Tiles)}
 
 
 class TableError(ConfigError):
@@ -43,7 +42,7 @@ class Measured:
     """
 
     plan: str
-    tiles: Config | None
+    tiles: Tiles | None
     us: float
     host_us: float = 0.0
 
@@ -128,14 +127,14 @@ class Table:
         return self._entries.get(key_of(q), {}).get(bucket(q.M))
 
 
-def tiles_to_json(tiles: Config | None) -> dict[str, Any] | None:
+def tiles_to_json(tiles: Tiles | None) -> dict[str, Any] | None:
     """{"kind": the class's name, "fields": {name: value}}."""
     if tiles is None:
         return None
     return {"kind": type(tiles).__name__, "fields": dataclasses.asdict(tiles)}
 
 
-def _tiles_from_json(found: Any) -> Config | None:
+def _tiles_from_json(found: Any) -> Tiles | None:
     return None if found is None else CONFIGS[found["kind"]](**found["fields"])
 
 

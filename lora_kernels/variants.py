@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lora_kernels.cost import KERNELS, Launch, Problem, library, makes_da, reduce_da
+from lora_kernels.cost import KERNELS, Launch, Problem, Tiles, library, makes_da, reduce_da
 from lora_kernels.kernels.chip import Chip
+from lora_kernels.kernels.sm90_gluon_config import GluonConfig, gluon_config
+from lora_kernels.kernels.sm90_gluon_config import refusal as gluon_refusal
 from lora_kernels.kernels.tuning import (
-    Config,
     gemm_config,
     is_valid,
     one_pass_config,
@@ -20,10 +21,11 @@ from lora_kernels.kernels.tuning import (
     shrink_config,
     split_config,
     tma_config,
+    tma_dx_config,
     tma_rows,
 )
 
-Tiles = Callable[[Problem, Chip], Config]
+Choice = Callable[[Problem, Chip], Tiles]
 Refusal = Callable[[Problem, Chip], str | None]
 
 
@@ -41,12 +43,12 @@ class Pass:
     """
 
     launches: Callable[[Problem], tuple[Launch, ...]]
-    tiles: Tiles | None = None
-    others: tuple[Tiles, ...] = ()
+    tiles: Choice | None = None
+    others: tuple[Choice, ...] = ()
     refusal: Refusal = _nothing_else
     descriptors: bool = False
 
-    def refused(self, q: Problem, chip: Chip, tiles: Config | None = None) -> str | None:
+    def refused(self, q: Problem, chip: Chip, tiles: Tiles | None = None) -> str | None:
         """Why it cannot run with ``tiles`` (None: the default ones), or None where it can."""
         if self.descriptors:
             if reason := tma_rows(q.N, q.K, q.dtype):
@@ -57,7 +59,14 @@ class Pass:
             return reason
         main = () if self.tiles is None else (tiles or self.tiles(q, chip),)
         configs = (*main, *(other(q, chip) for other in self.others))
-        return next((why for c in configs if (why := is_valid(c, q.dtype, q.r, chip))), None)
+        return next((why for c in configs if (why := invalid(c, q, chip))), None)
+
+
+def invalid(tiles: Tiles, q: Problem, chip: Chip) -> str | None:
+    """Why a kernel of q's dtype and rank cannot run with ``tiles`` on ``chip``; None where it can."""
+    if isinstance(tiles, GluonConfig):
+        return gluon_refusal(tiles, q.dtype, q.r, chip)
+    return is_valid(tiles, q.dtype, q.r, chip)
 
 
 @dataclass(frozen=True)
@@ -105,24 +114,32 @@ def _split_bwd(dx: str) -> Callable[[Problem], tuple[Launch, ...]]:
     return launches
 
 
-def _gemm(q: Problem, chip: Chip) -> Config:
+def _gemm(q: Problem, chip: Chip) -> Tiles:
     return gemm_config(q.M, q.N if q.op == "fwd" else q.K, q.dtype, chip)
 
 
-def _shrink(q: Problem, chip: Chip) -> Config:
+def _shrink(q: Problem, chip: Chip) -> Tiles:
     return shrink_config(q.M, q.dtype, chip, q.r, q.dropout)
 
 
-def _split(q: Problem, chip: Chip) -> Config:
+def _split(q: Problem, chip: Chip) -> Tiles:
     return split_config(q.M, q.dtype, chip, q.r)
 
 
-def _one_pass(q: Problem, chip: Chip) -> Config:
+def _one_pass(q: Problem, chip: Chip) -> Tiles:
     return one_pass_config(q.M, q.dtype, chip, q.dropout)
 
 
-def _tma(q: Problem, chip: Chip) -> Config:
-    return tma_config(q.M, q.N if q.op == "fwd" else q.K, q.r, q.dtype, chip)
+def _tma(q: Problem, chip: Chip) -> Tiles:
+    return tma_config(q.M, q.N, q.r, q.dtype, chip)
+
+
+def _tma_dx(q: Problem, chip: Chip) -> Tiles:
+    return tma_dx_config(q.M, q.K, q.r, q.dtype, chip)
+
+
+def _gluon(q: Problem, chip: Chip) -> Tiles:
+    return gluon_config(q.M, q.N if q.op == "fwd" else q.K, q.r, q.dtype, chip)
 
 
 def _one_rank_tile(q: Problem, chip: Chip) -> str | None:
@@ -141,22 +158,10 @@ def _ptr_one_launch(q: Problem, chip: Chip) -> str | None:
     return _draws_no_mask(q, chip) or _one_rank_tile(q, chip)
 
 
-def _gluon(q: Problem, chip: Chip) -> str | None:
-    return None if chip.arch == "sm_90" else f"it is written for sm_90, this is {chip.arch}"
-
-
-def _gluon_one_launch(q: Problem, chip: Chip) -> str | None:
-    return _gluon(q, chip) or _draws_no_mask(q, chip)
-
-
 def _reads_bits(q: Problem, chip: Chip) -> str | None:
     if q.dropout and not q.bits and q.need_dx:
         return "its dX kernel reads dropout's mask as bits, which this call did not keep (dropout_mask='bits' does)"
     return None
-
-
-def _gluon_dx(q: Problem, chip: Chip) -> str | None:
-    return _gluon(q, chip) or _reads_bits(q, chip)
 
 
 VARIANTS = (
@@ -170,7 +175,7 @@ VARIANTS = (
     Variant(
         "tma_extend",
         Pass(_made_by("shrink", "tma_extend"), _tma, (_shrink,), descriptors=True),
-        Pass(_split_bwd("tma_dx"), _tma, (_split,), _reads_bits, descriptors=True),
+        Pass(_split_bwd("tma_dx"), _tma_dx, (_split,), _reads_bits, descriptors=True),
         opt_in=True,
     ),
     Variant(
@@ -181,13 +186,13 @@ VARIANTS = (
     ),
     Variant(
         "gluon_extend",
-        Pass(_made_by("shrink", "gluon_extend"), _tma, (_shrink,), _gluon, descriptors=True),
-        Pass(_split_bwd("gluon_dx"), _tma, (_split,), _gluon_dx, descriptors=True),
+        Pass(_made_by("shrink", "gluon_extend"), _gluon, (_shrink,), descriptors=True),
+        Pass(_split_bwd("gluon_dx"), _gluon, (_split,), _reads_bits, descriptors=True),
         opt_in=True,
     ),
     Variant(
         "gluon_one_launch",
-        Pass(_made_by("gluon_one_launch"), _tma, refusal=_gluon_one_launch, descriptors=True),
+        Pass(_made_by("gluon_one_launch"), _gluon, refusal=_draws_no_mask, descriptors=True),
         opt_in=True,
         backward="gluon_extend",
     ),
