@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_kernels.adapters import load_adapter, merge_lora, save_adapter, unmerge_lora
     from lora_kernels.autograd.lora_linear import lora_linear
+    from lora_kernels.autograd.lora_linear_stacked import Projection, lora_linear_stacked
     from lora_kernels.config import LoRAConfig
     from lora_kernels.errors import (
         AdapterFormatError,
@@ -30,6 +31,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "lora_linear": "lora_kernels.autograd.lora_linear",
+    "lora_linear_stacked": "lora_kernels.autograd.lora_linear_stacked",
+    "Projection": "lora_kernels.autograd.lora_linear_stacked",
     "LoRALinear": "lora_kernels.layers",
     "LoRAConfig": "lora_kernels.config",
     "apply_lora": "lora_kernels.inject",
@@ -60,12 +63,14 @@ __all__ = [
     "LoRAKernelsError",
     "LoRALinear",
     "MergeError",
+    "Projection",
     "ShapeError",
     "Trainer",
     "apply_lora",
     "explain",
     "load_adapter",
     "lora_linear",
+    "lora_linear_stacked",
     "merge_lora",
     "save_adapter",
     "unmerge_lora",

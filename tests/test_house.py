@@ -28,6 +28,8 @@ ALLOWED = {
     "autograd": LEAVES | {"ops", "plan", "reference"},
     "layers": LEAVES | {"autograd", "plan"},
 }
+ALLOWED["stacked_cost"] = ALLOWED["cost"] | {"cost"}
+ALLOWED["ops"] |= {"stacked_cost"}
 ALLOWED["targets"] = LEAVES | {"layers"}
 ALLOWED["report"] = ALLOWED["layers"] | {"layers", "targets", "kernels", "cost", "variants"}
 ALLOWED["inject"] = ALLOWED["adapters"] = ALLOWED["layers"] | {"layers", "targets", "report", "inject", "adapters"}
@@ -125,6 +127,7 @@ TESTED_ELSEWHERE = {
     "kernels/reduce.py": "kernels/test_lora_linear.py",
     "kernels/shrink.py": "kernels/test_lora_linear.py",
     "kernels/launchers.py": "kernels/test_lora_linear.py",
+    "kernels/stacked_launchers.py": "kernels/test_lora_linear_stacked.py",
     "kernels/shipped.py": "test_compile_matrix.py",
     "kernels/shipped_case.py": "test_compile_matrix.py",
     "kernels/shipped_sm90.py": "test_compile_matrix.py",

@@ -1,0 +1,174 @@
+"""The differentiable LoRA linear layers of one input. Saved for backward: X once, XA (M, R), dropout's bits or seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lora_kernels.autograd.lora_linear import _check, _rows, dropout_seed
+from lora_kernels.errors import ConfigError, ShapeError
+from lora_kernels.ops import lora_linear_stacked as ops
+from lora_kernels.plan import resolve_backend
+from lora_kernels.reference.lora_linear_stacked import StackedNeeds
+
+
+class Projection(NamedTuple):
+    """One projection of a shared input: W (N, K) frozen, A (r, K), B (N, r), bias (N,) or None, and its scaling."""
+
+    W: Tensor
+    A: Tensor
+    B: Tensor
+    bias: Tensor | None = None
+    scaling: float = 1.0
+
+
+class _LoRALinearStacked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        X: Tensor,
+        scaling: tuple[float, ...],
+        p: float,
+        seed: Tensor | None,
+        backend: str,
+        keep_bits: bool,
+        *flat: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        X2, P = _rows(X), len(scaling)
+        W, A, B, bias = (flat[i * P : (i + 1) * P] for i in range(4))
+        Y, XA, keep = _forward(X2, W, A, B, bias, scaling, p, seed, backend, keep_bits)
+        ctx.save_for_backward(X2, XA, seed, keep if keep_bits else None, *W, *A, *B)
+        ctx.constants = scaling, p, backend
+        ctx.shape = X.shape
+        if not torch.compiler.is_compiling():  # an output that nobody uses has no gradient, not zeros
+            ctx.set_materialize_grads(False)
+        return tuple(Y)  # (M, N_p): were they views, autograd would not let them be changed in place
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dY: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        scaling, p, backend = ctx.constants
+        X, XA, seed, keep, *frozen = ctx.saved_tensors
+        P = len(scaling)
+        W, A, B = (frozen[i * P : (i + 1) * P] for i in range(3))
+        need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
+        need_a, need_b, need_bias = need[P : 2 * P], need[2 * P : 3 * P], need[3 * P :]
+        live = [i for i in range(P) if dY[i] is not None]
+        dX: Tensor | None = None
+        dA, dB, dbias = ([None] * P for _ in range(3))
+        if live:
+            blocks = XA.split([a.shape[0] for a in A], 1)
+
+            def of(values: Sequence[Any]) -> list[Any]:
+                return [values[i] for i in live]
+
+            needs = StackedNeeds(need_x, any(of(need_a)), of(need_b), of(need_bias))
+            args = X, of(W), of(A), of(B), of(blocks), of(scaling), p, seed, keep, needs, backend
+            dX, dA_all, dB_live, dbias_live = _backward(of(dY), *args)
+            dA_live = [None] * len(live) if dA_all is None else dA_all.split([A[i].shape[0] for i in live])
+            for i, da, db, dbias_i in zip(live, dA_live, dB_live, dbias_live, strict=True):
+                dA[i], dB[i], dbias[i] = da if need_a[i] else None, db, dbias_i
+            dX = None if dX is None else dX.view(ctx.shape)
+        return dX, None, None, None, None, None, *[None] * P, *dA, *dB, *dbias
+
+
+def _forward(X: Tensor, *args: Any) -> tuple[Sequence[Tensor], Tensor, Tensor | None]:
+    if torch.compiler.is_compiling():
+        W, A, B, bias, scaling, *rest = args
+        return torch.ops.lora_kernels.lora_linear_stacked_fwd(
+            X, list(W), list(A), list(B), list(bias), list(scaling), *rest
+        )
+    return ops.lora_linear_stacked_fwd(X, *args)
+
+
+def _backward(dY: list[Tensor], *args: Any) -> tuple[Any, Any, Sequence[Any], Sequence[Any]]:
+    if not torch.compiler.is_compiling():
+        return ops.lora_linear_stacked_bwd(dY, *args)
+    *operands, needs, backend = args
+    dX, dA, dB, dbias = torch.ops.lora_kernels.lora_linear_stacked_bwd(
+        dY, *operands, needs.X, needs.A, list(needs.B), list(needs.bias), backend
+    )
+
+    def made(grads: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+        return [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+
+    return dX if needs.X else None, dA if needs.A else None, made(dB, needs.B), made(dbias, needs.bias)
+
+
+def prepare(X: Tensor, projections: Sequence[Projection], dropout_p: float) -> tuple[Tensor, list[Projection]]:
+    """X and the projections as autocast has them, checked against one another.
+
+    Raises: FrozenWeightError, ShapeError, ConfigError, as lora_linear_stacked.
+    """
+    if not projections:
+        raise ShapeError("projections is empty; expected one Projection or more")
+    projections = [Projection(*projection) for projection in projections]
+    device_type = X.device.type
+    if torch.is_autocast_enabled(device_type) and X.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        X = X.to(dtype)
+        projections = [
+            q._replace(W=q.W.to(dtype), bias=None if q.bias is None else q.bias.to(dtype)) for q in projections
+        ]
+    first = projections[0]
+    for W, A, B, bias, _ in projections:
+        _check(X, W, A, B, bias)
+        if A.dtype != first.A.dtype or B.dtype != first.A.dtype:
+            raise ShapeError(
+                f"A and B are {A.dtype} and {B.dtype} in one projection, {first.A.dtype} in another; all A and B of "
+                "one call must share a dtype"
+            )
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ConfigError(f"dropout_p={dropout_p}; accepted is a probability from 0 to 1")
+    return X, projections
+
+
+def lora_linear_stacked(
+    X: Tensor,
+    projections: Sequence[Projection],
+    *,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: int | Tensor | None = None,
+    backend: str = "auto",
+    dropout_mask: str = "bits",
+) -> tuple[Tensor, ...]:
+    """Y_p = X W_p^T + bias_p + scaling_p * dropout(X) A_p^T B_p^T for every projection p of one X.
+
+    One pass over X makes the low-rank activations of all, and one sum makes dX.
+
+    Args:
+        X: (..., K), as in lora_linear.
+        projections: one or more, each with its own N, r, scaling, and bias or none; W and bias in X's dtype, all A and
+            B in one dtype.
+        dropout_p: as in lora_linear, with ONE mask on X for all projections. PEFT draws one for each; every projection
+            by itself sees the same distribution.
+        seed, backend, dropout_mask: as in lora_linear. Plans are "triton:eager" and "triton:shrink_extend"; under the
+            name of another of lora_linear's plans the planner chooses.
+
+    Returns:
+        The Y_p (..., N_p) in X's dtype, in order. By the eager plan, over weights that lie side by side in memory, they
+        share one buffer (row stride: the sum of the N_p). Gradients flow to X, every A, B, and bias that asks for one,
+        once; an output without a gradient costs the backward nothing.
+
+    Raises:
+        FrozenWeightError, ShapeError, BackendUnavailableError, ConfigError: as lora_linear.
+
+    Source: Hu et al., LoRA, arXiv 2106.09685.
+    """
+    X, projections = prepare(X, projections, dropout_p)
+    if dropout_mask not in ("bits", "seed"):
+        raise ConfigError(f"dropout_mask={dropout_mask!r}; accepted are 'bits' and 'seed'")
+    backend = resolve_backend(backend, X.device.type, X.dtype)
+    state = dropout_seed(seed, X.device) if training and dropout_p > 0.0 else None
+    W, A, B, bias, scaling = zip(*projections, strict=True)
+    if torch.is_grad_enabled():
+        keep_bits = state is not None and dropout_mask == "bits" and backend.startswith("triton") and X.numel() > 0
+        Y = _LoRALinearStacked.apply(X, scaling, dropout_p, state, backend, keep_bits, *W, *A, *B, *bias)
+    else:
+        Y, _, _ = _forward(_rows(X), W, A, B, bias, scaling, dropout_p, state, backend, False)
+    return tuple(Y) if X.dim() == 2 else tuple(y.view(*X.shape[:-1], y.shape[-1]) for y in Y)

@@ -1,0 +1,132 @@
+"""Which plan P stacked LoRA linear layers take: the launches of each, their FLOP and bytes, and the least prediction.
+
+The kernels that serve one projection at a time cost what cost.py says of them; here are the two that serve all.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from lora_kernels import cost
+from lora_kernels.cost import Launch, Plan, Problem, seconds
+from lora_kernels.kernels.chip import Chip
+
+PLANS = ("eager", "shrink_extend")
+
+
+@dataclass(frozen=True)
+class StackedProblem:
+    """One call: direction, M rows, K, the N_p and r_p, dtype, and what it must make.
+
+    ``bits``: the mask is kept as bits. ``adjacent``: the W_p are one tensor. ``one_scaling``: the s_p are equal.
+    """
+
+    op: str  # "fwd" or "bwd"
+    M: int
+    Ns: tuple[int, ...]
+    K: int
+    ranks: tuple[int, ...]
+    dtype: torch.dtype
+    dropout: bool = False
+    need_dx: bool = True
+    bits: bool = True
+    adjacent: bool = False
+    one_scaling: bool = True
+
+    def one(self, p: int) -> Problem:
+        """Projection p as a layer of its own."""
+        return Problem(
+            self.op, self.M, self.Ns[p], self.K, self.ranks[p], self.dtype, self.dropout, False, self.need_dx, self.bits
+        )
+
+    @property
+    def whole(self) -> Problem:
+        """One layer as wide as all projections, with all their ranks: for the passes over X."""
+        return replace(self.one(0), N=sum(self.Ns), r=sum(self.ranks))
+
+    @property
+    def makes_da(self) -> bool:
+        """Whether dX's epilogue yields dA: all ranks fit one tile, and no mask is drawn beside them."""
+        drawn = self.dropout and not self.bits and len(self.Ns) > 1
+        return cost.makes_da(self.whole) and not drawn
+
+
+def stacked_extend(q: StackedProblem) -> Launch:
+    """Y_p = X W_p^T + XA_p B_p^T for all p."""
+    M, K, N, R = q.M, q.K, sum(q.Ns), sum(q.ranks)
+    low = sum(n * r for n, r in zip(q.Ns, q.ranks, strict=True))
+    moved = M * K + N * K + M * N + M * R + low
+    return Launch("stacked_extend", 2 * M * (N * K + low), q.dtype.itemsize * moved)
+
+
+def stacked_dx(q: StackedProblem) -> Launch:
+    """dX = sum_p dY_p W_p + D*(dYB A), and dA's partials where they fit."""
+    flop, moved = 2 * q.M * q.K * (sum(q.Ns) + sum(q.ranks)), cost.dx_da(q.whole).bytes
+    if cost.makes_da(q.whole) and not q.makes_da:  # dx_da counts them
+        moved -= q.dtype.itemsize * q.M * q.K + cost.reduce_da(q.whole).bytes
+    return Launch("stacked_dx", flop + (2 * q.M * q.K * sum(q.ranks) if q.makes_da else 0), moved)
+
+
+def _library(kernel: str, M: int, N: int, K: int, q: StackedProblem, add: bool = False) -> Launch:
+    return cost.library(kernel, M, N, K, q.dtype.itemsize, add)
+
+
+def _eager_fwd(q: StackedProblem) -> Iterator[Launch]:
+    by_library = not q.dropout and q.one_scaling
+    yield _library("XA", q.M, sum(q.ranks), q.K, q) if by_library else cost.shrink(q.whole)
+    for N in (sum(q.Ns),) if q.adjacent else q.Ns:
+        yield _library("matmul", q.M, N, q.K, q)
+    for N, r in zip(q.Ns, q.ranks, strict=True):
+        yield _library("addmm_", q.M, N, r, q, add=True)
+
+
+def _eager_bwd(q: StackedProblem) -> Iterator[Launch]:
+    M, K, R = q.M, q.K, sum(q.ranks)
+    for N, r in zip(q.Ns, q.ranks, strict=True):
+        yield _library("dYB", M, r, N, q)
+        yield _library("dB", N, r, M, q)
+    if q.need_dx:
+        for p, N in enumerate(q.Ns):
+            yield _library("addmm_" if p else "matmul", M, K, N, q, add=p > 0)
+        yield cost.expand(q.whole) if q.dropout else _library("addmm_", M, K, R, q, add=True)
+    yield from (cost.da(q.whole), cost.reduce_da(q.whole)) if q.dropout else (_library("dA", R, K, M, q),)
+
+
+def _stacked_bwd(q: StackedProblem) -> Iterator[Launch]:
+    for p in range(len(q.Ns)):
+        yield cost.dyb_db(q.one(p))
+        yield cost.reduce(q.one(p))
+    if q.need_dx:
+        yield stacked_dx(q)
+    if not (q.need_dx and q.makes_da):
+        yield cost.da(q.whole)
+    yield cost.reduce_da(q.whole)
+
+
+def launches(name: str, q: StackedProblem) -> tuple[Launch, ...]:
+    """The launches of plan ``name``, one of PLANS, in order; copies of a few small matrices are left out."""
+    if q.op == "fwd":
+        return tuple(_eager_fwd(q)) if name == "eager" else (cost.shrink(q.whole), stacked_extend(q))
+    return tuple(_eager_bwd(q) if name == "eager" else _stacked_bwd(q))
+
+
+@functools.lru_cache(maxsize=4096)
+def candidates(problem: StackedProblem, chip: Chip) -> tuple[Plan, ...]:
+    """Every plan for ``problem``, the fastest predicted first."""
+    plans = []
+    for name in PLANS:
+        parts = launches(name, problem)
+        plans.append(Plan(name, parts, sum(seconds(part, problem.dtype, chip) for part in parts)))
+    return tuple(sorted(plans, key=lambda plan: plan.seconds))
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(problem: StackedProblem, chip: Chip, forced: str | None = None) -> Plan:
+    """The plan that runs: ``forced`` where it is one of PLANS; the plans that one layer alone has leave the choice."""
+    plans = candidates(problem, chip)
+    named = next((plan for plan in plans if plan.name == forced), None)
+    return replace(plans[0], why="model") if named is None else replace(named, why="named")
