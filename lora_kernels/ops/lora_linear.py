@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lora_kernels import plan as planner
 from lora_kernels import reference
-from lora_kernels.plan import Problem
 from lora_kernels.reference import Needs
 
 _FWD = (
@@ -31,7 +30,7 @@ def _keep(X: Tensor, p: float, seed: Tensor | None) -> Tensor | None:
     if seed is None:
         return None
     if X.device.type == "cpu":
-        return reference.generator_keep_mask(seed, p, X.shape[0], X.shape[1])
+        return reference.generator_keep_mask(seed, p, X.shape[0], X.shape[1], X.dtype)
     return reference.philox_keep_mask(seed, p, X.shape[0], X.shape[1])
 
 
@@ -54,14 +53,14 @@ def lora_linear_fwd(
     """
     kind, forced = planner.split_name(backend)
     if kind == "triton" and X.shape[0] > 0:
-        (M, K), (N, r) = X.shape, B.shape
-        problem = Problem("fwd", M, N, K, r, X.dtype, dropout=seed is not None, bias=bias is not None)
-        chip = planner.chip_for(X.device)
-        plan = planner.choose(problem, chip, forced)
+        dropout, (N, r) = seed is not None, B.shape
+        plan, chip = planner.plan_call(
+            "fwd", (X, W), N, X.shape[1], r, dropout, bias is not None, True, keep_bits, forced
+        )
         kernels = planner.triton_kernels()
         keep = _empty_bits(X) if keep_bits and seed is not None else None
         drop = None if seed is None else kernels.Dropout(p, seed, keep)
-        return *kernels.lora_linear_fwd(X, W, A, B, bias, scaling, drop, plan.name, chip), keep
+        return *kernels.lora_linear_fwd(X, W, A, B, bias, scaling, drop, plan.name, chip, plan.tiles), keep
     return *reference.lora_linear_fwd(X, W, A, B, bias, scaling, _keep(X, p, seed), p), None
 
 
@@ -85,19 +84,18 @@ def lora_linear_bwd(
     """
     kind, forced = planner.split_name(backend)
     if kind == "triton" and X.shape[0] > 0:
-        (M, K), (N, r) = X.shape, B.shape
-        problem = Problem("bwd", M, N, K, r, X.dtype, seed is not None, needs.bias, need_dx=needs.X)
-        chip = planner.chip_for(X.device)
-        plan = planner.choose(problem, chip, forced)
+        dropout, (N, r) = seed is not None, B.shape
+        plan, chip = planner.plan_call(
+            "bwd", (dY, W, X), N, X.shape[1], r, dropout, needs.bias, needs.X, keep is not None, forced
+        )
         kernels = planner.triton_kernels()
         drop = None if seed is None else kernels.Dropout(p, seed, keep)
-        return kernels.lora_linear_bwd(dY, X, W, A, B, XA, scaling, drop, needs, plan.name, chip)
+        return kernels.lora_linear_bwd(dY, X, W, A, B, XA, scaling, drop, needs, plan.name, chip, plan.tiles)
     return reference.lora_linear_bwd(dY, X, W, A, B, XA, scaling, _keep(X, p, seed), p, needs)
 
 
 def _fwd_impl(X: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *operands, seed, backend, keep_bits = args
-    Y, XA, keep = lora_linear_fwd(X, *operands, seed, backend, keep_bits)
+    Y, XA, keep = lora_linear_fwd(X, *args)
     return Y, XA, X.new_empty(0, dtype=torch.uint8) if keep is None else keep  # a schema has no optional outputs
 
 
