@@ -57,9 +57,9 @@ class Row:
     ms_p50: float
     ms_p20: float
     ms_p80: float
-    tflops: float
-    gbps: float
-    pct_of_bound: float
+    tflops: float | None
+    gbps: float | None
+    pct_of_bound: float | None
     peak_mib: float | None
     ratio_to_frozen: float | None
     ratio_to_best_rival: float | None
