@@ -3,11 +3,12 @@
 Training in floating point does not forget the order of its sums: two exact implementations drift apart, and how far
 depends on model, data and step. So the yardstick is measured in the same run: PEFT trained on the same batches with
 their rows reversed, mathematically the same loss and gradients. A curve agrees with PEFT's if at every step its
-relative difference is at most FACTOR times the largest that the reversed run has shown so far, plus the floor of the
-error rule (4u in fp32, u/4 in 16 bit).
+relative difference is at most FACTOR times the largest that the reversed run has shown so far, plus FLOOR roundings of
+the loss in the model's dtype: in fp32 the rule is sharp, in bf16 (1.6 %) it catches what is plainly wrong.
 
 Why FACTOR = 4: PEFT against itself on 4 random orders of the rows, 60 steps of a Llama-shaped and a BERT model of two
-layers, 3 seeds each, fp32, reached at most 1.9 times what the reversed order had reached by then.
+layers, 3 seeds each, fp32, reached at most 2.02 times what the reversed order had reached by then, give or take a
+rounding of the loss. In bf16 neighbouring losses are 0.4 to 0.8 % apart, and a first difference is one such step.
 """
 
 from __future__ import annotations
@@ -20,9 +21,8 @@ import torch
 
 from benchmarks.cases import DTYPE_NAMES, Case
 from benchmarks.rows import Check, Machine, Record
-from lora_kernels.testing.rule import limits_for
 
-FACTOR = 4.0
+FACTOR, FLOOR = 4.0, 4.0
 PEFT, REVERSED = "peft", "peft, rows reversed"
 CURVE = ("model", "implementation", "step", "loss", "difference", "allowed")
 
@@ -34,7 +34,7 @@ def curve_columns() -> list[str]:
 
 def floor(dtype: torch.dtype) -> float:
     """The difference that counts for nothing, whatever the yardstick says."""
-    return limits_for(dtype).floor * torch.finfo(dtype).eps / 2
+    return FLOOR * torch.finfo(dtype).eps / 2
 
 
 def judged(model: str, losses: dict[str, list[float]], dtype: torch.dtype) -> Iterator[Record]:

@@ -39,5 +39,5 @@ def test_the_allowance_never_shrinks_and_begins_at_the_floor() -> None:
     assert points[1]["allowed"] == pytest.approx(FACTOR * 1e-6 + floor(torch.float32))
     assert points[2]["allowed"] == points[1]["allowed"]
     assert floor(torch.float32) == 4 * 2**-24
-    assert floor(torch.bfloat16) == 2**-10 / 2 / 2
+    assert floor(torch.bfloat16) == 4 * 2**-8
     assert set(points[0]) < set(curve_columns())
