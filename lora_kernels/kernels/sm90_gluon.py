@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from lora_kernels.kernels.persistent import one_launch_flags, one_launch_grid
 from lora_kernels.kernels.sm90_gluon_config import GluonConfig
 from lora_kernels.kernels.sm90_gluon_ring import (
     accumulate,
@@ -45,7 +46,6 @@ from lora_kernels.kernels.sm90_gluon_ring import (
     tma_load,
     view,
 )
-from lora_kernels.kernels.sm90_linear import one_launch_flags, one_launch_grid
 from lora_kernels.kernels.tuning import rank_tile
 
 

@@ -52,7 +52,11 @@ def refusal(config: GluonConfig, dtype: torch.dtype, r: int, chip: Chip) -> str 
         return f"r={r} is above {MOST_RANKS}, one ring slot of ranks"
     if config.num_warps % 4 or config.BLOCK_M % (16 * config.num_warps):
         return f"BLOCK_M={config.BLOCK_M} is not 64 rows for each four of {config.num_warps} warps"
-    if config.BLOCK_K * dtype.itemsize != 128 or config.BLOCK_N % 64 or config.BLOCK_N > 256:
+    if config.BLOCK_N % (16 * config.num_warps):
+        return (
+            f"BLOCK_N={config.BLOCK_N} is not 64 columns for each four of {config.num_warps} warps"
+        )
+    if config.BLOCK_K * dtype.itemsize != 128 or config.BLOCK_N > 256:
         return f"{config} is not made of boxes 128 bytes wide"
     need = gluon_shared_bytes(config, dtype)
     if need > chip.shared:

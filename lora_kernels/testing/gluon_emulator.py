@@ -170,6 +170,7 @@ GL = SimpleNamespace(
     num_programs=lambda axis: current().machine.programs,
     constexpr=lambda value: value, static_range=range, static_assert=_nothing,
     cdiv=lambda a, b: -(-a // b), minimum=min, maximum=max,
+    cast=lambda x, dtype: x.to(dtype) if isinstance(x, Tile) else x,
     arange=lambda start, end, layout=None: Tile(torch.arange(start, end, dtype=torch.int32)),
     zeros=lambda shape, dtype, layout=None: Tile(torch.zeros(tuple(shape), dtype=dtype)),
     where=_where,

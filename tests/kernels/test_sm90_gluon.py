@@ -1,4 +1,4 @@
-"""The source of the Gluon kernels, run by the emulator, against fp64 by the error rule; bits, flags, orders of events."""
+"""The source of the Gluon kernels, run by the emulator, against fp64 by the error rule; bits, flags, orders."""
 
 import dataclasses
 
@@ -8,10 +8,10 @@ import torch
 from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.kernels import sm90_gluon
 from lora_kernels.kernels.chip import CHIPS
+from lora_kernels.kernels.persistent import one_launch_flags
 from lora_kernels.kernels.sm90_gluon import gluon_extend, gluon_one_launch
 from lora_kernels.kernels.sm90_gluon_config import GluonConfig, gluon_config
 from lora_kernels.kernels.sm90_gluon_ring import low_rank_operand
-from lora_kernels.kernels.sm90_linear import one_launch_flags
 from lora_kernels.reference import lora_linear_fwd
 from lora_kernels.testing import assert_close, make_problem, plain, poison, truth
 from lora_kernels.testing.gluon_emulator import emulate

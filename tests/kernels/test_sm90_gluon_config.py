@@ -38,6 +38,7 @@ def test_the_ring_fills_the_shared_memory():
         (WIDE, torch.float32, 16, "sm_90", "16-bit"),
         (WIDE, torch.bfloat16, 65, "sm_90", "above 64"),
         (GluonConfig(64, 128, 64, num_warps=8, STAGES=3), torch.bfloat16, 16, "sm_90", "64 rows"),
+        (GluonConfig(128, 64, 64, num_warps=8, STAGES=3), torch.bfloat16, 16, "sm_90", "64 columns"),
         (GluonConfig(128, 128, 32, num_warps=8, STAGES=3), torch.bfloat16, 16, "sm_90", "128 bytes"),
         (GluonConfig(128, 512, 64, num_warps=8, STAGES=2), torch.bfloat16, 16, "sm_90", "128 bytes"),
     ],
