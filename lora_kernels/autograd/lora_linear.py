@@ -54,7 +54,9 @@ class _LoRALinear(torch.autograd.Function):
         else:
             grads = ops.lora_linear_bwd(dY, X, W, A, B, XA, scaling, p, seed, keep, needs, backend)
         dX, dA, dB, dbias = grads
-        return None if dX is None else dX.view(ctx.shape), None, dA, dB, dbias, None, None, None, None, None
+        if dX is not None and len(ctx.shape) != 2:
+            dX = dX.view(ctx.shape)
+        return dX, None, dA, dB, dbias, None, None, None, None, None
 
 
 def _rows(X: Tensor) -> Tensor:
