@@ -145,10 +145,9 @@ def dumps(gpu: str, entries: Iterable[Entry], rehearsal: bool = False) -> str:
         row = {field.name: getattr(entry, field.name) for field in dataclasses.fields(Entry)}
         chosen = entry.chosen
         row["measured"] = [
-            {"plan": m.plan, "tiles": tiles_to_json(m.tiles), "us": round(m.us, 3), "host_us": round(m.host_us, 3)}
-            for m in entry.measured
+            {"plan": m.plan, "tiles": tiles_to_json(m.tiles), "us": m.us, "host_us": m.host_us} for m in entry.measured
         ]
-        row |= {"plan": chosen.plan, "tiles": tiles_to_json(chosen.tiles), "us": round(chosen.us, 3)}  # for readers
+        row |= {"plan": chosen.plan, "tiles": tiles_to_json(chosen.tiles), "us": chosen.us}  # for readers
         rows.append(json.dumps(row))
     head = json.dumps({"format": FORMAT, "gpu": gpu, "rehearsal": rehearsal})[:-1]
     return f'{head}, "entries": [\n' + ",\n".join(rows) + "\n]}\n"

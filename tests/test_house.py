@@ -33,8 +33,10 @@ ALLOWED["ops"] |= {"stacked_cost"}
 ALLOWED["targets"] = LEAVES | {"layers"}
 ALLOWED["report"] = ALLOWED["layers"] | {"layers", "targets", "kernels", "cost", "variants"}
 ALLOWED["inject"] = ALLOWED["adapters"] = ALLOWED["layers"] | {"layers", "targets", "report", "inject", "adapters"}
+ALLOWED["trial"] = ALLOWED["ops"] | {"ops", "testing", "variants"}
+ALLOWED["tune"] = ALLOWED["trial"] | {"trial", "tuned", "adapters"}
 ALLOWED["integrations"] = ALLOWED["finetune"] = ALLOWED["inject"] | {"integrations", "finetune"}
-ALLOWED["cli"] = ALLOWED["finetune"] | {"cli", "testing", "kernels", "cost", "variants"}
+ALLOWED["cli"] = ALLOWED["finetune"] | {"cli", "testing", "kernels", "cost", "tune", "tuned", "variants"}
 # The optional dependencies and the files that may name them at import time or inside a function.
 OPTIONAL = {"triton", "transformers", "peft", "matplotlib", "sklearn", "tqdm", "accelerate", "datasets"}
 

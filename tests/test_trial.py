@@ -1,0 +1,96 @@
+"""A problem on trial: which candidates there are, who passes the error rule, and how time is taken."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from lora_kernels import plan, trial
+from lora_kernels.cost import Problem
+from lora_kernels.kernels.chip import CHIPS
+from lora_kernels.kernels.tuning import GemmConfig, TmaConfig
+from lora_kernels.trial import Trial
+from lora_kernels.variants import BY_NAME
+
+H100 = CHIPS["sm_90"]
+LAYER = Problem("fwd", 8192, 4096, 4096, 16, torch.bfloat16)
+TINY = Problem("fwd", 33, 80, 64, 8, torch.bfloat16, bias=True)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("op", ["fwd", "bwd"])
+def test_candidates_can_all_run_and_are_all_different(op, arch):
+    q, chip = dataclasses.replace(LAYER, op=op), CHIPS[arch]
+    found = trial.candidates(q, chip)
+    assert found[0] == ("eager", None)
+    assert len(set(found)) == len(found)
+    assert {name for name, _ in found} == {p.name for p in plan.candidates(q, chip) if not p.refused}
+    for name, tiles in found:
+        direction = BY_NAME[name].fwd if op == "fwd" else BY_NAME[name].bwd
+        assert direction.refused(q, chip, tiles) is None
+    assert 5 <= len(found) <= 45
+
+
+def test_plans_with_the_same_launches_are_tried_once():
+    names = [name for name, _ in trial.candidates(dataclasses.replace(LAYER, op="bwd", need_dx=False), H100)]
+    assert names == ["eager", "shrink_extend"]
+
+
+def test_variations_are_near():
+    wide = trial.variations(TmaConfig(128, 256, 64, num_warps=8, num_stages=3))
+    assert TmaConfig(128, 128, 64, num_warps=8, num_stages=5) in wide
+    assert TmaConfig(64, 256, 64, num_warps=4, num_stages=3) in wide
+    assert TmaConfig(128, 256, 64, num_warps=8, num_stages=3, GROUP_M=16) in wide
+    assert len(trial.variations(GemmConfig(16, 32, 64, num_warps=4, num_stages=3))) == 3
+    assert trial.candidate_label("extend", GemmConfig(16, 32, 64, 4, 3)).startswith("extend M16 N32 K64 num_warps4")
+
+
+@pytest.fixture(scope="module")
+def trials(device):
+    """A trial for each direction and mask, made once."""
+    made = {}
+    for op, dropout, bits in (("fwd", False, True), ("fwd", True, True), ("bwd", True, True), ("bwd", True, False)):
+        q = dataclasses.replace(TINY, op=op, dropout=dropout, bits=bits)
+        made[op, dropout, bits] = Trial(q, torch.device(device), H100)
+    return made
+
+
+def test_right_candidates_pass(trials):
+    for each in trials.values():
+        for name in ("eager", "shrink_extend"):
+            assert each.fault(each.call(name, None)) is None
+    tiles = GemmConfig(32, 32, 32, num_warps=4, num_stages=2)
+    fwd = trials["fwd", True, True]
+    assert fwd.fault(fwd.call("shrink_extend", tiles)) is None
+    fwd.forget_truth()
+    assert fwd.fault(fwd.call("one_pass", None)) is None
+
+
+@pytest.mark.parametrize("key", [("fwd", True, True), ("bwd", True, True)])
+def test_wrong_ones_do_not(trials, key):
+    each = trials[key]
+    call = each.call("eager", None)
+    assert "error is" in each.fault(lambda: tuple(1.02 * t for t in call()))
+    assert "not finite" in each.fault(lambda: tuple(torch.where(t > 0, t, torch.nan) for t in call()))
+
+    def broken():
+        raise ValueError("out of registers")
+
+    assert each.fault(broken) == "ValueError: out of registers"
+
+
+def test_the_lora_term_is_as_large_as_the_base_term(trials):
+    """Else a plan that leaves it out would pass."""
+    given = trials["fwd", False, True]._given
+    base, update = given.X @ given.W.T, given.X.float() @ given.A.T @ given.B.T * given.scaling
+    assert 0.5 < float(update.square().mean() / base.float().square().mean()) < 2
+    assert given.A.dtype == torch.float32
+
+
+def test_calls_take_turns():
+    taken = []
+    calls = {name: lambda name=name: taken.append(name) for name in "ABC"}
+    times = trial.timed(calls, torch.device("cpu"), rounds=4)
+    assert "".join(taken) == "ABCBCACABABC"
+    assert all(t.us > 0 for t in times.values())
+    assert trial.timed({}, torch.device("cpu"), 2) == {}
