@@ -59,7 +59,7 @@ class TmaConfig:
     num_warps: int
     num_stages: int
     FLATTEN: bool = False
-    XA_STAGES: int = 6
+    XA_STAGES: int = 4
     RANK_STEP: int = 64
     GROUP_M: int = 8
 
@@ -80,7 +80,24 @@ class TmaDxConfig:
     GROUP_M: int = 8
 
 
-Config = GemmConfig | ShrinkConfig | SplitConfig | TmaConfig | TmaDxConfig
+@dataclass(frozen=True)
+class PtrConfig:
+    """Tiles of the persistent one-launch kernel that goes by pointers: one program a multiprocessor.
+
+    XA_STAGES: pipeline depth of the loop that makes XA. RANK_STEP: the most ranks of XA and B in registers at a time.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    XA_STAGES: int = 4
+    RANK_STEP: int = 64
+    GROUP_M: int = 8
+
+
+Config = GemmConfig | ShrinkConfig | SplitConfig | TmaConfig | TmaDxConfig | PtrConfig
 
 
 def rank_block(dtype: torch.dtype) -> int:
@@ -113,12 +130,17 @@ def shared_bytes(config: Config, dtype: torch.dtype, r: int) -> int:
             ring = config.num_stages * config.BLOCK_K * (config.BLOCK_M + config.BLOCK_N) * dtype.itemsize
             opening = min(R, config.RANK_STEP) * (config.BLOCK_M + config.BLOCK_N) * dtype.itemsize
             return ring + opening + KIB
+        case PtrConfig():  # A may be float32
+            ring = config.num_stages * config.BLOCK_K * (config.BLOCK_M + config.BLOCK_N) * dtype.itemsize
+            return max(ring, config.XA_STAGES * config.BLOCK_K * (config.BLOCK_M * dtype.itemsize + R * 4)) + KIB
     return tiles * dtype.itemsize * config.num_stages
 
 
 def is_valid(config: Config, dtype: torch.dtype, r: int, chip: Chip) -> str | None:
     """None where ``config`` can run on ``chip``; otherwise the reason it is refused."""
     if isinstance(config, TmaConfig | TmaDxConfig) and (reason := _tma_refusal(config, dtype, r, chip)):
+        return reason
+    if isinstance(config, PtrConfig) and (reason := _ptr_refusal(config, dtype, r, chip)):
         return reason
     need = shared_bytes(config, dtype, r)
     if need > chip.shared:
@@ -143,6 +165,18 @@ def _tma_refusal(config: TmaConfig | TmaDxConfig, dtype: torch.dtype, r: int, ch
         return "tiles above 128x128 need 544 columns of tensor memory, sm_100 has 512"
     if size > most // (2 if _ragged(r) or (chip.shared < 200 * KIB and r > 16) else 1):
         return f"{config.BLOCK_M}x{config.BLOCK_N} tiles with r={r} spill registers on {chip.arch}"
+    return None
+
+
+def _ptr_refusal(config: PtrConfig, dtype: torch.dtype, r: int, chip: Chip) -> str | None:
+    if chip.is_amd:
+        return f"{chip.arch} has no cp.async; sm_80 and newer have"
+    if r > rank_block(dtype):
+        return f"r={r} is above {rank_block(dtype)}, one tile of ranks"
+    spared = r <= 16 or (chip.arch in ("sm_90", "sm_100") and not _ragged(r))  # wide matrix units read shared memory
+    most = 128 * (256 if spared and dtype.itemsize == 2 else 128)
+    if most < config.BLOCK_M * config.BLOCK_N:
+        return f"{config.BLOCK_M}x{config.BLOCK_N} tiles with r={r} in {dtype} spill registers on {chip.arch}"
     return None
 
 
@@ -259,3 +293,24 @@ def tma_dx_config(M: int, K: int, r: int, dtype: torch.dtype, chip: Chip) -> Tma
     if scattered or wide_tiles < chip.units:
         return TmaDxConfig(128, 128, 64, num_warps=8, num_stages=4, RANK_STEP=16 if scattered else 32)
     return TmaDxConfig(128, 256, 64, num_warps=8, num_stages=3)
+
+
+def ptr_one_launch_config(M: int, N: int, r: int, dtype: torch.dtype, chip: Chip, wide: bool = True) -> PtrConfig:
+    """Tiles of ptr_one_launch: the largest that do not spill, smaller for few rows and without ``wide`` loads."""
+    rows = _rows(M, 64)
+    if dtype == torch.float32:
+        return PtrConfig(rows if wide else min(rows, 32), 64, 32, 4 if wide else 8, num_stages=2, XA_STAGES=2)
+    warps = 8 if rows == 64 else 4
+    if not wide:
+        return PtrConfig(rows, 64, 32, num_warps=warps, num_stages=2, XA_STAGES=2, RANK_STEP=16)
+    if M <= 64 or N <= 64:
+        return PtrConfig(rows, 64, 64, num_warps=warps, num_stages=3)
+    tiles = -(-M // 128) * -(-N // 256)
+    many = tiles >= chip.units and N % 16 == 0  # Y's rows written element by element spill beside a wide tile
+    if chip.arch == "sm_90" and many and not _ragged(r):
+        return PtrConfig(128, 256, 64, num_warps=8, num_stages=3, XA_STAGES=6, RANK_STEP=32)
+    if chip.arch == "sm_80" and many and r <= 16:
+        return PtrConfig(128, 256, 32, num_warps=8, num_stages=4, XA_STAGES=6)
+    if chip.shared < 128 * KIB:
+        return PtrConfig(128, 128, 32, num_warps=8, num_stages=4, XA_STAGES=6)
+    return PtrConfig(128, 128, 64, num_warps=8, num_stages=4, RANK_STEP=32 if chip.arch == "sm_90" else 64)
