@@ -9,6 +9,7 @@ from lora_kernels.cli.train import names_or_pattern, number
 from lora_kernels.config import LoRAConfig
 from lora_kernels.finetune.tasks.pretrained import MINILM, load_pretrained
 from lora_kernels.inject import apply_lora, explain
+from lora_kernels.kernels.chip import CHIPS
 
 AUTO_CLASSES = {
     None: "AutoModel",
@@ -31,6 +32,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--alpha", type=number, default=32)
     parser.add_argument("--tokens", type=int, default=2048, help="rows a plan is chosen for (default: %(default)s)")
+    parser.add_argument("--layer", metavar="PATH", help="one layer of it: every plan with its cost, and which runs")
+    parser.add_argument("--chip", choices=CHIPS, help="answer for a GPU of this architecture, here or not")
     parser.set_defaults(run=run)
 
 
@@ -44,5 +47,5 @@ def run(arguments: argparse.Namespace) -> int:
         task_type=arguments.task_type,
     )
     model = load_pretrained(AUTO_CLASSES[arguments.task_type], arguments.model)
-    print(explain(apply_lora(model, config), arguments.tokens))
+    print(explain(apply_lora(model, config), arguments.tokens, arguments.layer, arguments.chip))
     return 0

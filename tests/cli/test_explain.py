@@ -22,3 +22,17 @@ def test_mistakes_are_one_clear_line(tiny_model, tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
     assert all(line.startswith("lora-kernels explain: ") for line in lines)
+
+
+def test_one_layer_on_a_gpu_that_is_not_here(tiny_model, capsys):
+    path = "encoder.layer.1.attention.self.key"
+    assert main(["explain", "--model", str(tiny_model), "--layer", path, "--chip", "sm_80", "--tokens", "64"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(path)
+    assert "forward: M=64 N=16 K=16 r=16 float32, bias on sm_80" in shown
+    assert "refused: sm_80 has no TMA" in shown
+    assert "runs: model" in shown
+    assert main(["explain", "--model", str(tiny_model), "--chip", "sm_90"]) == 0
+    assert "triton (" in capsys.readouterr().out
+    assert main(["explain", "--model", str(tiny_model), "--layer", "pooler"]) == 2
+    assert "'pooler' is no LoRALinear of this model; such are encoder" in capsys.readouterr().err

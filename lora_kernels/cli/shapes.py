@@ -1,0 +1,104 @@
+"""Which linear layers a model has: by name from a list, or from a transformers configuration, without its weights."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from lora_kernels.cost import Problem, seconds
+from lora_kernels.errors import ConfigError
+from lora_kernels.finetune.extras import require
+from lora_kernels.finetune.tasks.pretrained import locate
+from lora_kernels.kernels.chip import Chip
+from lora_kernels.tuned import bucket, key_of
+from lora_kernels.variants import launches
+
+
+class Shape(NamedTuple):
+    """One kind of linear layer: N out, K in, whether it has a bias."""
+
+    N: int
+    K: int
+    bias: bool = False
+
+
+# How many layers of each shape "all-linear" reaches.
+MODELS = {
+    "bert-base": {Shape(768, 768, True): 48, Shape(3072, 768, True): 12, Shape(768, 3072, True): 12},
+    "llama-3-8b": {Shape(4096, 4096): 64, Shape(1024, 4096): 64, Shape(14336, 4096): 64, Shape(4096, 14336): 32},
+    "llama-3-70b": {Shape(8192, 8192): 160, Shape(1024, 8192): 160, Shape(28672, 8192): 160, Shape(8192, 28672): 80},
+    "qwen2.5-7b": {
+        Shape(3584, 3584, True): 28, Shape(3584, 3584): 28, Shape(512, 3584, True): 56, Shape(18944, 3584): 56,
+        Shape(3584, 18944): 28,
+    },
+}  # fmt: skip
+
+
+def shapes_from(source: str) -> dict[Shape, int]:
+    """The linear layers of a model and how many of each: a name of MODELS, a folder, a config.json, or a hub id.
+
+    From a configuration the model is built on the meta device: no weights are read, no memory is taken. Its head is not
+    among the layers: adapters leave it out.
+
+    Raises:
+        ConfigError: nothing of the kind, or no linear layer.
+        MissingLibraryError: transformers is needed and not installed.
+    """
+    if source in MODELS:
+        return dict(MODELS[source])
+    model = _on_meta(source)
+    found: Counter[Shape] = Counter(
+        Shape(module.out_features, module.in_features, module.bias is not None)
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+    )
+    if not found:
+        raise ConfigError(f"{source!r} is a {type(model).__name__} without linear layers")
+    return dict(found)
+
+
+def _on_meta(source: str) -> nn.Module:
+    transformers = require("transformers")
+    path = Path(locate(source)).expanduser()
+    if source.startswith((".", "/", "~")) and not path.exists():
+        raise ConfigError(f"{source!r}: there is no such file or folder")
+    try:
+        if path.is_file():
+            fields = json.loads(path.read_text())
+            config = transformers.AutoConfig.for_model(**fields)
+        else:
+            config = transformers.AutoConfig.from_pretrained(locate(source), trust_remote_code=False)
+        with torch.device("meta"):
+            return transformers.AutoModel.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        accepted = f"a folder, a config.json, a hub id, or {', '.join(MODELS)}"
+        raise ConfigError(f"{source!r} gives no model: {first} (give {accepted})") from error
+
+
+def problems_of(
+    shapes: dict[Shape, int],
+    tokens: Sequence[int],
+    r: int,
+    dtype: torch.dtype,
+    dropouts: Sequence[bool],
+    ops: Sequence[str],
+    chip: Chip,
+) -> list[Problem]:
+    """Every problem that a table tells apart, once; those that take most of a model's time by the prediction first."""
+    weights: Counter[tuple[object, ...]] = Counter()
+    problems: dict[tuple[object, ...], Problem] = {}
+    for (N, K, bias), count in shapes.items():
+        for M, dropout, op in itertools.product(tokens, dropouts, ops):
+            q = Problem(op, M, N, K, r, dtype, dropout, bias and op == "fwd")
+            kind = (*key_of(q), bucket(M))
+            problems.setdefault(kind, q)
+            weights[kind] += count * int(1e9 * sum(seconds(launch, dtype, chip) for launch in launches("eager", q)))
+    return [problems[kind] for kind, _ in weights.most_common()]

@@ -1,0 +1,165 @@
+"""``lora-kernels tune``: measures the plans for a model's layers on this GPU, and keeps what is fastest."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_kernels.cli.shapes import MODELS, problems_of, shapes_from
+from lora_kernels.cost import Problem
+from lora_kernels.errors import ConfigError
+from lora_kernels.finetune.extras import installed, require
+from lora_kernels.plan import chip_for, triton_missing
+from lora_kernels.tune import REHEARSAL, Outcome, Progress, tune
+from lora_kernels.tuned import Entry
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declares the command."""
+    parser = subparsers.add_parser("tune", help="measure the plans for a model's layers on this GPU")
+    add = parser.add_argument
+    add("--shapes-from", required=True, metavar="MODEL",
+        help=f"a folder, a config.json, a hub id, or one of {', '.join(MODELS)}")  # fmt: skip
+    add("--tokens", type=_numbers(int, 1), default=[512, 2048, 8192], help="rows (default: 512,2048,8192)")
+    add("--r", type=int, default=16, help="rank (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="bf16", help="of the weights (default: %(default)s)")
+    add("--dropout", type=_numbers(float, 0), default=[0.0, 0.1], help="probabilities (default: 0,0.1)")
+    add("--ops", type=_directions, default=["fwd", "bwd"], help="fwd,bwd or one of them (default: both)")
+    add("--budget", type=float, metavar="SECONDS", help="begin nothing new after so long; go on by the same command")
+    add("--out", type=Path, help="the table (default: this GPU's in the user's cache, which the planner reads)")
+    add("--again", action="store_true", help="measure also what the table has already")
+    add("--rehearse", action="store_true", help="all of it in Triton's interpreter on tiny shapes; proves no speed")
+    add("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures, writes the table, prints what was chosen; 0 even where the budget left something."""
+    if arguments.r < 1:
+        raise ConfigError(f"--r is {arguments.r}; a rank is at least 1")
+    if arguments.rehearse:
+        return _rehearse(arguments)
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "tune measures on a GPU, and torch finds none here; run it on the machine whose GPU is meant, or with "
+            "--rehearse, which goes through all of it in an interpreter and measures nothing"
+        )
+    return _tune(arguments, torch.device("cuda", torch.cuda.current_device()))
+
+
+def _rehearse(arguments: argparse.Namespace) -> int:
+    """Tiny problems in the interpreter; in a process of its own, as Triton reads TRITON_INTERPRET when it is loaded."""
+    device = torch.device("cpu")
+    if triton_missing("cpu") is None:
+        # These need the interpreter, and with it Triton: no other command does.
+        from lora_kernels.testing import interpreter
+
+        interpreter.install()
+        return _tune(arguments, device)
+    if why := triton_missing("cuda"):
+        raise ConfigError(f"--rehearse cannot run: {why}")
+    told = {"tokens": arguments.tokens, "dropout": arguments.dropout, "ops": arguments.ops}
+    told = {name: ",".join(map(str, values)) for name, values in told.items()}
+    told |= {name: getattr(arguments, name) for name in ("shapes_from", "r", "dtype", "budget", "out")}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in told.items() if value is not None]
+    words += [f"--{name}" for name in ("again", "quiet", "rehearse") if getattr(arguments, name)]
+    command = [sys.executable, "-m", "lora_kernels.cli", "tune", *words]
+    return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
+
+
+def _tune(arguments: argparse.Namespace, device: torch.device) -> int:
+    shapes, dtype = shapes_from(arguments.shapes_from), DTYPES[arguments.dtype]
+    dropouts = sorted({p > 0 for p in arguments.dropout})
+    problems = problems_of(shapes, arguments.tokens, arguments.r, dtype, dropouts, arguments.ops, chip_for(device))
+    if arguments.rehearse:
+        problems = list(dict.fromkeys(tiny(q) for q in problems))
+    with _bar(len(problems), shown=not arguments.quiet and installed("tqdm")) as on_progress:
+        outcome = tune(
+            problems,
+            device,
+            arguments.budget,
+            arguments.out,
+            on_progress,
+            dropout_p=max(arguments.dropout) or 0.1,
+            rounds=1 if arguments.rehearse else 20,
+            again=arguments.again,
+            rehearse=arguments.rehearse,
+        )
+    print(summary(outcome))
+    return 0
+
+
+def tiny(q: Problem) -> Problem:
+    """A problem of the same kind that an interpreter runs in milliseconds."""
+    return dataclasses.replace(q, M=33, N=88 if q.N > q.K else 80, K=64, r=min(q.r, 8))
+
+
+def summary(outcome: Outcome) -> str:
+    """The choice for each problem beside eager, what failed, what is left, and where the table lies."""
+    rows: list[tuple[str, ...]] = [
+        ("direction", "M", "N", "K", "r", "dropout", "plan", "us", "eager us", "ratio", "candidates")
+    ]
+    for e in outcome.entries:
+        told = (e.op, e.M, e.N, e.K, e.r, "yes" if e.dropout else "no", e.chosen.plan, *_times(e), len(e.measured))
+        rows.append(tuple(map(str, told)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    reasons = Counter((label.split()[0], reason) for _, label, reason in outcome.faults)
+    lines += [f"{plan}: {count} left out: {reason}" for (plan, reason), count in reasons.most_common()]
+    if outcome.left:
+        lines.append(f"{len(outcome.left)} problems were not reached; the same command goes on with them")
+    if any(e.gpu == REHEARSAL for e in outcome.entries):
+        lines.append("a rehearsal: these times mean nothing, and the planner does not read this table")
+    return "\n".join([*lines, f"table: {outcome.path}"])
+
+
+def _times(e: Entry) -> tuple[str, str, str]:
+    return f"{e.chosen.cost:.1f}", f"{e.eager.cost:.1f}", f"{e.chosen.cost / e.eager.cost:.3f}"
+
+
+@contextlib.contextmanager
+def _bar(total: int, shown: bool) -> Iterator[Callable[[Progress], None]]:
+    """A tqdm bar over the problems, or nothing."""
+    if not shown:
+        yield lambda progress: None
+        return
+    interval = 0.1 if sys.stderr.isatty() else 10.0  # a log file gets a line now and then
+    with require("tqdm").tqdm(desc="tune", total=total, unit="problem", mininterval=interval) as bar:
+
+        def show(progress: Progress) -> None:
+            q = progress.problem
+            where = "" if q is None else f"{q.op} M{q.M} N{q.N} K{q.K}: "
+            bar.set_postfix_str(f"{where}{progress.text}"[:80], refresh=False)
+            bar.update(progress.done - bar.n)
+
+        yield show
+        bar.update(total - bar.n)
+
+
+def _numbers(kind: Callable[[str], Any], least: float) -> Callable[[str], list[Any]]:
+    def numbers(text: str) -> list[Any]:
+        values = [kind(part) for part in text.split(",") if part.strip()]
+        if not values or min(values) < least or (kind is float and max(values) >= 1):
+            raise ValueError(text)
+        return values
+
+    return numbers
+
+
+def _directions(text: str) -> list[str]:
+    ops = text.split(",")
+    if not set(ops) <= {"fwd", "bwd"}:
+        raise argparse.ArgumentTypeError(f"{text!r}; accepted are fwd, bwd and fwd,bwd")
+    return list(dict.fromkeys(ops))
