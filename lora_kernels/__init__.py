@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lora_kernels.adapters import load_adapter, merge_lora, save_adapter, unmerge_lora
     from lora_kernels.autograd.lora_linear import lora_linear
     from lora_kernels.autograd.lora_linear_stacked import Projection, lora_linear_stacked
+    from lora_kernels.autograd.lora_mlp import lora_mlp
     from lora_kernels.config import LoRAConfig
     from lora_kernels.errors import (
         AdapterFormatError,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     )
     from lora_kernels.finetune import LoRA, Trainer
     from lora_kernels.inject import apply_lora, explain
-    from lora_kernels.layers import LoRALinear
+    from lora_kernels.layers import LoRAGateUp, LoRALinear, LoRAMLP, LoRAQKV
     from lora_kernels.plan import use_backend
 
 __version__ = "0.1.0"
@@ -32,8 +33,12 @@ __version__ = "0.1.0"
 _HOME = {
     "lora_linear": "lora_kernels.autograd.lora_linear",
     "lora_linear_stacked": "lora_kernels.autograd.lora_linear_stacked",
+    "lora_mlp": "lora_kernels.autograd.lora_mlp",
     "Projection": "lora_kernels.autograd.lora_linear_stacked",
     "LoRALinear": "lora_kernels.layers",
+    "LoRAQKV": "lora_kernels.layers",
+    "LoRAGateUp": "lora_kernels.layers",
+    "LoRAMLP": "lora_kernels.layers",
     "LoRAConfig": "lora_kernels.config",
     "apply_lora": "lora_kernels.inject",
     "explain": "lora_kernels.inject",
@@ -60,8 +65,11 @@ __all__ = [
     "FrozenWeightError",
     "LoRA",
     "LoRAConfig",
+    "LoRAGateUp",
     "LoRAKernelsError",
     "LoRALinear",
+    "LoRAMLP",
+    "LoRAQKV",
     "MergeError",
     "Projection",
     "ShapeError",
@@ -71,6 +79,7 @@ __all__ = [
     "load_adapter",
     "lora_linear",
     "lora_linear_stacked",
+    "lora_mlp",
     "merge_lora",
     "save_adapter",
     "unmerge_lora",

@@ -127,6 +127,12 @@ def prepare(X: Tensor, projections: Sequence[Projection], dropout_p: float) -> t
     return X, projections
 
 
+def check_mask(dropout_mask: str) -> None:
+    """Raise ConfigError unless it is one that lora_linear knows."""
+    if dropout_mask not in ("bits", "seed"):
+        raise ConfigError(f"dropout_mask={dropout_mask!r}; accepted are 'bits' and 'seed'")
+
+
 def lora_linear_stacked(
     X: Tensor,
     projections: Sequence[Projection],
@@ -161,8 +167,7 @@ def lora_linear_stacked(
     Source: Hu et al., LoRA, arXiv 2106.09685.
     """
     X, projections = prepare(X, projections, dropout_p)
-    if dropout_mask not in ("bits", "seed"):
-        raise ConfigError(f"dropout_mask={dropout_mask!r}; accepted are 'bits' and 'seed'")
+    check_mask(dropout_mask)
     backend = resolve_backend(backend, X.device.type, X.dtype)
     state = dropout_seed(seed, X.device) if training and dropout_p > 0.0 else None
     W, A, B, bias, scaling = zip(*projections, strict=True)

@@ -1,5 +1,7 @@
 """nn.Module drop-ins."""
 
 from lora_kernels.layers.linear import LoRALinear
+from lora_kernels.layers.mlp import LoRAMLP
+from lora_kernels.layers.qkv import LoRAGateUp, LoRAQKV
 
-__all__ = ["LoRALinear"]
+__all__ = ["LoRAGateUp", "LoRALinear", "LoRAMLP", "LoRAQKV"]

@@ -5,9 +5,7 @@ As in ops/lora_linear.py eager code calls the two functions directly, a compiled
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from lora_kernels import plan as planner
 from lora_kernels import stacked_cost
+from lora_kernels.formats.side_by_side import as_one
 from lora_kernels.ops.lora_linear import _empty_bits, _keep
 from lora_kernels.reference import lora_linear_stacked as reference
 from lora_kernels.reference.lora_linear_stacked import StackedNeeds
@@ -34,26 +33,10 @@ _BWD = (
 )
 
 
-def as_one(W: Tensors) -> Tensor | None:
-    """(sum of N_p, K) where the contiguous W_p (N_p, K) follow one another in one buffer; None where they do not."""
-    first = W[0]
-    storage, offset, K = first.untyped_storage().data_ptr(), first.storage_offset(), first.shape[1]
-    for w in W:
-        if w.storage_offset() != offset or not w.is_contiguous() or w.untyped_storage().data_ptr() != storage:
-            return None
-        offset += w.numel()
-    rows = sum(w.shape[0] for w in W)
-    return first.as_strided((rows, K), (K, 1), first.storage_offset())
-
-
-def triton_kernels() -> ModuleType:
-    """The stacked plans; importing them imports Triton."""
-    return importlib.import_module("lora_kernels.kernels.stacked_launchers")
-
-
-def _problem(
+def stacked_problem(
     op: str, X: Tensor, W: Tensors, A: Tensors, scaling: Sequence[float], dropout: bool, **more: bool
 ) -> StackedProblem:
+    """A call as the planner sees it."""
     Ns, ranks = tuple(w.shape[0] for w in W), tuple(a.shape[0] for a in A)
     one_scaling = len(set(scaling)) == 1
     return StackedProblem(op, X.shape[0], Ns, X.shape[1], ranks, X.dtype, dropout, one_scaling=one_scaling, **more)
@@ -81,10 +64,10 @@ def lora_linear_stacked_fwd(
     if kind == "triton" and X.shape[0] > 0:
         W_all = as_one(W) if share else None
         kept = keep_bits and seed is not None
-        problem = _problem("fwd", X, W, A, scaling, seed is not None, bits=kept, adjacent=W_all is not None)
+        problem = stacked_problem("fwd", X, W, A, scaling, seed is not None, bits=kept, adjacent=W_all is not None)
         chip = planner.chip_for(X.device)
         plan = stacked_cost.choose(problem, chip, forced)
-        kernels = triton_kernels()
+        kernels = planner.triton_kernels()
         keep = _empty_bits(X) if kept else None
         drop = None if seed is None else kernels.Dropout(p, seed, keep)
         made = kernels.lora_linear_stacked_fwd(X, W, A, B, bias, scaling, drop, plan.name, chip, W_all)
@@ -112,10 +95,10 @@ def lora_linear_stacked_bwd(
     """
     kind, forced = planner.split_name(backend)
     if kind == "triton" and X.shape[0] > 0:
-        problem = _problem("bwd", X, W, A, scaling, seed is not None, need_dx=needs.X, bits=keep is not None)
+        problem = stacked_problem("bwd", X, W, A, scaling, seed is not None, need_dx=needs.X, bits=keep is not None)
         chip = planner.chip_for(X.device)
         plan = stacked_cost.choose(problem, chip, forced)
-        kernels = triton_kernels()
+        kernels = planner.triton_kernels()
         drop = None if seed is None else kernels.Dropout(p, seed, keep)
         return kernels.lora_linear_stacked_bwd(dY, X, W, A, B, XA, scaling, drop, *needs, plan.name, chip)
     return reference.lora_linear_stacked_bwd(dY, X, W, A, B, XA, scaling, _keep(X, p, seed), p, needs)

@@ -1,6 +1,8 @@
-"""Problems of several projections that read one X (q, k, v; gate, up), with fp64 truth and plain PyTorch's answer.
+"""Problems of several projections that read one X (q, k, v; gate, up) and of SwiGLU blocks, with fp64 truth and plain
+PyTorch's answer.
 
-Results are dictionaries: "Y0", "dA0", "dB0", "dbias0" for the first projection and so on, and one "dX" for all.
+Results are dictionaries: "Y0", "dA0", "dB0", "dbias0" for the first projection and so on, and one "dX" for all. Those
+of a block have one "Y" and the gradients of gate (0), up (1) and down (2).
 """
 
 from collections.abc import Callable, Sequence
@@ -80,4 +82,74 @@ def _collect(
             found |= {f"dA{p}": solved.dA, f"dB{p}": solved.dB}
             if solved.dbias is not None:
                 found[f"dbias{p}"] = solved.dbias
+    return found
+
+
+def make_mlp(
+    M: int,
+    K: int,
+    F: int,
+    N: int,
+    ranks: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    *,
+    dropout_p: float = 0.0,
+    adapter_dtype: torch.dtype | None = None,
+    adjacent: bool = False,
+    seed: int = 0,
+) -> list[Problem]:
+    """Problems of gate, up (F, K) and down (N, F); X and dY of the block are the first's X and the last's dY."""
+    down = make_problem(
+        M, N, F, ranks[2], dtype, device,
+        dropout_p=dropout_p, adapter_dtype=adapter_dtype, seed=seed + 200, scaling=1.3,
+    )  # fmt: skip
+    first = make_stacked(
+        M, K, (F, F), ranks[:2], dtype, device,
+        scalings=(1.7, 0.8), adjacent=adjacent, dropout_p=dropout_p, adapter_dtype=adapter_dtype, seed=seed,
+    )  # fmt: skip
+    return [*first, down]
+
+
+def plain_mlp(
+    problems: Sequence[Problem], keep_x: Tensor | None = None, keep_h: Tensor | None = None
+) -> dict[str, Tensor]:
+    """What plain PyTorch gives for down(silu(gate(X)) * up(X)) and its gradients, in the problems' dtype."""
+    return _block(problems, keep_x, keep_h, problems[0].X.dtype)
+
+
+def truth_mlp(
+    problems: Sequence[Problem], keep_x: Tensor | None = None, keep_h: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The same in float64."""
+    return _block(problems, keep_x, keep_h, torch.float64)
+
+
+def _block(
+    problems: Sequence[Problem], keep_x: Tensor | None, keep_h: Tensor | None, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    def leaf(values: Tensor, dtype: torch.dtype) -> Tensor:
+        return values.detach().to(dtype, copy=True).requires_grad_()
+
+    adapters_in = torch.float64 if dtype == torch.float64 else problems[0].A.dtype
+    leaves = {"X": leaf(problems[0].X, dtype)}
+    for i, q in enumerate(problems):
+        leaves |= {f"A{i}": leaf(q.A, adapters_in), f"B{i}": leaf(q.B, adapters_in)}
+        if q.bias is not None:
+            leaves[f"bias{i}"] = leaf(q.bias, dtype)
+
+    def layer(i: int, X: Tensor, keep: Tensor | None) -> Tensor:
+        q = problems[i]
+        dropped = X if keep is None else torch.where(keep, X * (1 / (1 - q.p)), 0)
+        low = linear(linear(dropped, leaves[f"A{i}"].to(dtype)), leaves[f"B{i}"].to(dtype))
+        return linear(X, q.W.detach().to(dtype), leaves.get(f"bias{i}")) + q.scaling * low
+
+    linear = torch.nn.functional.linear
+    X = leaves["X"]
+    Y = layer(2, torch.nn.functional.silu(layer(0, X, keep_x)) * layer(1, X, keep_x), keep_h)
+    Y.backward(problems[2].dY.to(dtype))
+    found = {"Y": Y.detach()}
+    for name, tensor in leaves.items():
+        assert tensor.grad is not None
+        found[f"d{name}"] = tensor.grad
     return found

@@ -108,17 +108,6 @@ def test_bits_and_seed_are_one_mask(device):
             assert torch.equal(drawn[name], kept[name]), name
 
 
-def test_weights_side_by_side_are_one_matrix():
-    whole = torch.randn(12, 5)
-    q, k, v = whole.split([6, 4, 2])
-    one = ops.as_one([q, k, v])
-    assert torch.equal(one, whole)
-    assert one.data_ptr() == whole.data_ptr()
-    for parts in ([q, v], [k, q], [q, k.clone(), v], [whole.T[:2], whole.T[2:]], [whole[:, :3], whole[:, :3]]):
-        assert ops.as_one(parts) is None
-    assert torch.equal(ops.as_one([k, v]), whole[6:])
-
-
 def test_outputs_of_one_product_are_not_views(device):
     problems = make_stacked(9, 16, (8, 4), (2, 2), torch.float32, device, adjacent=True)
     W, A, B, bias, scaling = zip(*((q.W, q.A, q.B, q.bias, q.scaling) for q in problems), strict=True)
