@@ -17,6 +17,7 @@ from lora_kernels.kernels.tuning import (
     gemm_config,
     is_valid,
     one_pass_config,
+    ptr_one_launch_config,
     rank_block,
     shrink_config,
     split_config,
@@ -138,6 +139,10 @@ def _tma_dx(q: Problem, chip: Chip) -> Tiles:
     return tma_dx_config(q.M, q.K, q.r, q.dtype, chip)
 
 
+def _ptr(q: Problem, chip: Chip) -> Tiles:
+    return ptr_one_launch_config(q.M, q.N, q.r, q.dtype, chip)
+
+
 def _gluon(q: Problem, chip: Chip) -> Tiles:
     return gluon_config(q.M, q.N if q.op == "fwd" else q.K, q.r, q.dtype, chip)
 
@@ -153,8 +158,6 @@ def _draws_no_mask(q: Problem, chip: Chip) -> str | None:
 
 
 def _ptr_one_launch(q: Problem, chip: Chip) -> str | None:
-    if chip.is_amd or int(chip.arch.removeprefix("sm_")) < 80:
-        return f"{chip.arch} has no cp.async and no cooperative launch as it needs them, sm_80 and newer have"
     return _draws_no_mask(q, chip) or _one_rank_tile(q, chip)
 
 
@@ -196,7 +199,7 @@ VARIANTS = (
         opt_in=True,
         backward="gluon_extend",
     ),
-    Variant("ptr_one_launch", Pass(_made_by("ptr_one_launch"), _gemm, refusal=_ptr_one_launch), opt_in=True),
+    Variant("ptr_one_launch", Pass(_made_by("ptr_one_launch"), _ptr, refusal=_ptr_one_launch), opt_in=True),
 )
 BY_NAME = {variant.name: variant for variant in VARIANTS}
 

@@ -111,6 +111,9 @@ def test_bytes_over_the_frozen_layer():
         (Problem("fwd", 64, 512, 256, 8, torch.bfloat16, dropout=True), "eager"),
         (Problem("fwd", 64, 512, 256, 8, torch.bfloat16, dropout=True), "tma_extend"),
         (LAYER, "one_launch"),
+        (LAYER, "ptr_one_launch"),
+        (Problem("bwd", 8192, 4096, 4096, 16, torch.bfloat16), "tma_extend"),
+        (Problem("bwd", 8192, 4096, 4096, 16, torch.bfloat16, need_dx=False), "tma_extend"),
     ],
     ids=lambda v: v if isinstance(v, str) else f"{v.op}-{v.M}-r{v.r}",
 )
