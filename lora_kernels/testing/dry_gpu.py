@@ -2,19 +2,21 @@
 
     with DryGPU(chip) as gpu:
         launcher(cpu_tensors)
-    for kernel in gpu.kernels: print(kernel.registers, kernel.faults())
+    for kernel in gpu.kernels: print(kernel.name, kernel.occupancy, kernel.faults())
 
-Every kernel that the launcher launches is compiled exactly as it would be on that GPU (signature, divisibility by 16,
-constants, warps, stages), passes Triton's own check of shared memory, and is read for registers, spills, stack and
-instruction counts with the cuobjdump that Triton ships. Nothing is executed: outputs keep what they held.
+Every kernel that the launcher launches, in Triton or in Gluon, is compiled exactly as it would be on that GPU
+(signature, divisibility by 16, constants, warps, stages), passes Triton's own check of shared memory, and is read for
+registers, spills, stack and instruction counts with the tools that Triton ships. Nothing is executed: outputs keep what
+they held.
 
 Runs in a process of its own without TRITON_INTERPRET. What was compiled and counted stays in Triton's cache, so that a
 second run costs milliseconds a kernel. An autotuner keeps its choice across targets: clear its cache between two chips.
+Kernels are read when ``kernels`` is first asked for, all that wait at once: ask after the last launch.
 """
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,8 +30,9 @@ from triton.runtime.driver import driver as triton_driver
 from triton.runtime.interpreter import InterpretedFunction
 
 from lora_kernels.testing.resources import Chip, Kernel, Resources, read_resources
+from lora_kernels.testing.ttir_lint import ring_bytes
 
-_RESOURCES_FILE = "lora_kernels_resources_1.json"  # the number changes with what is counted
+_RESOURCES_FILE = "lora_kernels_resources_2.json"  # the number changes with what is counted
 
 
 class _Utils:
@@ -65,6 +68,33 @@ class _Launcher:
         gpu.launched(self._hash)
 
 
+@dataclass
+class _Build:
+    """A compiled kernel, and what it takes once that was read."""
+
+    target: GPUTarget
+    metadata: dict[str, Any]
+    files: dict[str, Path]
+    seconds: float
+    resources: Resources | None
+
+    def kernel(self, chip: Chip) -> Kernel:
+        assert self.resources is not None
+        return Kernel(
+            name=self.metadata["name"],
+            chip=chip,
+            num_warps=self.metadata["num_warps"],
+            num_stages=self.metadata["num_stages"],
+            shared=self.metadata["shared"],
+            resources=self.resources,
+            ir=(self.files.get("ttir") or self.files["ttgir"]).read_text(),
+            rings=ring_bytes(self.files["ttgir"].read_text()),
+            tensor=self.metadata.get("tmem_size", 0),
+            seconds=self.seconds,
+            code=self.metadata["hash"][:8],
+        )
+
+
 class DryGPU:
     """Triton's active driver while it is entered. `kernels` holds what was launched since, each compiled kernel once.
 
@@ -74,15 +104,15 @@ class DryGPU:
     """
 
     launcher_cls = _Launcher
-    _compiled: dict[str, Kernel] = {}  # noqa: RUF012  by Triton's hash, for every session of this process
+    _builds: dict[str, _Build] = {}  # noqa: RUF012  by Triton's hash, for every session of this process
 
     def __init__(self, chip: Chip) -> None:
         self.chip = chip
         backend, arch, warp_size = ("hip", chip.arch, 64) if chip.arch.startswith("gfx") else ("cuda", chip.arch, 32)
         self.target = GPUTarget(backend, arch if backend == "hip" else int(arch.removeprefix("sm_")), warp_size)
         self.utils = _Utils(chip, warp_size)
-        self.kernels: list[Kernel] = []
         self.launches = 0
+        self._launched: dict[str, None] = {}  # hashes, in the order of their first launch
 
     def __enter__(self) -> "DryGPU":
         if isinstance(tl.philox, InterpretedFunction):
@@ -98,29 +128,26 @@ class DryGPU:
     def _on_compiled(self, *, metadata: dict[str, Any], metadata_group: dict[str, str], times: Any, **_: Any) -> None:
         """Triton calls it for every kernel, newly compiled or found in its cache, before the first launch."""
         files = {Path(path).suffix[1:]: Path(path) for path in metadata_group.values()}
-        cache = get_cache_manager(metadata["hash"])
-        counted = cache.get_file(_RESOURCES_FILE)
-        if counted:
-            resources = Resources(**json.loads(Path(counted).read_text()))
-        else:
-            resources = read_resources(self.target, files)
-            cache.put(json.dumps(asdict(resources)), _RESOURCES_FILE, binary=False)
-        self._compiled[metadata["hash"]] = Kernel(
-            name=metadata["name"],
-            chip=self.chip,
-            num_warps=metadata["num_warps"],
-            shared=metadata["shared"],
-            resources=resources,
-            seconds=times.total / 1e6,
-            ttir=files["ttir"].read_text() if "ttir" in files else "",
-        )
+        counted = get_cache_manager(metadata["hash"]).get_file(_RESOURCES_FILE)
+        resources = Resources(**json.loads(Path(counted).read_text())) if counted else None
+        self._builds[metadata["hash"]] = _Build(self.target, metadata, files, times.total / 1e6, resources)
 
     def launched(self, kernel_hash: str) -> None:
         """Notes a launch of the kernel with this hash."""
         self.launches += 1
-        kernel = self._compiled[kernel_hash]
-        if kernel not in self.kernels:
-            self.kernels.append(kernel)
+        self._launched[kernel_hash] = None
+
+    @property
+    def kernels(self) -> list[Kernel]:
+        """What was launched since this GPU was made, each compiled kernel once."""
+        builds = [self._builds[kernel_hash] for kernel_hash in self._launched]
+        if any(build.resources is None for build in builds):
+            waiting = [b for b in self._builds.values() if b.resources is None and b.target == self.target]
+            for build, resources in zip(waiting, read_resources(self.target, [b.files for b in waiting]), strict=True):
+                build.resources = resources
+                cache = get_cache_manager(build.metadata["hash"])
+                cache.put(json.dumps(asdict(resources)), _RESOURCES_FILE, binary=False)
+        return [build.kernel(self.chip) for build in builds]
 
     # What triton.runtime.driver.active is asked for.
 

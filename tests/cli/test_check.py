@@ -1,17 +1,22 @@
-"""`lora-kernels check`: what it reports, what it exits with, and that a crashing compiler costs one case."""
+"""`lora-kernels check`: what it reports, what it exits with, what it writes."""
 
 import argparse
 import json
-import subprocess
-from dataclasses import asdict, replace
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from lora_kernels.cli import check
+from lora_kernels.cli.compile_matrix import Row
 
-ROW = check.Row("_extend_kernel", "extend r=16", "M64 N64 K64 warps4 stages3", "bfloat16", "sm_90", 96, 0, 0, 40960, 8)
-BEGUN = replace(ROW, kernel="", registers=0, shared=0, matrix=0)
-RED = replace(ROW, kernel="_shrink_kernel", case="shrink r=16", spills=4, stack=8, faults=("4 spill instructions",))
+ROW = Row(
+    "sm_90", "extend", "r=16", "bfloat16", "128x128x64 w8 s3", 8192, 4096, 4096, 16,
+    registers=115, shared=98304, blocks=2, warps=16, limit="registers", instructions={"HGMMA": 5, "LDGSTS": 24},
+    flop=275_950_000_000, moved=168_200_000, seconds=560.5e-6, bound="compute", code="ABCD",
+)  # fmt: skip
+RED = replace(ROW, kernel="shrink", spills=4, stack=8, M=64, faults=("4 spill instructions", "8 bytes of stack"))
+UNKNOWN = replace(ROW, kernel="new", instructions={}, flop=0, moved=0, seconds=0.0, bound="")
 
 
 def _run(*arguments: str) -> int:
@@ -22,17 +27,38 @@ def _run(*arguments: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("rows", "code", "verdict"), [([ROW], 0, "all may ship"), ([ROW, RED], 1, "1 of them must not ship"), ([], 1, "")]
+    ("rows", "code", "verdict"),
+    [
+        ([ROW], 0, "all may ship"),
+        ([ROW, RED], 1, "1 of them must not ship"),
+        ([], 1, "there is nothing to compile"),
+    ],
 )
 def test_exit_code_and_table(
-    rows: list[check.Row], code: int, verdict: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    rows: list[Row], code: int, verdict: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(check, "compile_matrix", lambda *_: rows)
     assert _run("--archs", "sm_90") == code
     out = capsys.readouterr().out
     assert verdict in out
-    assert ("4 spill instructions" in out) == (RED in rows)
-    assert out.splitlines()[0].split()[:3] == ["kernel", "case", "config"]
+    assert ("4 spill instructions; 8 bytes of stack" in out) == (RED in rows)
+    if rows:
+        assert out.splitlines()[0] == "sm_90"
+        assert out.splitlines()[1].split()[:3] == ["kernel", "variant", "dtype"]
+
+
+def test_a_row_says_what_it_takes_and_what_is_predicted() -> None:
+    shown = dict(zip(check.TITLES, check.cells(ROW), strict=True))
+    assert shown["shared B"] == "98,304"
+    assert (shown["blocks/SM"], shown["warps/SM"], shown["limit"]) == ("2", "16", "registers")
+    assert (shown["matrix instr."], shown["TMA"], shown["cp.async"]) == ("5 HGMMA", "-", "24")
+    assert (shown["MB"], shown["GFLOP"], shown["FLOP/B"]) == ("168.2", "275.95", "1640.6")
+    assert (shown["us"], shown["bound"]) == ("560.5", "compute")
+
+
+def test_a_kernel_that_the_cost_model_does_not_know_has_dashes() -> None:
+    shown = dict(zip(check.TITLES, check.cells(UNKNOWN), strict=True))
+    assert {shown[title] for title in ("matrix instr.", "MB", "GFLOP", "FLOP/B", "us", "bound")} == {"-"}
 
 
 def test_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,11 +66,11 @@ def test_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "compile_matrix", lambda *arguments: asked.append(arguments) or [ROW])
     _run("--jobs", "2")
     _run("--quick", "--jobs", "2")
-    _run("--quick", "--archs", "gfx942", "--jobs", "2")
+    _run("--quick", "--archs", "gfx942", "--kernels", "extend", "da", "--jobs", "2")
     assert asked == [
-        (tuple(check.CHIPS), (), 2),
-        (check.QUICK_ARCHS, check.QUICK_DTYPES, 2),
-        (["gfx942"], check.QUICK_DTYPES, 2),
+        (tuple(check.CHIPS), (), (), 2),
+        (check.QUICK_ARCHS, check.QUICK_DTYPES, (), 2),
+        (["gfx942"], check.QUICK_DTYPES, ["extend", "da"], 2),
     ]
 
 
@@ -54,27 +80,16 @@ def test_an_unknown_architecture_is_refused(capsys: pytest.CaptureFixture[str]) 
     assert "sm_20" in capsys.readouterr().err
 
 
-def _process(code: int, *rows: check.Row, stderr: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.CompletedProcess([], code, "\n".join(json.dumps(asdict(row)) for row in rows), stderr)
-
-
-def test_a_crash_of_the_compiler_is_a_fault_of_its_case_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    second = replace(BEGUN, case="shrink r=16")
-    runs = iter([_process(-11, BEGUN, ROW, second, stderr="LLVM ERROR"), _process(0, BEGUN, replace(ROW, case="da"))])
-    starts: list[int] = []
-
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        starts.append(json.loads(command[-1])["start"])
-        return next(runs)
-
-    monkeypatch.setattr(check.subprocess, "run", run)
-    rows = check.compile_matrix(["sm_90"], jobs=1)
-    assert starts == [0, 2]
-    assert [row.case for row in rows] == ["da", "extend r=16", "shrink r=16"]
-    assert [list(row.faults) for row in rows] == [[], [], ["the compiler crashed with -11: LLVM ERROR"]]
-
-
-def test_a_matrix_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check.subprocess, "run", lambda *_, **__: _process(1, stderr="No module named 'triton'"))
-    with pytest.raises(RuntimeError, match="No module named 'triton'"):
-        check.compile_matrix(["sm_90"], jobs=1)
+def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "compile_matrix", lambda *_: [ROW, RED])
+    monkeypatch.setattr(check.sys, "argv", ["lora-kernels", "check", "--compile"])
+    _run("--json", str(tmp_path / "rows.json"), "--markdown", str(tmp_path / "page.md"))
+    first, second = json.loads((tmp_path / "rows.json").read_text())
+    assert Row(**{**first, "faults": ()}) == ROW
+    assert second["faults"] == ["4 spill instructions", "8 bytes of stack"]
+    page = (tmp_path / "page.md").read_text()
+    assert "Written by `lora-kernels check --compile` with Triton 3." in page
+    assert "| extend | r=16 | 128x128x64 w8 s3 | 8192x4096x4096 | 115 |" in page
+    assert "| shrink |" not in page  # of 64 rows
+    assert "1 kernels must not ship" in page
+    assert "- sm_90 shrink r=16 bfloat16 128x128x64 w8 s3: 4 spill instructions; 8 bytes of stack" in page

@@ -29,5 +29,5 @@ if __name__ == "__main__":
                     _, XA = launchers.lora_linear_fwd(X, W, A, B, problem.bias, 2.0, drop, plan, gpu.chip)
                     launchers.lora_linear_bwd(dY, X, W, A, B, XA, 2.0, drop, (True,) * 4, plan, gpu.chip)
         for kernel in gpu.kernels:
-            found.setdefault(kernel.name, []).extend(narrow_offsets(kernel.ttir))
+            found.setdefault(kernel.name, []).extend(narrow_offsets(kernel.ir))
     json.dump(found, sys.stdout)

@@ -61,8 +61,30 @@ def test_a_narrow_offset_is_found(compiled: dict[str, dict]) -> None:
     assert "arith.muli" in fault
 
 
+def test_a_pipeline_that_atomics_in_the_tile_loop_cost_is_missed(compiled: dict[str, dict]) -> None:
+    assert compiled["TMA"]["faults"] == []
+    (fault,) = compiled["atomics in a flattened loop"]["faults"]
+    assert fault == "pipelining lost: 0 bytes of rings, its loops have 98304 under way"
+
+
+def test_gluon_kernels_are_compiled_and_judged_alike(compiled: dict[str, dict]) -> None:
+    kernel = compiled["Gluon"]
+    assert kernel["faults"] == []
+    assert kernel["instructions"]["USETMAXREG"] > 0
+    assert kernel["instructions"]["UTMALDG"] > 0
+    assert kernel["warps"] == 8  # four, and the one that loads, in whole groups of four
+    (fault,) = compiled["Gluon, narrow offset"]["faults"]
+    assert fault.startswith("32-bit offset")
+
+
+def test_tuples_of_arguments(compiled: dict[str, dict]) -> None:
+    kernel = compiled["tuples"]
+    assert kernel["launches"] == 2
+    assert len(kernel["faults"]) == 2  # the product with a stride of each
+
+
 def test_a_second_run_finds_everything_in_the_cache(compiled: dict[str, dict], cache: Path) -> None:
     started = time.monotonic()
     assert _run_dry(cache) == compiled
-    assert len(list(cache.rglob("lora_kernels_resources_*.json"))) == 8
+    assert len(list(cache.rglob("lora_kernels_resources_*.json"))) == 12
     assert not any(path.stat().st_mtime > time.time() - (time.monotonic() - started) for path in cache.rglob("*.cubin"))

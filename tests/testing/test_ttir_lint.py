@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_kernels.testing.ttir_lint import Dot, dots, narrow_offsets
+from lora_kernels.testing.ttir_lint import Dot, DotLoop, dot_loops, dots, narrow_offsets, ring_bytes
 
 FUNCTION = """
   tt.func public @kernel(%X_ptr: !tt.ptr<bf16> loc(unknown), %stride_xm: i32 {tt.divisibility = 16 : i32} loc("s")) {
@@ -56,3 +56,67 @@ def test_dots() -> None:
         Dot(16, 32, "f32", on_matrix_unit=True),
         Dot(16, 32, "f32", on_matrix_unit=False),
     ]
+
+
+def test_dots_of_gluon() -> None:
+    hopper = "%p = ttng.warp_group_dot %x, %w, %p {isAsync = true} : !ttg.memdesc<128x64xbf16, #shared> * ..."
+    wait = "%q = ttng.warp_group_dot_wait %p {pendings = 1 : i32} : tensor<128x16xf32, #mma>"
+    assert dots("\n".join([hopper, wait])) == [Dot(128, 64, "bf16", on_matrix_unit=True)]
+
+
+GLUON = """
+  tt.func public @kernel(%XA_ptr: !tt.ptr<bf16> loc("X"), %N: i32 loc("N")) {
+    ttg.warp_specialize(%XA_ptr, %N) attributes {requestedRegisters = array<i32: 24>}
+    default {
+      %row = arith.muli %pid, %c128 : i32 loc(#loc1)
+      %ptr = tt.addptr %XA_ptr, %row : !tt.ptr<bf16>, i32 loc(#loc1)
+    }
+    partition0(%arg0: !tt.ptr<bf16> loc("X"), %arg1: i32 loc("N")) num_warps(1) {
+      %row = arith.muli %pid, OTHER : i32 loc(#loc1)
+      %moved = ttg.convert_layout %row : i32 loc(#loc1)
+      %ptr = tt.addptr %arg0, %moved : !tt.ptr<bf16>, i32 loc(#loc1)
+    } : (!tt.ptr<bf16>, i32) -> ()
+"""
+
+
+def test_a_partition_names_its_values_anew_and_what_it_captures_is_an_argument() -> None:
+    assert narrow_offsets(GLUON.replace("OTHER", "%arg1")) == ["%row = arith.muli %pid, %arg1 : i32"]
+    assert narrow_offsets(GLUON.replace("OTHER", "%c128")) == []
+
+
+LOOPS = """tt.func public @kernel(%A_ptr: !tt.ptr<f32> loc("A"), %stride_ar: i32 STRIDE loc("s")) {
+    %tiles = scf.for %tile = %c0 to %n step %c1 iter_args(%none = %zero) -> (i32)  : i32 {
+      %sum = scf.for %k = %c0 to %K step %c1 iter_args(%acc = %none) -> (tensor<128x16xf32>)  : i32 {
+        %x = tt.descriptor_load %X_desc[%row, %k] : !tt.tensordesc<tensor<128x64xbf16>> -> tensor<128x64xbf16>
+        %keep = scf.if %inside -> (tensor<128x64xbf16>) {
+          %bits = tt.load %bs : tensor<128x8x!tt.ptr<i8>>
+          scf.yield %x : tensor<128x64xbf16>
+        } else {
+          scf.yield %x : tensor<128x64xbf16>
+        }
+        %a = tt.load %as, %mask : tensor<64x16x!tt.ptr<f32>>
+        %half = arith.truncf %a : tensor<64x16xf32> to tensor<64x16xbf16>
+        %other = tt.load %os, %mask : tensor<64x64x!tt.ptr<f32>>
+        %dropped = arith.select %bits, %x, %zeros : tensor<128x64xbf16>
+        %next = tt.dot %dropped, %half, %acc : tensor<128x64xbf16> * tensor<64x16xbf16> -> tensor<128x16xf32>
+        scf.yield %next : tensor<128x16xf32>
+      } {tt.num_stages = 8 : i32}
+      %b = tt.load %bs, %mask : tensor<16x256x!tt.ptr<f32>>
+      %closed = tt.dot %sum, %b, %sum : tensor<128x16xbf16> * tensor<16x256xbf16> -> tensor<128x256xf32>
+    }
+"""
+
+
+def test_the_loads_of_an_innermost_loop_that_feed_its_dots() -> None:
+    tiles = 128 * 64 * 2, 64 * 16 * 4
+    wide = LOOPS.replace("STRIDE", "{tt.divisibility = 16 : i32}")
+    assert dot_loops(wide) == [DotLoop(8, by_pointer=tiles[1], by_descriptor=tiles[0])]
+    assert dot_loops(LOOPS.replace("STRIDE", "")) == [DotLoop(8, by_pointer=0, by_descriptor=tiles[0])]
+    assert dot_loops(wide.replace("tt.dot %dropped", "tt.sum %dropped")) == []
+
+
+def test_rings_are_the_buffers_with_stages() -> None:
+    ring = "%xb = ttg.local_alloc : () -> !ttg.memdesc<3x128x64xbf16, #shared, #smem, mutable> loc(#loc1)"
+    tile = ring.replace("3x128", "128")
+    filled = "%y = ttg.local_alloc %acc : (tensor<2x128x64xbf16>) -> !ttg.memdesc<2x128x64xbf16, #shared, #smem>"
+    assert ring_bytes("\n".join([ring, tile, filled, ring.replace("bf16", "i64")])) == 3 * 128 * 64 * (2 + 8)
