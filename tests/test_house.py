@@ -133,6 +133,12 @@ TESTED_ELSEWHERE = {
     "kernels/shipped.py": "test_compile_matrix.py",
     "kernels/shipped_case.py": "test_compile_matrix.py",
     "kernels/shipped_sm90.py": "test_compile_matrix.py",
+    "kernels/sm90_gluon_ring.py": "kernels/test_sm90_gluon.py",
+    "kernels/shipped_gluon.py": "test_compile_matrix.py",
+    "testing/gluon_emulator_engines.py": "testing/test_gluon_emulator.py",
+    "testing/gluon_emulator_language.py": "testing/test_gluon_emulator.py",
+    "testing/gluon_emulator_machine.py": "testing/test_gluon_emulator.py",
+    "testing/gluon_emulator_memory.py": "testing/test_gluon_emulator.py",
     "errors.py": "autograd/test_lora_linear.py",
 }
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from lora_kernels.kernels.chip import KIB, Chip
+from lora_kernels.kernels.sm90_gluon_config import GluonConfig, gluon_shared_bytes
+from lora_kernels.kernels.sm90_gluon_config import refusal as gluon_refusal
 
 RANK_BLOCK = 64  # ranks in one tile, 16 bit
 
@@ -97,7 +99,7 @@ class PtrConfig:
     GROUP_M: int = 8
 
 
-Config = GemmConfig | ShrinkConfig | SplitConfig | TmaConfig | TmaDxConfig | PtrConfig
+Config = GemmConfig | ShrinkConfig | SplitConfig | TmaConfig | TmaDxConfig | PtrConfig | GluonConfig
 
 
 def rank_block(dtype: torch.dtype) -> int:
@@ -133,11 +135,15 @@ def shared_bytes(config: Config, dtype: torch.dtype, r: int) -> int:
         case PtrConfig():  # A may be float32
             ring = config.num_stages * config.BLOCK_K * (config.BLOCK_M + config.BLOCK_N) * dtype.itemsize
             return max(ring, config.XA_STAGES * config.BLOCK_K * (config.BLOCK_M * dtype.itemsize + R * 4)) + KIB
+        case GluonConfig():
+            return gluon_shared_bytes(config, dtype)
     return tiles * dtype.itemsize * config.num_stages
 
 
 def is_valid(config: Config, dtype: torch.dtype, r: int, chip: Chip) -> str | None:
     """None where ``config`` can run on ``chip``; otherwise the reason it is refused."""
+    if isinstance(config, GluonConfig):
+        return gluon_refusal(config, dtype, r, chip)
     if isinstance(config, TmaConfig | TmaDxConfig) and (reason := _tma_refusal(config, dtype, r, chip)):
         return reason
     if isinstance(config, PtrConfig) and (reason := _ptr_refusal(config, dtype, r, chip)):

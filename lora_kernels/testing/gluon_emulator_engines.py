@@ -82,6 +82,7 @@ class Product:
 
 
 def warpgroup_mma(a: Any, b: View, acc: Tile, *, use_acc: bool = True, is_async: bool = False, **_: Any) -> Tile:
+    """acc + a b, begun; to be used by another product or after a wait."""
     me = current()
     me.machine.step()
     product = Product(a, b, acc if use_acc else Tile(torch.zeros(acc.shape)))
@@ -90,6 +91,7 @@ def warpgroup_mma(a: Any, b: View, acc: Tile, *, use_acc: bool = True, is_async:
 
 
 def warpgroup_mma_wait(num_outstanding: int = 0, deps: Sequence[Tile] = ()) -> Any:
+    """Ends all but the last ``num_outstanding`` products of this partition."""
     me = current()
     me.machine.step()
     while len(me.products) > num_outstanding:
