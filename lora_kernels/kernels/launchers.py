@@ -9,7 +9,7 @@ cost.py has the launches of each plan as data, plan.py chooses among them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,20 +20,52 @@ from lora_kernels.kernels.common import Dropout
 from lora_kernels.kernels.expand import expand_add_
 from lora_kernels.kernels.lora_linear import extend, one_pass
 from lora_kernels.kernels.lora_linear_bwd import da, dx_da, dyb_db
+from lora_kernels.kernels.lora_mlp import lora_mlp_bwd
+from lora_kernels.kernels.one_launch import ptr_one_launch
 from lora_kernels.kernels.shrink import shrink
+from lora_kernels.kernels.sm90_gluon import gluon_extend, gluon_one_launch
+from lora_kernels.kernels.sm90_gluon_bwd import gluon_dx
+from lora_kernels.kernels.sm90_gluon_config import gluon_config
 from lora_kernels.kernels.sm90_linear import one_launch, tma_extend
+from lora_kernels.kernels.sm90_linear_bwd import tma_dx
+from lora_kernels.kernels.stacked_launchers import lora_linear_stacked_bwd, lora_linear_stacked_fwd
+from lora_kernels.kernels.swiglu import swiglu
 from lora_kernels.kernels.tuning import (
     expand_config,
     gemm_config,
     one_pass_config,
+    ptr_one_launch_config,
     rank_block,
     shrink_config,
     split_config,
     tma_config,
+    tma_dx_config,
     wide_loads,
 )
 
-__all__ = ["Dropout", "lora_linear_bwd", "lora_linear_fwd"]
+# Plans whose main product is a persistent kernel: that kernel, and who chooses its tiles.
+ONE_LAUNCH: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Any]]] = {
+    "one_launch": (one_launch, lambda M, N, r, dtype, chip, wide: tma_config(M, N, r, dtype, chip)),
+    "gluon_one_launch": (gluon_one_launch, lambda M, N, r, dtype, chip, wide: gluon_config(M, N, r, dtype, chip)),
+    "ptr_one_launch": (ptr_one_launch, ptr_one_launch_config),
+}
+EXTEND: dict[str, tuple[Callable[..., Tensor], Callable[..., Any]]] = {
+    "tma_extend": (tma_extend, tma_config),
+    "gluon_extend": (gluon_extend, gluon_config),
+}
+DX: dict[str, tuple[Callable[..., tuple[Tensor, Tensor | None]], Callable[..., Any]]] = {
+    "tma_extend": (tma_dx, tma_dx_config),
+    "gluon_extend": (gluon_dx, gluon_config),
+}
+__all__ = [
+    "Dropout",
+    "lora_linear_bwd",
+    "lora_linear_fwd",
+    "lora_linear_stacked_bwd",
+    "lora_linear_stacked_fwd",
+    "lora_mlp_bwd",
+    "swiglu",
+]
 
 
 def lora_linear_fwd(
@@ -53,10 +85,11 @@ def lora_linear_fwd(
     ``tiles``: the configuration of the plan's main product; None takes the default of tuning.py.
     """
     M, (N, r), dtype = X.shape[0], B.shape, X.dtype
-    if plan == "one_launch":
-        assert drop is None, "one_launch draws no mask"
-        return one_launch(X, W, A, B, bias, scaling, tiles or tma_config(M, N, r, dtype, chip), chip.units)
     wide = wide_loads(X, W)
+    if plan in ONE_LAUNCH:
+        assert drop is None, f"{plan} draws no mask"
+        kernel, choose = ONE_LAUNCH[plan]
+        return kernel(X, W, A, B, bias, scaling, tiles or choose(M, N, r, dtype, chip, wide), chip.units)
     if plan == "one_pass":
         tiles = tiles or one_pass_config(M, dtype, chip, drop is not None, wide)
         return one_pass(X, W, A, B, bias, scaling, drop, tiles)
@@ -66,8 +99,9 @@ def lora_linear_fwd(
         XA = shrink(X, A, scaling, drop, shrink_config(M, dtype, chip, r, drop is not None, wide))
     if plan == "eager":
         return torch.nn.functional.linear(X, W, bias).addmm_(XA, B.to(dtype).t()), XA
-    if plan == "tma_extend":
-        return tma_extend(X, W, XA, B, bias, tiles or tma_config(M, N, r, dtype, chip), chip.units), XA
+    if plan in EXTEND:
+        kernel, choose = EXTEND[plan]
+        return kernel(X, W, XA, B, bias, tiles or choose(M, N, r, dtype, chip), chip.units), XA
     return extend(X, W, XA, B, bias, tiles or gemm_config(M, N, dtype, chip, wide)), XA
 
 
@@ -95,8 +129,14 @@ def lora_linear_bwd(
     dYB, dB, dbias = dyb_db(dY, B, XA, scaling, split, **make)
     dX = dA = None
     if need_x and dYB is not None:
-        tiles = tiles or gemm_config(M, K, dtype, chip, wide_loads(dY, W, X))
-        dX, dA = dx_da(dY, W, dYB, A, X, drop, tiles, make_da=need_a and r <= rank_block(dtype))
+        make_da = need_a and r <= rank_block(dtype)
+        if plan in DX:
+            kernel, choose = DX[plan]
+            tiles = tiles or choose(M, K, r, dtype, chip)
+            dX, dA = kernel(dY, W, dYB, A, X, drop, tiles, chip.units, make_da=make_da)
+        else:
+            tiles = tiles or gemm_config(M, K, dtype, chip, wide_loads(dY, W, X))
+            dX, dA = dx_da(dY, W, dYB, A, X, drop, tiles, make_da=make_da)
     if need_a and dA is None and dYB is not None:
         dA = da(dYB, X, drop, A.dtype, split)
     return dX, dA, dB, dbias
