@@ -6,8 +6,9 @@ benchmarks.run, the pytest-benchmark tests and the GPU round all take theirs fro
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -150,6 +151,14 @@ def tiny(case: Case) -> Case:
     parts = ((40, 24, 24) if len(set(case.parts)) > 1 else (24,) * len(case.parts))[: len(case.parts)]
     N = sum(parts) or (88 if case.N > case.K else 80)
     return replace(case, M=M, N=N, K=64 if case.K % 64 == 0 else 72, r=r, parts=parts)
+
+
+def case_of(row: Mapping[str, Any]) -> Case:
+    """The case of a result row."""
+    parts = tuple(int(n) for n in str(row["N"]).split("+")) if "+" in str(row["N"]) else ()
+    N = sum(parts) or int(row["N"])
+    op = row["op"] if row["op"] in OPS else "lora_linear"
+    return Case(row["M"], N, row["K"], row["r"], row["dropout"], DTYPES[row["dtype"]], parts=parts, op=op)
 
 
 def distinct(cases: Iterable[Case]) -> list[Case]:
