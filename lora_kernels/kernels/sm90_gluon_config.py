@@ -29,7 +29,10 @@ class GluonConfig:
 
 
 def gluon_config(M: int, N: int, r: int, dtype: torch.dtype, chip: Chip) -> GluonConfig:
-    """Tiles for M rows and N columns of output: 128x256 where that gives every multiprocessor a tile, else 128x128."""
+    """Tiles for M rows and N columns of output: 128x256 where that gives every multiprocessor a tile, else 128x128,
+    and 64x128 for up to 64 rows. The ring takes what shared memory there is."""
+    if M <= 64:
+        return GluonConfig(64, 128, 64, num_warps=4, STAGES=9)
     wide_tiles = -(-M // 128) * -(-N // 256)
     if wide_tiles < chip.units:
         return GluonConfig(128, 128, 64, num_warps=8, STAGES=6)
@@ -53,9 +56,7 @@ def refusal(config: GluonConfig, dtype: torch.dtype, r: int, chip: Chip) -> str 
     if config.num_warps % 4 or config.BLOCK_M % (16 * config.num_warps):
         return f"BLOCK_M={config.BLOCK_M} is not 64 rows for each four of {config.num_warps} warps"
     if config.BLOCK_N % (16 * config.num_warps):
-        return (
-            f"BLOCK_N={config.BLOCK_N} is not 64 columns for each four of {config.num_warps} warps"
-        )
+        return f"BLOCK_N={config.BLOCK_N} is not 64 columns for each four of {config.num_warps} warps"
     if config.BLOCK_K * dtype.itemsize != 128 or config.BLOCK_N > 256:
         return f"{config} is not made of boxes 128 bytes wide"
     need = gluon_shared_bytes(config, dtype)

@@ -10,6 +10,8 @@ docs/sm90_gluon.md has the protocol and what checks it.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -27,7 +29,7 @@ from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.kernels.sm90_linear import descriptor_refusal
 
 # names that Triton 3.7 and 3.9 changed
-block_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+block_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
@@ -150,14 +152,18 @@ def finish(acc, bias_ptr, stride_bias, N, Y_desc, out, row, col, HAS_BIAS: gl.co
     store_half(right, bias_ptr, stride_bias, N, Y_desc, out, row, col + HALF, HAS_BIAS)
 
 
-_GLUON_TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+@functools.cache
+def _swizzle(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """The layout of a box: swizzled over 32, 64 or 128 bytes, as wide as its rows allow."""
+    return gl.NVMMASharedLayout.get_default_for(
+        [rows, columns], {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[dtype]
+    )
 
 
 def box(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Descriptor of a matrix in boxes of rows x columns, swizzled as wide as the box allows; zeros past the end."""
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], _GLUON_TYPES[t.dtype])
+    """Descriptor of a matrix in boxes of rows x columns, zeros past the end."""
     stride = t.stride(0) if t.shape[0] > 1 else -(-t.shape[1] // 8) * 8  # a lone row's is never used, but checked
-    return TensorDescriptor(t, list(t.shape), [stride, 1], [rows, columns], layout)
+    return TensorDescriptor(t, list(t.shape), [stride, 1], [rows, columns], _swizzle(rows, columns, t.dtype))
 
 
 def low_rank_operand(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -75,7 +75,7 @@ def test_ranks(r, adapters, kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_configurations_that_ship(kernel):
     q = make_problem(140, 272, 136, 16, torch.bfloat16)
-    for M in (140, 8192):
+    for M in (40, 140, 8192):
         check(*run(kernel, q, gluon_config(M, 4096, 16, q.X.dtype, CHIPS["sm_90"])), q)
 
 

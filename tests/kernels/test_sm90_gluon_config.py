@@ -22,9 +22,9 @@ def test_every_default_is_valid():
 
 
 def test_the_ring_fills_the_shared_memory():
-    """A slot more would not fit, in either tile."""
-    for N in (4096, 128):
-        config = gluon_config(8192, N, 16, torch.bfloat16, H100)
+    """A slot more would not fit, in any tile."""
+    for M, N in ((8192, 4096), (8192, 128), (64, 4096)):
+        config = gluon_config(M, N, 16, torch.bfloat16, H100)
         assert gluon_shared_bytes(config, torch.bfloat16) <= H100.shared
         assert "shared memory" in refusal(replace(config, STAGES=config.STAGES + 1), torch.bfloat16, 16, H100)
 
