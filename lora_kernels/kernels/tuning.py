@@ -271,11 +271,19 @@ def split_config(M: int, dtype: torch.dtype, chip: Chip, r: int) -> SplitConfig:
 
 
 def tma_config(M: int, N: int, r: int, dtype: torch.dtype, chip: Chip) -> TmaConfig:
-    """Tiles of the persistent TMA kernels: 128x256 where that gives every multiprocessor a tile, else 128x128."""
+    """Tiles of the persistent TMA kernels: 128x256 where that gives every multiprocessor a tile, else 128x128.
+
+    Up to 64 rows it is W that is read: narrow tiles, many of them, in a deep ring.
+    """
     R = rank_tile(r, dtype)
     ragged = _ragged(r)
     if chip.shared < 200 * KIB:  # sm_120
+        if M <= 64:
+            return TmaConfig(64, 64, 64, num_warps=8, num_stages=5, XA_STAGES=4)
         return TmaConfig(128, 64 if ragged else 128, 32, num_warps=8, num_stages=5)
+    if M <= 64:
+        step = 32 if chip.arch == "sm_90" else 64
+        return TmaConfig(64, 64, 64, num_warps=8, num_stages=8, RANK_STEP=step)
     deep, wide_tiles = 8 if R <= 32 else 6, -(-M // 128) * -(-N // 256)
     flat = chip.arch == "sm_90"
     step = 32 if flat else 64
@@ -287,6 +295,9 @@ def tma_config(M: int, N: int, r: int, dtype: torch.dtype, chip: Chip) -> TmaCon
 def tma_dx_config(M: int, K: int, r: int, dtype: torch.dtype, chip: Chip) -> TmaDxConfig:
     """Tiles of tma_dx, M rows and K columns of dX: the largest that do not spill, smaller where they are too few."""
     scattered = K % 16 > 0 or _ragged(r)  # rows of A and of dA's partials, or of dYB, element by element
+    if M <= 64:
+        stages, step = (5, 16) if chip.shared < 200 * KIB else (8, 32 if chip.arch == "sm_90" else 64)
+        return TmaDxConfig(64, 64, 64, num_warps=8, num_stages=stages, RANK_STEP=step)
     if chip.shared < 200 * KIB:  # sm_120
         if scattered:
             return TmaDxConfig(64, 64, 32, num_warps=8, num_stages=5, RANK_STEP=16)

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import lora_kernels.kernels
 from lora_kernels.kernels.tuning import PtrConfig, TmaConfig, TmaDxConfig
-from lora_kernels.reference import philox_keep_mask
+from lora_kernels.reference import pack_keep, philox_keep_mask
 from lora_kernels.testing import assert_close, make_problem, plain, poison, truth
 
 SOURCE = Path(lora_kernels.kernels.__file__).parent
@@ -71,12 +70,6 @@ def kernels_with(tmp_path, file=None, text=None, replacement=None):
         sys.path.remove(str(tmp_path))
 
 
-def pack(keep):
-    """bool (M, K) -> uint8: bit j of byte c is column 8 c + j, rows of 16 ceil(K/128) bytes."""
-    lanes = F.pad(keep, (0, -keep.shape[1] % 128)).view(keep.shape[0], -1, 8).to(torch.uint8)
-    return (lanes << torch.arange(8, dtype=torch.uint8, device=keep.device)).sum(2).to(torch.uint8)
-
-
 def judge(kernels, device, monkeypatch):
     """Forward by pointers and by descriptors, and dX and dA with a mask, on an odd problem; flags are zero after it."""
     taken = []
@@ -90,7 +83,7 @@ def judge(kernels, device, monkeypatch):
     M, N, K, p = 150, 72, 200, 0.25
     q = make_problem(M, N, K, 20, torch.bfloat16, device, dropout_p=p)
     keep = philox_keep_mask(q.seed, p, M, K)
-    drop = kernels["common"].Dropout(p, q.seed, pack(keep))
+    drop = kernels["common"].Dropout(p, q.seed, pack_keep(keep))
     dYB = (q.scaling * (q.dY.double() @ q.B.double())).to(q.X.dtype)
     masked, true_masked, bare, true = plain(q, keep), truth(q, keep), plain(q), truth(q)
     with poison():
