@@ -36,7 +36,7 @@ ALLOWED["inject"] = ALLOWED["adapters"] = ALLOWED["layers"] | {"layers", "target
 ALLOWED["trial"] = ALLOWED["ops"] | {"ops", "testing", "variants"}
 ALLOWED["tune"] = ALLOWED["trial"] | {"trial", "tuned", "adapters"}
 ALLOWED["integrations"] = ALLOWED["finetune"] = ALLOWED["inject"] | {"integrations", "finetune"}
-ALLOWED["cli"] = ALLOWED["finetune"] | {"cli", "testing", "kernels", "cost", "tune", "tuned", "variants"}
+ALLOWED["cli"] = ALLOWED["finetune"] | {"cli", "testing", "kernels", "cost", "stacked_cost", "tune", "tuned", "variants"}
 # The optional dependencies and the files that may name them at import time or inside a function.
 OPTIONAL = {"triton", "transformers", "peft", "matplotlib", "sklearn", "tqdm", "accelerate", "datasets"}
 

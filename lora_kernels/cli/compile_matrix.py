@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ import torch
 
 from lora_kernels import cost
 from lora_kernels.kernels.chip import CHIPS, Chip
+from lora_kernels.stacked_cost import StackedProblem, stacked_dx, stacked_extend
 
 if TYPE_CHECKING:
     from lora_kernels.kernels.shipped_case import Case
@@ -178,20 +180,29 @@ def predicted(case: Case, name: str, chip: Chip) -> dict[str, Any]:
 
     The sum that follows dyb_db is not as large as the one that follows a kernel that makes dA.
     """
-    work = cost.KERNELS.get(name)
-    if work is None:
+    launch = _work(case, name)
+    if launch is None:
         return {}
-    if work is cost.reduce and case.kernel != "dyb_db":
-        work = cost.reduce_da
-    mask = bool(case.dropout)
-    problem = cost.Problem(
-        "fwd", case.M, case.N, case.K, case.r, case.dtype, mask, bias=True, bits=case.dropout == "bits"
-    )
-    launch = work(problem)
     time = cost.seconds(launch, case.dtype, chip)
     compute = cost.seconds(dataclasses.replace(launch, bytes=0), case.dtype, chip)
     bound = "launch" if time < 2 * cost.LAUNCH_SECONDS else "compute" if compute >= time else "memory"
     return {"flop": launch.flop, "moved": launch.bytes, "seconds": time, "bound": bound}
+
+
+def _work(case: Case, name: str) -> cost.Launch | None:
+    """FLOP and bytes of kernel ``name`` in a case; None where the cost model knows none such."""
+    mask, bits = bool(case.dropout), case.dropout == "bits"
+    if case.Ns:
+        ranks = (case.r,) * len(case.Ns)
+        stack = StackedProblem("fwd", case.M, case.Ns, case.K, ranks, case.dtype, mask, bits=bits)
+        problem, works = stack.whole, {work.__name__: partial(work, stack) for work in (stacked_extend, stacked_dx)}
+        if name in works:
+            return works[name]()
+    else:
+        problem = cost.Problem("fwd", case.M, case.N, case.K, case.r, case.dtype, mask, bias=True, bits=bits)
+    if name == "reduce" and case.kernel != "dyb_db":
+        return cost.reduce_da(problem)
+    return cost.KERNELS[name](problem) if name in cost.KERNELS else None
 
 
 def brief(config: object) -> str:

@@ -30,6 +30,7 @@ class Case:
     """One kernel launch: its name in the cost model, the sizes it is made with, its tiles, and ``launch()`` to make it.
 
     ``label`` names the variant: two cases of one kernel, label, dtype and configuration compile to the same code.
+    ``Ns``: the widths of stacked projections of r ranks each, N their sum; empty where there is one.
     """
 
     kernel: str
@@ -42,6 +43,7 @@ class Case:
     dtype: torch.dtype
     config: Config
     launch: Callable[[], object]
+    Ns: tuple[int, ...] = ()
 
 
 Provider = Callable[[Chip], Iterator[Case]]  # the cases of one family of kernels; repetitions are left out later

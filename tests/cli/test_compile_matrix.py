@@ -101,6 +101,16 @@ def test_a_launch_meets_the_cost_model_by_its_name_and_sizes() -> None:
     assert matrix.predicted(_case("new"), "new", CHIPS["sm_90"]) == {}
 
 
+def test_stacked_projections_are_costed_together() -> None:
+    Ns = (4096, 1024, 1024)
+    case = replace(_case("stacked_extend"), N=sum(Ns), Ns=Ns)
+    told = matrix.predicted(case, "stacked_extend", CHIPS["sm_90"])
+    assert told["flop"] == 2 * 8192 * sum(Ns) * (4096 + 16)
+    problem = cost.Problem("bwd", 8192, sum(Ns), 4096, 3 * 16, torch.bfloat16, dropout=True, bits=True)
+    told = matrix.predicted(replace(case, kernel="stacked_dx"), "reduce", CHIPS["sm_90"])
+    assert told["moved"] == cost.reduce_da(problem).bytes
+
+
 def test_the_sum_after_a_kernel_is_as_large_as_its_partials() -> None:
     problem = cost.Problem("bwd", 8192, 4096, 4096, 16, torch.bfloat16, dropout=True, bits=True)
     for kernel, launch in (("dyb_db", cost.reduce(problem)), ("dx_da", cost.reduce_da(problem))):
