@@ -170,3 +170,14 @@ def test_settings_out_of_range():
 
 def test_repr_shows_the_configuration(layer):
     assert "r=4, lora_alpha=8, lora_dropout=0.0, merged=False" in repr(layer)
+
+
+def test_tensors_that_a_wrapper_keeps_in_the_parameters_place_are_used():
+    """As parametrizations do, and FSDP's flat parameters."""
+    layer, x = lk.LoRALinear(8, 6, r=2, init_lora_weights=False), torch.randn(3, 8)
+    expected = layer(x)
+    torch.nn.utils.parametrize.register_parametrization(layer, "lora_A", torch.nn.Identity())
+    torch.testing.assert_close(layer(x), expected)
+    held = layer._parameters.pop("weight")
+    object.__setattr__(layer, "weight", 2 * held.detach())
+    torch.testing.assert_close(layer(x) - expected, x @ held.T)
