@@ -36,7 +36,16 @@ ALLOWED["inject"] = ALLOWED["adapters"] = ALLOWED["layers"] | {"layers", "target
 ALLOWED["trial"] = ALLOWED["ops"] | {"ops", "testing", "variants"}
 ALLOWED["tune"] = ALLOWED["trial"] | {"trial", "tuned", "adapters"}
 ALLOWED["integrations"] = ALLOWED["finetune"] = ALLOWED["inject"] | {"integrations", "finetune"}
-ALLOWED["cli"] = ALLOWED["finetune"] | {"cli", "testing", "kernels", "cost", "stacked_cost", "tune", "tuned", "variants"}
+ALLOWED["cli"] = ALLOWED["finetune"] | {
+    "cli",
+    "testing",
+    "kernels",
+    "cost",
+    "stacked_cost",
+    "tune",
+    "tuned",
+    "variants",
+}
 # The optional dependencies and the files that may name them at import time or inside a function.
 OPTIONAL = {"triton", "transformers", "peft", "matplotlib", "sklearn", "tqdm", "accelerate", "datasets"}
 
@@ -133,7 +142,6 @@ TESTED_ELSEWHERE = {
     "kernels/shipped.py": "test_compile_matrix.py",
     "kernels/shipped_case.py": "test_compile_matrix.py",
     "kernels/shipped_sm90.py": "test_compile_matrix.py",
-    "kernels/sm90_gluon_ring.py": "kernels/test_sm90_gluon.py",
     "kernels/shipped_gluon.py": "test_compile_matrix.py",
     "testing/gluon_emulator_engines.py": "testing/test_gluon_emulator.py",
     "testing/gluon_emulator_language.py": "testing/test_gluon_emulator.py",

@@ -11,7 +11,6 @@ from lora_kernels.kernels.chip import CHIPS
 from lora_kernels.kernels.persistent import one_launch_flags
 from lora_kernels.kernels.sm90_gluon import gluon_extend, gluon_one_launch
 from lora_kernels.kernels.sm90_gluon_config import GluonConfig, gluon_config
-from lora_kernels.kernels.sm90_gluon_ring import low_rank_operand
 from lora_kernels.reference import lora_linear_fwd
 from lora_kernels.testing import assert_close, make_problem, plain, poison, truth
 from lora_kernels.testing.gluon_emulator import emulate
@@ -112,17 +111,6 @@ def test_both_plans_agree_to_the_bit():
     Y, XA = run("gluon_one_launch", q)
     with emulate():
         assert torch.equal(gluon_extend(q.X, q.W, XA, q.B, q.bias, SMALL, 3), Y)
-
-
-def test_low_rank_operands_are_copied_only_where_descriptors_need_it():
-    good = torch.randn(40, 16, dtype=torch.bfloat16)
-    assert low_rank_operand(good, torch.bfloat16) is good
-    for t in (good.float(), good.mT, good[:, :9].contiguous(), good[:, 1:9]):
-        copy = low_rank_operand(t, torch.bfloat16)
-        assert copy.data_ptr() != t.data_ptr()
-        assert torch.equal(copy, t.to(torch.bfloat16))
-        assert copy.stride(1) == 1
-        assert copy.stride(0) % 8 == 0
 
 
 def test_what_descriptors_cannot_take():
