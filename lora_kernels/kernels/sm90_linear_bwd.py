@@ -5,7 +5,8 @@
 One GEMM over N. The masked low-rank term opens the accumulator, so that the mask's registers are dead before the K loop
 begins; dA's partial of a tile comes out of its epilogue, as (D*X)^T dYB: dYB^T (D*X) would have r rows, too few for a
 wide matrix instruction. Opening and epilogue go half of the columns at a time, which is what fits into registers beside
-a 128 x 256 accumulator. A reduction adds the row blocks' partials in a fixed order: the same bits in every run.
+a 128 x 256 accumulator. A program walks down DA_ROWS row blocks and adds their parts of dA to one partial of its own; a
+reduction adds the partials in a fixed order: the same bits in every run.
 
 dY, W, X and dX go through descriptors, A, dYB and the mask's bits through pointers. The mask is read, not drawn: Philox
 beside a 128 x 256 accumulator spills 215 registers. docs/sm90_linear.md has the compile table. Not measured on a GPU.
@@ -89,6 +90,7 @@ def _tma_dx_kernel(
     BLOCK_R: tl.constexpr,
     X_COLUMNS: tl.constexpr,
     RANK_STEP: tl.constexpr,
+    DA_ROWS: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
     """dX = dY W + factor D*(dYB A), tiles of BLOCK_M rows and BLOCK_N columns, and each tile's part of dYB^T (D*X)."""
@@ -96,8 +98,12 @@ def _tma_dx_kernel(
     STEP: tl.constexpr = RANK_STEP if BLOCK_R > RANK_STEP else BLOCK_R
     num_m = tl.cdiv(M, BLOCK_M)
     num_k = tl.cdiv(K, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), num_m * num_k, tl.num_programs(0)):
-        pid_m, pid_k = tile_order(tile, num_m, num_k, GROUP_M)
+    num_spans = tl.cdiv(num_m, DA_ROWS)
+    tasks = tl.cdiv(num_spans * num_k - tl.program_id(0), tl.num_programs(0))
+    for step in tl.range(0, tasks * DA_ROWS):  # one loop: in a nest, what does not change with the row fills registers
+        task = tl.program_id(0) + step // DA_ROWS * tl.num_programs(0)
+        span, pid_k = tile_order(task, num_spans, num_k, GROUP_M)
+        pid_m = span * DA_ROWS + step % DA_ROWS
         row = pid_m * BLOCK_M
         col = pid_k * BLOCK_N
         offs_m = row + tl.arange(0, BLOCK_M)
@@ -130,8 +136,13 @@ def _tma_dx_kernel(
                     offs_r = r0 + tl.arange(0, STEP)
                     dyb = rank_columns(dYB_ptr, offs_m, offs_m < M, offs_r, r, stride_sm, 1)
                     da = tl.dot(x.T, dyb)
-                    da_ptrs = dA_ptr + (pid_m.to(tl.int64) * r + offs_r[None, :]) * K + offs_k[:, None]
-                    tl.store(da_ptrs, da, mask=(offs_k < K)[:, None] & (offs_r < r)[None, :])
+                    da_ptrs = dA_ptr + (span.to(tl.int64) * r + offs_r[None, :]) * K + offs_k[:, None]
+                    mask = (offs_k < K)[:, None] & (offs_r < r)[None, :]
+                    if DA_ROWS > 1:
+                        da += tl.load(da_ptrs, mask=mask & (step % DA_ROWS > 0), other=0.0)
+                    tl.store(da_ptrs, da, mask=mask)
+            if DA_ROWS > 1:
+                tl.debug_barrier()  # what this row block added is there when the next one reads it
 
 
 def tma_dx(
@@ -159,9 +170,9 @@ def tma_dx(
         raise BackendUnavailableError(f"TMA kernels cannot take this call: {reason}; copy it or name no plan")
     if drop is not None and drop.bits is None:
         raise BackendUnavailableError("tma_dx reads dropout's mask as bits, given is a seed; keep the bits in forward")
-    blocks_m, x_columns = triton.cdiv(M, config.BLOCK_M), max(64, config.BLOCK_N // 2)
-    part_da = torch.empty(blocks_m, r, K, dtype=torch.float32, device=X.device) if make_da else None
-    _tma_dx_kernel[(min(units, blocks_m * triton.cdiv(K, config.BLOCK_N)),)](
+    spans, x_columns = triton.cdiv(M, config.BLOCK_M * config.DA_ROWS), max(64, config.BLOCK_N // 2)
+    part_da = torch.empty(spans, r, K, dtype=torch.float32, device=X.device) if make_da else None
+    _tma_dx_kernel[(min(units, spans * triton.cdiv(K, config.BLOCK_N)),)](
         descriptor(dY, config.BLOCK_M, config.BLOCK_K),
         descriptor(W, config.BLOCK_K, config.BLOCK_N),
         descriptor(X, config.BLOCK_M, x_columns),
@@ -184,6 +195,7 @@ def tma_dx(
         BLOCK_R=rank_tile(r, X.dtype),
         X_COLUMNS=x_columns,
         RANK_STEP=config.RANK_STEP,
+        DA_ROWS=config.DA_ROWS,
         GROUP_M=config.GROUP_M,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

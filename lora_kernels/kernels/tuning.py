@@ -71,6 +71,7 @@ class TmaDxConfig:
     """Tiles of the persistent TMA kernel that makes dX and dA's partials: one program a multiprocessor.
 
     BLOCK_M x BLOCK_N of dX, BLOCK_K of the sum over N. RANK_STEP: the most ranks of dYB and A in registers at a time.
+    DA_ROWS: row blocks that a program walks down one after another, adding them to one partial of dA.
     """
 
     BLOCK_M: int
@@ -79,6 +80,7 @@ class TmaDxConfig:
     num_warps: int
     num_stages: int
     RANK_STEP: int = 32
+    DA_ROWS: int = 1
     GROUP_M: int = 8
 
 
@@ -293,7 +295,20 @@ def tma_config(M: int, N: int, r: int, dtype: torch.dtype, chip: Chip) -> TmaCon
 
 
 def tma_dx_config(M: int, K: int, r: int, dtype: torch.dtype, chip: Chip) -> TmaDxConfig:
-    """Tiles of tma_dx, M rows and K columns of dX: the largest that do not spill, smaller where they are too few."""
+    """Tiles of tma_dx, M rows and K columns of dX: the largest that do not spill, smaller where they are too few.
+
+    DA_ROWS is the most at which no program makes more tiles than with 1: as few partials of dA as cost no time.
+    """
+    tiles = _tma_dx_tiles(M, K, r, chip)
+    num_m, num_k = -(-M // tiles.BLOCK_M), -(-K // tiles.BLOCK_N)
+
+    def longest(rows: int) -> int:
+        return -(-(-(-num_m // rows) * num_k) // chip.units) * rows
+
+    return replace(tiles, DA_ROWS=max(rows for rows in (1, 2, 4, 8) if longest(rows) <= longest(1)))
+
+
+def _tma_dx_tiles(M: int, K: int, r: int, chip: Chip) -> TmaDxConfig:
     scattered = K % 16 > 0 or _ragged(r)  # rows of A and of dA's partials, or of dYB, element by element
     if M <= 64:
         stages, step = (5, 16) if chip.shared < 200 * KIB else (8, 32 if chip.arch == "sm_90" else 64)

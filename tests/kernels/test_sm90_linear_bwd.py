@@ -15,7 +15,7 @@ from lora_kernels.reference import pack_keep, philox_keep_mask
 from lora_kernels.testing import assert_close, make_problem, plain, poison, truth
 
 H100 = CHIPS["sm_90"]
-SMALL = TmaDxConfig(64, 128, 64, num_warps=4, num_stages=2, RANK_STEP=16)  # several tiles, steps and steps of ranks
+SMALL = TmaDxConfig(64, 128, 64, num_warps=4, num_stages=2, RANK_STEP=16, DA_ROWS=2)  # several of everything
 DTYPES = (torch.float16, torch.bfloat16)
 SIZES = [(130, 96, 128), (64, 64, 64), (1, 8, 8), (65, 72, 200), (200, 160, 136)]
 
@@ -59,7 +59,7 @@ def test_ranks(r, adapters, device):
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_120"])
 def test_the_configurations_that_ship(arch, device):
-    for M, r in ((8192, 16), (140, 64), (140, 20), (64, 8)):
+    for M, r in ((16384, 16), (8192, 16), (140, 64), (140, 20), (64, 8)):
         q = make_problem(140, 136, 264, r, torch.bfloat16, device, dropout_p=0.1)
         check(q, config=tma_dx_config(M, 4096, r, q.X.dtype, CHIPS[arch]), units=H100.units)
 
@@ -85,6 +85,9 @@ def test_without_da_and_same_bits_for_any_number_of_programs(device):
         again, dA_again, _ = run(q, units=units)
         assert torch.equal(first, again)
         assert torch.equal(dA, dA_again)
+    other, dA_other, _ = run(q, config=dataclasses.replace(SMALL, DA_ROWS=1))
+    assert torch.equal(other, first)
+    torch.testing.assert_close(dA_other, dA, rtol=2e-2, atol=2e-2)  # the same sums in another order
     alone, nothing, _ = run(q, make_da=False)
     assert nothing is None
     assert torch.equal(alone, first)
@@ -120,6 +123,17 @@ def test_every_default_is_valid(arch):
     sizes = itertools.product((1, 128, 1000, 8192), (8, 264, 4096), (1, 16, 17, 32, 48, 57, 64), DTYPES)
     for M, K, r, dtype in sizes:
         assert is_valid(tma_dx_config(M, K, r, dtype, CHIPS[arch]), dtype, r, CHIPS[arch]) is None
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_120"])
+def test_fewer_partials_cost_no_tile(arch):
+    chip = CHIPS[arch]
+    assert tma_dx_config(8192, 4096, 16, torch.bfloat16, H100).DA_ROWS == 8
+    for M, K, r in itertools.product((1, 200, 1000, 4096, 8192, 20_000), (200, 1024, 4096, 14_336), (16, 57)):
+        tiles = tma_dx_config(M, K, r, torch.bfloat16, chip)
+        num_m, num_k = -(-M // tiles.BLOCK_M), -(-K // tiles.BLOCK_N)
+        walked = -(-(-(-num_m // tiles.DA_ROWS) * num_k) // chip.units) * tiles.DA_ROWS
+        assert walked <= -(-num_m * num_k // chip.units)
 
 
 def test_configurations_that_are_known_to_fail_are_refused():

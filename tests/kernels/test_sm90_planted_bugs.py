@@ -15,7 +15,7 @@ from lora_kernels.testing import assert_close, make_problem, plain, poison, trut
 
 SOURCE = Path(lora_kernels.kernels.__file__).parent
 MODULES = ("chip", "common", "reduce", "tuning", "persistent", "one_launch", "sm90_linear", "sm90_linear_bwd")
-DX = TmaDxConfig(64, 128, 64, num_warps=4, num_stages=2, RANK_STEP=16)
+DX = TmaDxConfig(64, 128, 64, num_warps=4, num_stages=2, RANK_STEP=16, DA_ROWS=2)
 TMA = TmaConfig(64, 64, 64, num_warps=4, num_stages=2, RANK_STEP=16)
 PTR = PtrConfig(64, 64, 32, num_warps=4, num_stages=2, RANK_STEP=16)
 
@@ -31,10 +31,12 @@ BUGS = [
     ("the halves are interleaved", "sm90_linear_bwd.py", "tl.permute(tl.join(left, right), (0, 2, 1))", "tl.join(left, right)"),
     ("the right half of dX is not written", "sm90_linear_bwd.py", "        dX_desc.store([row, col + HALF], right.to(dX_desc.dtype))\n", ""),
     ("one step of N short", "sm90_linear_bwd.py", "tl.range(0, tl.cdiv(N, BLOCK_K))", "tl.range(0, N // BLOCK_K)"),
-    ("dA's row blocks overwrite each other", "sm90_linear_bwd.py", "(pid_m.to(tl.int64) * r", "(pid_m.to(tl.int64) * 0"),
-    ("dA is written past its columns", "sm90_linear_bwd.py", "mask=(offs_k < K)[:, None] & (offs_r < r)[None, :]", "mask=(offs_r < r)[None, :]"),
+    ("dA's spans overwrite each other", "sm90_linear_bwd.py", "(span.to(tl.int64) * r", "(span.to(tl.int64) * 0"),
+    ("a span keeps its last row block only", "sm90_linear_bwd.py", "(step % DA_ROWS > 0)", "(step % DA_ROWS > 9)"),
+    ("a span begins with what was there", "sm90_linear_bwd.py", "mask & (step % DA_ROWS > 0)", "mask"),
+    ("dA is written past its columns", "sm90_linear_bwd.py", "mask = (offs_k < K)[:, None] & (offs_r < r)[None, :]", "mask = (offs_k < 2 * K)[:, None] & (offs_r < r)[None, :]"),
     ("dA is made of the left columns only", "sm90_linear_bwd.py", "X_desc.load([row, col + c])", "X_desc.load([row, col])"),
-    ("the last tile has no program", "sm90_linear_bwd.py", "num_m * num_k, tl.num_programs(0)", "num_m * num_k - 1, tl.num_programs(0)"),
+    ("the last tile has no program", "sm90_linear_bwd.py", "num_spans * num_k - tl.program_id(0)", "num_spans * num_k - 1 - tl.program_id(0)"),
     ("the last rank is skipped", "persistent.py", "(offs_r < r)[None, :]", "(offs_r < r - 1)[None, :]"),
     ("ranks are read past the end", "persistent.py", "mask=mask[:, None] & (offs_r < r)[None, :]", "mask=mask[:, None]"),
     ("the second step of ranks repeats the first", "persistent.py", "offs_r = r0 + tl.arange(0, STEP)", "offs_r = tl.arange(0, STEP)"),
