@@ -48,12 +48,6 @@ class StackedProblem:
         """One layer as wide as all projections, with all their ranks: for the passes over X."""
         return replace(self.one(0), N=sum(self.Ns), r=sum(self.ranks))
 
-    @property
-    def makes_da(self) -> bool:
-        """Whether dX's epilogue yields dA: all ranks fit one tile, and no mask is drawn beside them."""
-        drawn = self.dropout and not self.bits and len(self.Ns) > 1
-        return cost.makes_da(self.whole) and not drawn
-
 
 def stacked_extend(q: StackedProblem) -> Launch:
     """Y_p = X W_p^T + XA_p B_p^T for all p."""
@@ -65,10 +59,7 @@ def stacked_extend(q: StackedProblem) -> Launch:
 
 def stacked_dx(q: StackedProblem) -> Launch:
     """dX = sum_p dY_p W_p + D*(dYB A), and dA's partials where they fit."""
-    flop, moved = 2 * q.M * q.K * (sum(q.Ns) + sum(q.ranks)), cost.dx_da(q.whole).bytes
-    if cost.makes_da(q.whole) and not q.makes_da:  # dx_da counts them
-        moved -= q.dtype.itemsize * q.M * q.K + cost.reduce_da(q.whole).bytes
-    return Launch("stacked_dx", flop + (2 * q.M * q.K * sum(q.ranks) if q.makes_da else 0), moved)
+    return replace(cost.dx_da(q.whole), kernel="stacked_dx")
 
 
 def _library(kernel: str, M: int, N: int, K: int, q: StackedProblem, add: bool = False) -> Launch:
@@ -102,7 +93,7 @@ def _stacked_bwd(q: StackedProblem) -> Iterator[Launch]:
         yield cost.reduce(q.one(p))
     if q.need_dx:
         yield stacked_dx(q)
-    if not (q.need_dx and q.makes_da):
+    if not (q.need_dx and cost.makes_da(q.whole)):
         yield cost.da(q.whole)
     yield cost.reduce_da(q.whole)
 

@@ -142,6 +142,7 @@ TESTED_ELSEWHERE = {
     "kernels/shipped.py": "test_compile_matrix.py",
     "kernels/shipped_case.py": "test_compile_matrix.py",
     "kernels/shipped_sm90.py": "test_compile_matrix.py",
+    "kernels/shipped_stacked.py": "test_compile_matrix.py",
     "kernels/shipped_gluon.py": "test_compile_matrix.py",
     "testing/gluon_emulator_engines.py": "testing/test_gluon_emulator.py",
     "testing/gluon_emulator_language.py": "testing/test_gluon_emulator.py",

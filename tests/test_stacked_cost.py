@@ -23,7 +23,6 @@ def test_launches_in_order():
     assert names("shrink_extend", op="bwd") == [*each, "stacked_dx", "reduce"]
     assert names("shrink_extend", op="bwd", need_dx=False) == [*each, "da", "reduce"]
     assert names("shrink_extend", op="bwd", ranks=(64, 64, 64)) == [*each, "stacked_dx", "da", "reduce"]
-    assert names("shrink_extend", op="bwd", dropout=True, bits=False) == [*each, "stacked_dx", "da", "reduce"]
     assert names("eager", op="bwd", dropout=True)[-3:] == ["expand", "da", "reduce"]
 
 

@@ -17,6 +17,7 @@ from lora_kernels.kernels.lora_linear_bwd import da, dx_da, dyb_db
 from lora_kernels.kernels.shipped_case import Case, Provider, layers
 from lora_kernels.kernels.shipped_gluon import gluon_cases
 from lora_kernels.kernels.shipped_sm90 import ptr_cases, tma_cases
+from lora_kernels.kernels.shipped_stacked import stacked_cases
 from lora_kernels.kernels.shrink import shrink
 from lora_kernels.kernels.tuning import (
     expand_config,
@@ -49,7 +50,7 @@ def pointer_cases(chip: Chip) -> Iterator[Case]:
             yield layer.case("expand", patch, partial(expand_add_, X, XA, A, drop, patch))
 
 
-PROVIDERS: tuple[Provider, ...] = (pointer_cases, tma_cases, ptr_cases, gluon_cases)
+PROVIDERS: tuple[Provider, ...] = (pointer_cases, tma_cases, ptr_cases, gluon_cases, stacked_cases)
 
 
 def shipped_cases(arch: str) -> Iterator[Case]:

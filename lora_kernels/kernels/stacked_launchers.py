@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from lora_kernels.kernels.lora_linear_bwd import da, dyb_db
 from lora_kernels.kernels.lora_linear_stacked import stacked_dx, stacked_extend
 from lora_kernels.kernels.shrink import shrink
 from lora_kernels.kernels.tuning import (
+    GemmConfig,
     expand_config,
     gemm_config,
     rank_block,
@@ -129,6 +131,13 @@ def low_rank_grads(
     return dYB_all, [db for _, db, _ in made], [dbias for _, _, dbias in made]
 
 
+def dx_config(M: int, K: int, drop: Dropout | None, dtype: torch.dtype, chip: Chip, wide: bool) -> GemmConfig:
+    """Tiles of stacked_dx: those of the GEMM, half as wide where the mask is drawn (128 x 128 spills on sm_80, sm_90)."""
+    tiles = gemm_config(M, K, dtype, chip, wide)
+    drawn = drop is not None and drop.bits is None
+    return replace(tiles, BLOCK_N=min(tiles.BLOCK_N, 64)) if drawn else tiles
+
+
 def dx_of(
     dY: Tensors,
     W: Tensors,
@@ -147,10 +156,8 @@ def dx_of(
     (M, K), dtype = X.shape, X.dtype
     wide = wide_loads(*dY, *W, X)
     if plan != "eager":
-        drawn = drop is not None and drop.bits is None  # Philox in the epilogue spills on sm_80 beside two projections
-        fits = A.shape[0] <= rank_block(dtype) and (not drawn or len(dY) == 1)
-        tiles = gemm_config(M, K, dtype, chip, wide)
-        return stacked_dx(dY, W, dYB, A, X, drop, tiles, make_da=need_a and fits)
+        make_da = need_a and A.shape[0] <= rank_block(dtype)
+        return stacked_dx(dY, W, dYB, A, X, drop, dx_config(M, K, drop, dtype, chip, wide), make_da=make_da)
     dX = dY[0] @ W[0]
     for dy, w in zip(dY[1:], W[1:], strict=True):
         dX.addmm_(dy, w)

@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024
-WARPS = 4  # 8 elements, 16 bytes of 16 bits, a thread
+from lora_kernels.kernels.tuning import ShrinkConfig
+
+TILES = ShrinkConfig(1, 1024, num_warps=4, num_stages=1)  # 8 elements, 16 bytes of 16 bits, a thread
 
 
 @triton.jit
@@ -50,14 +51,15 @@ def _swiglu_bwd_kernel(
 
 
 def _grid(M: int, F: int) -> tuple[int, int]:
-    return M, triton.cdiv(F, BLOCK)
+    return M, triton.cdiv(F, TILES.BLOCK_K)
 
 
 def swiglu(G: Tensor, U: Tensor) -> Tensor:
     """H (M, F) = silu(G) * U, contiguous; G and U have columns next to one another and any row stride; M > 0."""
     M, F = G.shape
     H = torch.empty(M, F, dtype=G.dtype, device=G.device)
-    _swiglu_kernel[_grid(M, F)](G, U, H, F, G.stride(0), U.stride(0), BLOCK=BLOCK, num_warps=WARPS)
+    strides = G.stride(0), U.stride(0)
+    _swiglu_kernel[_grid(M, F)](G, U, H, F, *strides, BLOCK=TILES.BLOCK_K, num_warps=TILES.num_warps)
     return H
 
 
@@ -69,6 +71,16 @@ def swiglu_bwd(dH: Tensor, G: Tensor, U: Tensor, make_h: bool) -> tuple[Tensor, 
     M, F = G.shape
     dG, dU = torch.empty_like(dH), torch.empty_like(dH)
     _swiglu_bwd_kernel[_grid(M, F)](
-        dH, G, U, dG, dU, F, G.stride(0), U.stride(0), MAKE_H=make_h, BLOCK=BLOCK, num_warps=WARPS
+        dH,
+        G,
+        U,
+        dG,
+        dU,
+        F,
+        G.stride(0),
+        U.stride(0),
+        MAKE_H=make_h,
+        BLOCK=TILES.BLOCK_K,
+        num_warps=TILES.num_warps,
     )
     return dG, dU, dH if make_h else None
