@@ -216,17 +216,18 @@ def _as_python(kernel: GluonJITFunction[Any], worlds: dict[int, dict[str, Any]])
 
 
 @contextmanager
-def emulate(seed: int = 0) -> Iterator[None]:
-    """Within it a launch of a Gluon kernel runs here, to its end. Every seed is another order of events.
+def emulate(seed: int = 0) -> Iterator[list[str]]:
+    """Within it a launch of a Gluon kernel runs here, to its end; yields the names of what was launched so far.
+
+    Every seed is another order of events.
 
     Raises:
         EmulatorError: from a launch that deadlocks or does what the hardware does not define.
     """
 
     def run(kernel: GluonJITFunction[Any], *args: Any, grid: Sequence[int], warmup: bool, **kwargs: Any) -> None:
-        names = inspect.signature(kernel.fn).parameters
-        machine = Machine(seed)
-        bound = inspect.signature(kernel.fn).bind(*args, **{k: v for k, v in kwargs.items() if k in names})
+        machine, signature = Machine(seed), inspect.signature(kernel.fn)
+        bound = signature.bind(*args, **{k: v for k, v in kwargs.items() if k in signature.parameters})
 
         def here(value: Any) -> Any:
             if isinstance(value, TensorDescriptor):
@@ -239,9 +240,11 @@ def emulate(seed: int = 0) -> Iterator[None]:
         for number in range(machine.programs):
             Partition(machine, Block(number), partial(body, **given), f"program {number}")
         machine.start()
+        launched.append(kernel.__name__)
 
+    launched: list[str] = []
     with mock.patch.object(GluonJITFunction, "run", run):
-        yield
+        yield launched
 
 
 __all__ = ["EmulatorError", "emulate"]

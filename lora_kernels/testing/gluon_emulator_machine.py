@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_kernels.testing.gluon_emulator_memory import Block, Clock, EmulatorError, Global
@@ -55,7 +56,8 @@ class Partition(threading.Thread):
         self.turn.acquire()
         try:
             if self.machine.error is None:
-                self.body()
+                with torch.no_grad():  # a thread starts with gradients on, whatever the launching one has
+                    self.body()
                 for store in self.stores:
                     store.finish(lost=True)  # shared memory may be another block's by now
         except _StopError:

@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 import torch
 
+from lora_kernels import ops
 from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.kernels.chip import CHIPS
 from lora_kernels.kernels.common import Dropout
 from lora_kernels.kernels.sm90_gluon_bwd import gluon_dx
 from lora_kernels.kernels.sm90_gluon_config import GluonConfig, gluon_config
-from lora_kernels.reference import pack_keep, philox_keep_mask
+from lora_kernels.reference import Needs, pack_keep, philox_keep_mask
 from lora_kernels.testing import assert_close, make_problem, plain, poison, truth
 from lora_kernels.testing.gluon_emulator import emulate
 
@@ -86,3 +87,26 @@ def test_dropout_needs_bits():
         gluon_dx(q.dY, q.W, dYB, q.A, q.X, Dropout(0.5, q.seed), SMALL, 1)
     with pytest.raises(BackendUnavailableError, match="stride 2"):
         gluon_dx(q.dY[:, ::2], q.W, dYB, q.A, q.X, None, SMALL, 1)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("plan", "p", "kernels"),
+    [
+        ("gluon_extend", 0.0, ["_gluon_extend_kernel", "_gluon_dx_kernel"]),
+        ("gluon_extend", 0.25, ["_gluon_extend_kernel", "_gluon_dx_kernel"]),
+        ("gluon_one_launch", 0.0, ["_gluon_one_launch_kernel", "_gluon_dx_kernel"]),
+    ],
+)
+def test_through_the_operator(plan, p, kernels):
+    """Bits that the shrink pass makes are the ones that dX and dA read."""
+    M, N, K, r = 70, 96, 128, 8
+    q = make_problem(M, N, K, r, torch.bfloat16, dropout_p=p)
+    seed, keep = (q.seed, philox_keep_mask(q.seed, p, M, K)) if p else (None, None)
+    operands, how = (q.X, q.W, q.A, q.B), (q.scaling, p, seed)
+    with emulate() as launched:
+        Y, XA, bits = ops.lora_linear_fwd(*operands, q.bias, *how, f"triton:{plan}", True)
+        grads = ops.lora_linear_bwd(q.dY, *operands, XA, *how, bits if p else None, Needs(), f"triton:{plan}")
+    assert launched == kernels
+    for name, got in zip(("Y", "dX", "dA", "dB"), (Y, *grads[:3]), strict=True):
+        assert_close(got, getattr(plain(q, keep), name), getattr(truth(q, keep), name), what=name)
