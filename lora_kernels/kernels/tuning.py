@@ -284,8 +284,9 @@ def tma_config(M: int, N: int, r: int, dtype: torch.dtype, chip: Chip) -> TmaCon
             return TmaConfig(64, 64, 64, num_warps=8, num_stages=5, XA_STAGES=4)
         return TmaConfig(128, 64 if ragged else 128, 32, num_warps=8, num_stages=5)
     if M <= 64:
-        step = 32 if chip.arch == "sm_90" else 64
-        return TmaConfig(64, 64, 64, num_warps=8, num_stages=8, RANK_STEP=step)
+        if chip.arch == "sm_90":
+            return TmaConfig(64, 64, 64, num_warps=8, num_stages=8, RANK_STEP=32)
+        return TmaConfig(64, 128, 64, num_warps=8, num_stages=6)
     deep, wide_tiles = 8 if R <= 32 else 6, -(-M // 128) * -(-N // 256)
     flat = chip.arch == "sm_90"
     step = 32 if flat else 64
