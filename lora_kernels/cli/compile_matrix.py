@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lora_kernels.kernels.shipped_case import Case
     from lora_kernels.testing.resources import Kernel
 
+_MATRICES = {"swiglu": 3, "swiglu_bwd": 6}  # kernels element by element: (M, N) matrices read and written
 _READING = -1  # stands for a case's number once all are compiled
 
 
@@ -136,7 +137,7 @@ def _compile_cases(
             try:
                 case.launch()
             except Exception as error:  # whatever a compiler raises, the case must not ship and the rest is wanted
-                reason = " ".join(str(error).split())[:300]
+                reason = " ".join(str(error).split())[-300:]  # Triton quotes the kernel first, the cause comes last
                 failed.append(dataclasses.replace(bare, faults=(f"{type(error).__name__}: {reason}",)))
         compiled.append((case, bare, gpu))
     yield _READING, None
@@ -192,6 +193,8 @@ def predicted(case: Case, name: str, chip: Chip) -> dict[str, Any]:
 def _work(case: Case, name: str) -> cost.Launch | None:
     """FLOP and bytes of kernel ``name`` in a case; None where the cost model knows none such."""
     mask, bits = bool(case.dropout), case.dropout == "bits"
+    if name in _MATRICES:
+        return cost.Launch(name, 0, _MATRICES[name] * case.dtype.itemsize * case.M * case.N)
     if case.Ns:
         ranks = (case.r,) * len(case.Ns)
         stack = StackedProblem("fwd", case.M, case.Ns, case.K, ranks, case.dtype, mask, bits=bits)

@@ -50,7 +50,7 @@ def _extend(layer: Layer, chip: Chip) -> Case:
     XA = torch.empty(M, 3 * layer.r, dtype=dtype)
     tiles = gemm_config(M, sum(Ns), dtype, chip, wide_loads(layer.X, *W))
     launch = partial(stacked_extend, layer.X, W, XA, B, bias, tiles)
-    return replace(layer.case("stacked_extend", tiles, launch, "3 projections"), N=sum(Ns))
+    return replace(layer.case("stacked_extend", tiles, launch, "3 projections"), N=sum(Ns), Ns=tuple(Ns))
 
 
 def _dx(layer: Layer, projections: int, chip: Chip) -> Case:
@@ -62,4 +62,4 @@ def _dx(layer: Layer, projections: int, chip: Chip) -> Case:
     make_da = rank_block(dtype) >= R
     launch = partial(stacked_dx, dY, W, dYB, A, layer.X, drop, tiles, make_da=make_da)
     note = f"{projections} projections" + " dA" * make_da
-    return replace(layer.case("stacked_dx", tiles, launch, note), N=sum(Ns))
+    return replace(layer.case("stacked_dx", tiles, launch, note), N=sum(Ns), Ns=tuple(Ns))

@@ -111,6 +111,11 @@ def test_stacked_projections_are_costed_together() -> None:
     assert told["moved"] == cost.reduce_da(problem).bytes
 
 
+def test_kernels_element_by_element_move_their_matrices_once() -> None:
+    told = matrix.predicted(_case("swiglu"), "swiglu", CHIPS["sm_90"])
+    assert (told["flop"], told["moved"], told["bound"]) == (0, 3 * 2 * 8192 * 4096, "memory")
+
+
 def test_the_sum_after_a_kernel_is_as_large_as_its_partials() -> None:
     problem = cost.Problem("bwd", 8192, 4096, 4096, 16, torch.bfloat16, dropout=True, bits=True)
     for kernel, launch in (("dyb_db", cost.reduce(problem)), ("dx_da", cost.reduce_da(problem))):
