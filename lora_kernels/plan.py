@@ -82,6 +82,7 @@ def triton_missing(device_type: str) -> str | None:
     return f"no Triton kernels for {device_type} tensors"
 
 
+@functools.cache
 def triton_kernels() -> ModuleType:
     """The Triton kernels; the only place that imports them, and with them Triton."""
     return importlib.import_module("lora_kernels.kernels.launchers")
@@ -218,14 +219,13 @@ def plan_call(
 ) -> tuple[Plan, Chip]:
     """The plan and the Chip of one call, whose matrices are ``operands``: X, W, or dY, X, W, the first with M rows.
 
-    Costs a dictionary's look-up. Where the plan would hand matrices to TMA descriptors that these cannot take, or its
-    tuned tiles want wide loads that these do not allow, "auto" chooses again; a plan asked for by name raises.
+    Costs a look-up. Where descriptors cannot take these matrices "auto" chooses again, and a plan asked for by name
+    raises; where they do not allow the wide loads that tuned tiles want, the default tiles are taken.
 
     Raises:
         BackendUnavailableError: the plan asked for by name is not valid for this call.
     """
-    first = operands[0]
-    dtype, device = first.dtype, first.device
+    dtype, device = (first := operands[0]).dtype, first.device
     plan, chip = _plan_of(op, first.shape[0], N, K, r, dtype, dropout, bias, need_dx, bits, True, device, forced)
     if plan.descriptors and not descriptors_take(*operands):
         return _plan_of(op, first.shape[0], N, K, r, dtype, dropout, bias, need_dx, bits, False, device, forced)

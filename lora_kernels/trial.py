@@ -29,6 +29,7 @@ Call = Callable[[], tuple[Tensor | None, ...]]
 Candidate = tuple[str, Tiles | None]  # a plan, and the tiles of its main product (None: the default ones)
 SCALING = 1.7  # no power of two: a kernel that rounds scaling * B shows
 SWEEP_BYTES = 256 << 20
+SWEEP_HOST_US = 20.0  # to queue the read of the sweep and two events
 
 
 class Times(NamedTuple):
@@ -170,7 +171,7 @@ def timed(calls: Mapping[str, Call], device: torch.device, rounds: int) -> dict[
         one_round = _cuda_round(calls, order, sweep, queueing) if device.type == "cuda" else _host_round(calls, order)
         for name, times in one_round.items():
             taken[name].append(times)
-        queueing = sum(times.host_us for times in one_round.values()) * 1e-6
+        queueing = sum(times.host_us + SWEEP_HOST_US for times in one_round.values()) * 1e-6
     return {
         name: Times(statistics.median(t.us for t in samples), statistics.median(t.host_us for t in samples))
         for name, samples in taken.items()

@@ -94,3 +94,35 @@ def test_calls_take_turns():
     assert "".join(taken) == "ABCBCACABABC"
     assert all(t.us > 0 for t in times.values())
     assert trial.timed({}, torch.device("cpu"), 2) == {}
+
+
+class Event:
+    """A stand-in for torch.cuda.Event: notes when it was recorded."""
+
+    def __init__(self, log):
+        self._log = log
+
+    def record(self):
+        self.at = len(self._log)
+        self._log.append("event")
+
+    def elapsed_time(self, end):
+        return float(end.at - self.at)
+
+
+def test_on_a_gpu_a_call_lies_between_its_events_and_the_host_runs_ahead(monkeypatch):
+    log, slept = [], []
+    for name, stand_in in {
+        "synchronize": lambda: log.append("sync"),
+        "_sleep": slept.append,
+        "Event": lambda enable_timing: Event(log),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    calls = {"a": lambda: log.append("a"), "b": lambda: (log.append("b"), log.append("b"))}
+    times = trial._cuda_round(calls, ["b", "a"], torch.ones(1), queueing=1e-3)
+    assert log == ["sync", "event", "b", "b", "event", "event", "a", "event", "sync"]
+    assert slept == [3_000_000]  # cycles: half as long again as the host took last time, at 2 GHz
+    assert {name: t.us for name, t in times.items()} == {"a": 2000.0, "b": 3000.0}  # events count in milliseconds
+    assert all(0 < t.host_us < 1e5 for t in times.values())
+    trial._cuda_round(calls, ["a"], torch.ones(1), queueing=10.0)
+    assert slept[-1] == 100_000_000  # never longer than 50 ms

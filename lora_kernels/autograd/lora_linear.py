@@ -15,8 +15,6 @@ from lora_kernels.formats import format_of
 from lora_kernels.plan import resolve_backend
 from lora_kernels.reference import Needs
 
-_FLOATS = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
-
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
@@ -74,29 +72,6 @@ def _forward(X: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor | None]:
 
 def _check(X: Tensor, W: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
     """Raise where the operands do not fit together; costs some comparisons of integers."""
-    w, a, dtype, device = W.shape, A.shape, X.dtype, X.device
-    fit = (
-        not W.requires_grad
-        and len(w) == len(a) == 2
-        and X.dim() > 0
-        and X.shape[-1] == w[1] == a[1]
-        and B.shape == (w[0], a[0])
-        and a[0] > 0
-        and dtype == W.dtype
-        and dtype in _FLOATS
-        and A.dtype in _FLOATS
-        and B.dtype in _FLOATS
-        and W.device == device
-        and A.device == device
-        and B.device == device
-        and (bias is None or (bias.shape == w[:1] and bias.dtype == dtype))
-    )
-    if not fit:
-        _refuse(X, W, A, B, bias)
-
-
-def _refuse(X: Tensor, W: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
-    """Raise for the first of the things that _check asks for."""
     if W.requires_grad:
         raise FrozenWeightError(
             "W requires a gradient; this layer trains A and B over a frozen base. Call W.requires_grad_(False), or "
