@@ -30,6 +30,9 @@ class LoRALinear(nn.Module):
         adapter_dtype: of lora_A and lora_B; None takes float32 for a 16-bit base, as PEFT does, else the base's.
         backend: as in lora_linear.
 
+    Attributes that may be set at any time: scaling, lora_dropout, backend, and dropout_mask ("bits" or "seed", as in
+    lora_linear).
+
     Raises:
         ConfigError: r below 1, or a dropout outside [0, 1].
     """
@@ -102,7 +105,7 @@ class LoRALinear(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, lora_dropout, use_rslora
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
-        self.backend = backend
+        self.backend, self.dropout_mask = backend, "bits"
         self._base_weight: Tensor | None = None
         base.requires_grad_(False)
         self.weight = base.weight
@@ -149,6 +152,7 @@ class LoRALinear(nn.Module):
             dropout_p=self.lora_dropout,
             training=self.training,
             backend=self.backend,
+            dropout_mask=self.dropout_mask,
         )
 
     def delta_weight(self) -> Tensor:

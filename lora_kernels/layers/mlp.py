@@ -45,4 +45,5 @@ class LoRAMLP(LoRAContainer):
             dropout_p=gate.lora_dropout,
             training=gate.training,
             backend=gate.backend,
+            dropout_mask=gate.dropout_mask,
         )

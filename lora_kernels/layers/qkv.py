@@ -157,6 +157,7 @@ class _LoRAStack(LoRAContainer):
             dropout_p=first.lora_dropout,
             training=first.training,
             backend=first.backend,
+            dropout_mask=first.dropout_mask,
         )
 
 

@@ -181,3 +181,28 @@ def test_tensors_that_a_wrapper_keeps_in_the_parameters_place_are_used():
     held = layer._parameters.pop("weight")
     object.__setattr__(layer, "weight", 2 * held.detach())
     torch.testing.assert_close(layer(x) - expected, x @ held.T)
+
+
+def test_dropout_mask_is_kept_in_bits_or_drawn_again(device):
+    """What is saved beside X, W, A, B: XA and the seed, with "bits" also ceil(K/8) bytes a row in rows of 16."""
+    layer = lk.LoRALinear(200, 24, r=4, lora_dropout=0.5, backend="triton", device=device)
+    x = torch.randn(10, 200, device=device)
+    given = {t.untyped_storage().data_ptr() for t in (x, layer.weight, layer.lora_A, layer.lora_B, layer.bias)}
+
+    def saved(mask):
+        layer.dropout_mask, kept = mask, {}
+
+        def pack(t):
+            if t.untyped_storage().data_ptr() not in given:
+                kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            layer(x)
+        return sum(kept.values())
+
+    assert saved("seed") == 10 * 4 * 4 + 16
+    assert saved("bits") == saved("seed") + 10 * 32
+    layer.dropout_mask = "bytes"
+    with pytest.raises(ConfigError, match="accepted are 'bits' and 'seed'"):
+        layer(x)
