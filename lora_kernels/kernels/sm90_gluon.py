@@ -23,15 +23,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
 )
 
 from lora_kernels.kernels.persistent import one_launch_flags, one_launch_grid
 from lora_kernels.kernels.sm90_gluon_config import GluonConfig
 from lora_kernels.kernels.sm90_gluon_ring import (
     accumulate,
-    await_full,
     block_barrier,
     box,
     check_descriptors,
@@ -42,6 +39,7 @@ from lora_kernels.kernels.sm90_gluon_ring import (
     finish,
     low_rank_operand,
     make_ring,
+    settle,
     tile_order,
     tma_load,
     view,
@@ -51,8 +49,8 @@ from lora_kernels.kernels.tuning import rank_tile
 
 @gluon.jit
 def _extend_producer(
-    X_desc, W_desc, XA_desc, B_desc, xs, ws, full, empty, num_m, num_n, num_k, STAGES: gl.constexpr,
-    GROUP_M: gl.constexpr,
+    X_desc, W_desc, XA_desc, B_desc, xs, ws, full, empty, num_m, num_n, num_k, HAS_RANKS: gl.constexpr,
+    STAGES: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
     """Fills the ring for every tile of this program: K in steps, then XA and B."""
     step = 0
@@ -61,13 +59,15 @@ def _extend_producer(
         row = pid_m * X_desc.block_type.shape[0]
         col = pid_n * W_desc.block_type.shape[0]
         step = fill_tile(X_desc, W_desc, row, col, num_k, xs, ws, full, empty, step, True, STAGES)
-        step = fill(XA_desc, B_desc, row, 0, col, 0, xs, ws, full, empty, step, STAGES)
+        if HAS_RANKS:
+            step = fill(XA_desc, B_desc, row, 0, col, 0, xs, ws, full, empty, step, STAGES)
 
 
 @gluon.jit
 def _extend_consumer(
-    bias_ptr, stride_bias, Y_desc, XA_desc, B_desc, xs, ws, out, full, empty, num_m, num_n, num_k, N,
-    HAS_BIAS: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, num_warps: gl.constexpr,
+    bias_ptr, stride_bias, Y_desc, W_desc, XA_desc, B_desc, xs, ws, out, full, empty, num_m, num_n, num_k, N,
+    HAS_BIAS: gl.constexpr, HAS_RANKS: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """Y = X W^T + bias + XA B^T for every tile of this program."""
     BLOCK_M: gl.constexpr = xs.shape[1]
@@ -77,8 +77,11 @@ def _extend_consumer(
     for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
         pid_m, pid_n = tile_order(tile, num_m, num_n, GROUP_M)
         acc = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, tiles)
-        acc, step = accumulate(acc, xs, ws, full, empty, num_k, step, True, STAGES)
-        acc, step = close(acc, XA_desc, B_desc, xs, ws, full, empty, step, STAGES)
+        acc, step = accumulate(acc, W_desc, xs, ws, full, empty, num_k, step, True, STAGES)
+        if HAS_RANKS:
+            acc, step = close(acc, XA_desc, B_desc, xs, ws, full, empty, step, STAGES)
+        else:
+            acc = settle(acc, empty, step, STAGES)
         finish(acc, bias_ptr, stride_bias, N, Y_desc, out, pid_m * BLOCK_M, pid_n * BLOCK_N, HAS_BIAS)
     tma.store_wait(0)
 
@@ -96,6 +99,7 @@ def _gluon_extend_kernel(
     K,
     stride_bias,
     HAS_BIAS: gl.constexpr,
+    HAS_RANKS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
@@ -112,13 +116,16 @@ def _gluon_extend_kernel(
             (
                 _extend_consumer,
                 (
-                    bias_ptr, stride_bias, Y_desc, XA_desc, B_desc, xs, ws, out, full, empty, num_m, num_n, num_k, N,
-                    HAS_BIAS, STAGES, GROUP_M, num_warps,
+                    bias_ptr, stride_bias, Y_desc, W_desc, XA_desc, B_desc, xs, ws, out, full, empty, num_m, num_n,
+                    num_k, N, HAS_BIAS, HAS_RANKS, STAGES, GROUP_M, num_warps,
                 ),
             ),
             (
                 _extend_producer,
-                (X_desc, W_desc, XA_desc, B_desc, xs, ws, full, empty, num_m, num_n, num_k, STAGES, GROUP_M),
+                (
+                    X_desc, W_desc, XA_desc, B_desc, xs, ws, full, empty, num_m, num_n, num_k, HAS_RANKS, STAGES,
+                    GROUP_M,
+                ),
             ),
         ],
         [1],
@@ -152,15 +159,19 @@ def gluon_extend(
 ) -> Tensor:
     """Y (M, N) = X W^T + bias + XA B^T in one launch of at most ``units`` programs; M > 0, r at most MOST_RANKS.
 
+    r = 0 is the plain product, which benchmarks hold against the library's.
+
     Raises:
         BackendUnavailableError: descriptors cannot take X or W, or rows of Y.
     """
     Y, shared = _prepare(X, W, bias, config)
-    R = rank_tile(B.shape[1], X.dtype)
+    r = B.shape[1]
+    R = rank_tile(r, X.dtype) if r else 16  # without ranks the plain product: no box of them is ever read
     tiles = triton.cdiv(X.shape[0], config.BLOCK_M) * triton.cdiv(W.shape[0], config.BLOCK_N)
     _gluon_extend_kernel[(min(units, tiles),)](
-        XA_desc=box(low_rank_operand(XA, X.dtype), config.BLOCK_M, R),
-        B_desc=box(low_rank_operand(B, X.dtype), config.BLOCK_N, R),
+        XA_desc=box(low_rank_operand(XA, X.dtype) if r else X, config.BLOCK_M, R),
+        B_desc=box(low_rank_operand(B, X.dtype) if r else W, config.BLOCK_N, R),
+        HAS_RANKS=r > 0,
         **shared,
     )
     return Y
@@ -216,9 +227,9 @@ def _one_launch_producer(
 
 @gluon.jit
 def _one_launch_consumer(
-    bias_ptr, stride_bias, Y_desc, A_desc, XA_desc, B_desc, XA_ptr, kept_ptr, ready_ptr, xs, ws, out, full, empty,
-    num_m, num_n, num_k, M, N, r, stride_sm, scaling, xa_programs, HAS_BIAS: gl.constexpr, STAGES: gl.constexpr,
-    GROUP_M: gl.constexpr, num_warps: gl.constexpr,
+    bias_ptr, stride_bias, Y_desc, W_desc, A_desc, XA_desc, B_desc, XA_ptr, kept_ptr, ready_ptr, xs, ws, out, full,
+    empty, num_m, num_n, num_k, M, N, r, stride_sm, scaling, xa_programs, HAS_BIAS: gl.constexpr,
+    STAGES: gl.constexpr, GROUP_M: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """XA = scaling X A^T for this program's row blocks, each published; then Y for every tile of it."""
     BLOCK_M: gl.constexpr = xs.shape[1]
@@ -233,16 +244,8 @@ def _one_launch_consumer(
         offs_r = gl.arange(0, BLOCK_R, gl.SliceLayout(0, ranks))[None, :]
         for block in range(pid, num_m, xa_programs):
             acc = gl.zeros((BLOCK_M, BLOCK_R), gl.float32, ranks)
-            for k in range(num_k):
-                slot = await_full(full, step, STAGES)
-                a = view(ws.index(slot), A_desc)
-                acc = warpgroup_mma(xs.index(slot), a.permute((1, 0)), acc, is_async=True)
-                acc = warpgroup_mma_wait(1, (acc,))
-                mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
-                step += 1
-            acc = warpgroup_mma_wait(0, (acc,))
-            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
-            xa = (acc * scaling).to(XA_ptr.dtype.element_ty)
+            acc, step = accumulate(acc, A_desc, xs, ws, full, empty, num_k, step, True, STAGES)
+            xa = (settle(acc, empty, step, STAGES) * scaling).to(XA_ptr.dtype.element_ty)
             offs_m = block * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, ranks))
             rows = offs_m[:, None].to(gl.int64)
             gl.store(XA_ptr + rows * stride_sm + offs_r, xa, mask=(offs_m < M)[:, None] & (offs_r < r))
@@ -252,7 +255,7 @@ def _one_launch_consumer(
     for tile in range((pid + programs - xa_programs) % programs, num_m * num_n, programs):
         pid_m, pid_n = tile_order(tile, num_m, num_n, GROUP_M)
         acc = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, tiles)
-        acc, step = accumulate(acc, xs, ws, full, empty, num_k, step, True, STAGES)
+        acc, step = accumulate(acc, W_desc, xs, ws, full, empty, num_k, step, True, STAGES)
         acc, step = close(acc, XA_desc, B_desc, xs, ws, full, empty, step, STAGES)
         finish(acc, bias_ptr, stride_bias, N, Y_desc, out, pid_m * BLOCK_M, pid_n * BLOCK_N, HAS_BIAS)
     tma.store_wait(0)
@@ -301,8 +304,8 @@ def _gluon_one_launch_kernel(
             (
                 _one_launch_consumer,
                 (
-                    bias_ptr, stride_bias, Y_desc, A_desc, XA_desc, B_desc, XA_ptr, kept_ptr, ready_ptr, xs, ws, out,
-                    full, empty, num_m, num_n, num_k, M, N, r, stride_sm, scaling, xa_programs, HAS_BIAS, STAGES,
+                    bias_ptr, stride_bias, Y_desc, W_desc, A_desc, XA_desc, B_desc, XA_ptr, kept_ptr, ready_ptr, xs, ws,
+                    out, full, empty, num_m, num_n, num_k, M, N, r, stride_sm, scaling, xa_programs, HAS_BIAS, STAGES,
                     GROUP_M, num_warps,
                 ),
             ),

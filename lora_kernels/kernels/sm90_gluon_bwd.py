@@ -38,6 +38,7 @@ from lora_kernels.kernels.sm90_gluon_ring import (
     finish,
     low_rank_operand,
     make_ring,
+    settle,
     tile_order,
     view,
 )
@@ -69,7 +70,7 @@ def _masked(x, words, cube: gl.constexpr):
 @gluon.jit
 def _dx_producer(
     dY_desc, W_desc, dYB_desc, A_desc, X_desc, rows_desc, ps, ws, full, empty, num_m, num_k, num_n,
-    MAKE_DA: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+    HAS_RANKS: gl.constexpr, MAKE_DA: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
     """Fills the ring for every tile of this program: dYB and A, then N in steps, then dYB and X by rows for dA."""
     BLOCK_M: gl.constexpr = dY_desc.block_type.shape[0]
@@ -79,7 +80,8 @@ def _dx_producer(
         pid_m, pid_k = tile_order(tile, num_m, num_k, GROUP_M)
         row = pid_m * BLOCK_M
         col = pid_k * W_desc.block_type.shape[1]
-        step = fill(dYB_desc, A_desc, row, 0, 0, col, ps, ws, full, empty, step, STAGES)
+        if HAS_RANKS:
+            step = fill(dYB_desc, A_desc, row, 0, 0, col, ps, ws, full, empty, step, STAGES)
         step = fill_tile(dY_desc, W_desc, row, col, num_n, ps, ws, full, empty, step, False, STAGES)
         if MAKE_DA:
             for m in gl.static_range(0, BLOCK_M, ROWS):
@@ -88,9 +90,9 @@ def _dx_producer(
 
 @gluon.jit
 def _dx_consumer(
-    dX_desc, dYB_desc, A_desc, X_desc, rows_desc, dA_ptr, keep_ptr, ps, ws, out, full, empty, num_m, num_k, num_n, M, K,
-    r, stride_keep, factor, MAKE_DA: gl.constexpr, DROPOUT: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
-    num_warps: gl.constexpr,
+    dX_desc, W_desc, dYB_desc, A_desc, X_desc, rows_desc, dA_ptr, keep_ptr, ps, ws, out, full, empty, num_m, num_k,
+    num_n, M, K, r, stride_keep, factor, HAS_RANKS: gl.constexpr, MAKE_DA: gl.constexpr, DROPOUT: gl.constexpr,
+    STAGES: gl.constexpr, GROUP_M: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """dX for every tile of this program, and the tile's rows' part of dA."""
     BLOCK_M: gl.constexpr = ps.shape[1]
@@ -115,16 +117,17 @@ def _dx_consumer(
     for tile in range(gl.program_id(0), num_m * num_k, programs):
         row = pid_m * BLOCK_M
         col = pid_k * BLOCK_N
-        slot = await_full(full, step, STAGES)
         acc = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, tiles)
-        acc = warpgroup_mma(view(ps.index(slot), dYB_desc), view(ws.index(slot), A_desc), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, (acc,))
-        mbarrier.arrive(empty.index(slot), count=1)
-        if DROPOUT:
-            acc = _masked(acc * factor, words, cube)
-        acc, step = accumulate(acc, ps, ws, full, empty, num_n, step + 1, False, STAGES)
-        acc = warpgroup_mma_wait(0, (acc,))
-        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+        if HAS_RANKS:
+            slot = await_full(full, step, STAGES)
+            acc = warpgroup_mma(view(ps.index(slot), dYB_desc), view(ws.index(slot), A_desc), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, (acc,))
+            mbarrier.arrive(empty.index(slot), count=1)
+            if DROPOUT:
+                acc = _masked(acc * factor, words, cube)
+            step += 1
+        acc, step = accumulate(acc, W_desc, ps, ws, full, empty, num_n, step, False, STAGES)
+        acc = settle(acc, empty, step, STAGES)
         # masks are read ahead: the next tile's and X's arrive while dX goes out
         pid_m, pid_k = tile_order(gl.minimum(tile + programs, last), num_m, num_k, GROUP_M)
         if DROPOUT:
@@ -171,6 +174,7 @@ def _gluon_dx_kernel(
     r,
     stride_keep,
     factor,
+    HAS_RANKS: gl.constexpr,
     MAKE_DA: gl.constexpr,
     DROPOUT: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
@@ -189,15 +193,16 @@ def _gluon_dx_kernel(
             (
                 _dx_consumer,
                 (
-                    dX_desc, dYB_desc, A_desc, X_desc, rows_desc, dA_ptr, keep_ptr, ps, ws, out, full, empty, num_m,
-                    num_k, num_n, M, K, r, stride_keep, factor, MAKE_DA, DROPOUT, STAGES, GROUP_M, num_warps,
+                    dX_desc, W_desc, dYB_desc, A_desc, X_desc, rows_desc, dA_ptr, keep_ptr, ps, ws, out, full, empty,
+                    num_m, num_k, num_n, M, K, r, stride_keep, factor, HAS_RANKS, MAKE_DA, DROPOUT, STAGES, GROUP_M,
+                    num_warps,
                 ),
             ),
             (
                 _dx_producer,
                 (
                     dY_desc, W_desc, dYB_desc, A_desc, X_desc, rows_desc, ps, ws, full, empty, num_m, num_k, num_n,
-                    MAKE_DA, STAGES, GROUP_M,
+                    HAS_RANKS, MAKE_DA, STAGES, GROUP_M,
                 ),
             ),
         ],
@@ -221,6 +226,7 @@ def gluon_dx(
     """dX (M, K) in X's dtype, and dA (r, K) in A's: a launch of at most ``units`` programs, and a reduction for dA.
 
     dY (M, N), W (N, K), dYB (M, r), A (r, K) of any strides and float dtype, X (M, K); M > 0, r at most MOST_RANKS.
+    r = 0 is the plain product, which benchmarks hold against the library's, and no dA.
 
     Raises:
         BackendUnavailableError: descriptors cannot take dY, W, X or dX; or dropout keeps a seed only, no bits.
@@ -234,14 +240,14 @@ def gluon_dx(
             raise BackendUnavailableError("gluon_dx reads dropout's mask as bits, given is a seed; keep the bits")
         row_bytes = drop.bits.stride(0)
         keep = drop.bits.as_strided((M, row_bytes), (row_bytes, 1)).view(torch.int32)
-    R, blocks_m = rank_tile(r, X.dtype), triton.cdiv(M, config.BLOCK_M)
-    part_da = torch.empty(blocks_m, r, K, dtype=torch.float32, device=X.device) if make_da else None
-    low_rank = low_rank_operand(dYB, X.dtype)
+    R, blocks_m = rank_tile(r, X.dtype) if r else 16, triton.cdiv(M, config.BLOCK_M)
+    part_da = torch.empty(blocks_m, r, K, dtype=torch.float32, device=X.device) if make_da and r else None
+    low_rank = low_rank_operand(dYB, X.dtype) if r else dY
     _gluon_dx_kernel[(min(units, blocks_m * triton.cdiv(K, config.BLOCK_N)),)](
         box(dY, config.BLOCK_M, config.BLOCK_K),
         box(W, config.BLOCK_K, config.BLOCK_N),
         box(low_rank, config.BLOCK_M, R),
-        box(low_rank_operand(A, X.dtype), R, config.BLOCK_N),
+        box(low_rank_operand(A, X.dtype) if r else W, R, config.BLOCK_N),
         box(X, config.BLOCK_K, config.BLOCK_N),
         box(low_rank, config.BLOCK_K, R),
         box(dX, config.BLOCK_M, config.BLOCK_N // 2),
@@ -253,7 +259,8 @@ def gluon_dx(
         r=r,
         stride_keep=0 if keep is None else keep.stride(0),
         factor=inv_keep(drop),
-        MAKE_DA=make_da,
+        HAS_RANKS=r > 0,
+        MAKE_DA=part_da is not None,
         DROPOUT=drop is not None,
         PRODUCER_REGISTERS=config.PRODUCER_REGISTERS,
         STAGES=config.STAGES,

@@ -104,18 +104,27 @@ def fill_tile(
 
 
 @gluon.jit
-def accumulate(acc, ps, ws, full, empty, num_k, step, W_BY_ROWS: gl.constexpr, STAGES: gl.constexpr):
+def accumulate(acc, W_desc, ps, ws, full, empty, num_k, step, W_BY_ROWS: gl.constexpr, STAGES: gl.constexpr):
     """The consumers' K loop: acc + P W^T, or P W. One product is in flight; the slot before it is given back."""
     for k in range(num_k):
         slot = await_full(full, step, STAGES)
+        w = view(ws.index(slot), W_desc)
         if W_BY_ROWS:
-            acc = warpgroup_mma(ps.index(slot), ws.index(slot).permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma(ps.index(slot), w.permute((1, 0)), acc, is_async=True)
         else:
-            acc = warpgroup_mma(ps.index(slot), ws.index(slot), acc, is_async=True)
+            acc = warpgroup_mma(ps.index(slot), w, acc, is_async=True)
         acc = warpgroup_mma_wait(1, (acc,))
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
         step += 1
     return acc, step
+
+
+@gluon.jit
+def settle(acc, empty, step, STAGES: gl.constexpr):
+    """The K loop's accumulator once its last product is done; gives back the slot of that."""
+    acc = warpgroup_mma_wait(0, (acc,))
+    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+    return acc
 
 
 @gluon.jit

@@ -9,6 +9,7 @@ from lora_kernels import ops
 from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.kernels.chip import CHIPS
 from lora_kernels.kernels.common import Dropout
+from lora_kernels.kernels.sm90_gluon import gluon_extend
 from lora_kernels.kernels.sm90_gluon_bwd import gluon_dx
 from lora_kernels.kernels.sm90_gluon_config import GluonConfig, gluon_config
 from lora_kernels.reference import Needs, pack_keep, philox_keep_mask
@@ -78,6 +79,20 @@ def test_dx_alone():
     dX, dA = run(q, make_da=False)
     assert dA is None
     assert torch.equal(dX, run(q)[0])
+
+
+@pytest.mark.timeout(60)
+def test_no_ranks_are_the_plain_products():
+    """What benchmarks hold against the library's."""
+    q = make_problem(130, 96, 128, 16, torch.bfloat16)
+    none = {"XA": q.X.new_zeros(130, 0), "B": q.X.new_zeros(96, 0), "A": q.X.new_zeros(0, 128)}
+    with poison(), emulate() as launched:
+        Y = gluon_extend(q.X, q.W, none["XA"], none["B"], None, SMALL, 3)
+        dX, dA = gluon_dx(q.dY, q.W, none["XA"], none["A"], q.X, None, SMALL, 3)
+    assert launched == ["_gluon_extend_kernel", "_gluon_dx_kernel"]
+    assert dA is None
+    assert_close(Y, q.X @ q.W.mT, q.X.double() @ q.W.double().mT, what="Y")
+    assert_close(dX, q.dY @ q.W, q.dY.double() @ q.W.double(), what="dX")
 
 
 def test_dropout_needs_bits():

@@ -41,7 +41,7 @@ BUGS = [
     ("too many bytes are expected", RING, "P_desc.block_type.nbytes + Q_desc", "2 * P_desc.block_type.nbytes + Q_desc"),
     ("a box lands in the next slot", RING, "bar, view(qs.index(slot), Q_desc)", "bar, view(qs.index((slot + 1) % STAGES), Q_desc)"),
     ("a box of the wrong rows", RING, "row, k * STEP, col, k * STEP", "row, k * STEP, row, k * STEP"),
-    ("a product's result is used before its wait", RING, "acc = warpgroup_mma_wait(0, (acc,))", "acc = warpgroup_mma_wait(1, (acc,))"),
+    ("a product's result is used before its wait", RING, "    acc = warpgroup_mma_wait(0, (acc,))\n    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)\n    mbarrier", "    acc = warpgroup_mma_wait(1, (acc,))\n    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)\n    mbarrier"),
     ("XA is read in X's layout", RING, "view(ss.index(slot), S_desc)", "ss.index(slot).slice(0, S_desc.block_type.shape[1], 1)"),
     ("the output buffer is overwritten", RING, "    tma.store_wait(0)\n    out", "    out"),
     ("no fence before the store", RING, "    fence_async_shared()\n", ""),
@@ -72,7 +72,8 @@ BUGS = [
     ("dA of the wrong rows of dYB", BACKWARD, "fill(rows_desc, X_desc, row + m, 0,", "fill(rows_desc, X_desc, row, 0,"),
     ("dA's parts on top of each other", BACKWARD, "row // BLOCK_M, gl.int64) * r", "row // BLOCK_M * 0, gl.int64) * r"),
     ("X's slot is given back before its product", BACKWARD, "                da = warpgroup_mma_wait(0, (da,))\n                mbarrier.arrive(empty.index(slot), count=1)\n", "                mbarrier.arrive(empty.index(slot), count=1)\n                da = warpgroup_mma_wait(0, (da,))\n"),
-    ("dYB's slot is kept", BACKWARD, "        mbarrier.arrive(empty.index(slot), count=1)\n        if DROPOUT", "        if DROPOUT"),
+    ("dYB's slot is kept", BACKWARD, "            mbarrier.arrive(empty.index(slot), count=1)\n            if DROPOUT", "            if DROPOUT"),
+    ("the K loop ends before its last product", RING, "    acc = warpgroup_mma_wait(0, (acc,))\n    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)\n    return", "    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)\n    return"),
 ]  # fmt: skip
 
 
