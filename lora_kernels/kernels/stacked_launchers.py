@@ -132,7 +132,7 @@ def low_rank_grads(
 
 
 def dx_config(M: int, K: int, drop: Dropout | None, dtype: torch.dtype, chip: Chip, wide: bool) -> GemmConfig:
-    """Tiles of stacked_dx: those of the GEMM, half as wide where the mask is drawn (128 x 128 spills on sm_80, sm_90)."""
+    """Tiles of stacked_dx: the GEMM's, half as wide where the mask is drawn (128 x 128 spills on sm_80 and sm_90)."""
     tiles = gemm_config(M, K, dtype, chip, wide)
     drawn = drop is not None and drop.bits is None
     return replace(tiles, BLOCK_N=min(tiles.BLOCK_N, 64)) if drawn else tiles

@@ -87,7 +87,7 @@ def test_float32_adapters_and_a_mask_drawn_again(plan, device):
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_same_bits_in_any_order_of_programs(plan, device):
-    problems = make_stacked(140, 96, (140, 40), (8, 8), torch.bfloat16, device, dropout_p=0.25)
+    problems = make_stacked(140, 40, (72, 24), (8, 8), torch.bfloat16, device, dropout_p=0.25)
     first = run(problems, plan, keep_bits=True)
     for seed in (1, 2):
         if device == "cpu":
@@ -99,7 +99,7 @@ def test_same_bits_in_any_order_of_programs(plan, device):
 
 
 def test_bits_and_seed_are_one_mask(device):
-    problems = make_stacked(70, 136, (40, 24), (8, 8), torch.float32, device, dropout_p=0.25)
+    problems = make_stacked(33, 136, (40, 24), (8, 8), torch.float32, device, dropout_p=0.25)
     drawn, kept = run(problems, "shrink_extend"), run(problems, "shrink_extend", keep_bits=True)
     for name in drawn:
         torch.testing.assert_close(drawn[name], kept[name], rtol=1e-4, atol=1e-4, msg=name)  # dX's tiles differ

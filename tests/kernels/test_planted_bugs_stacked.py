@@ -67,10 +67,9 @@ def bits_of(launchers, seed, p, M, K):
     return launchers.Dropout(p, seed, torch.empty(M, packed_width(K), dtype=torch.uint8, device=seed.device))
 
 
-def judge(modules, device):
-    """Three projections by both plans and a block by one, with dropout, ranks, widths and scalings of their own."""
-    launchers, mlp, activation = modules
-    chip, p = CHIPS["sm_90"], 0.25
+def judge_stacked(modules, device):
+    """Three projections by both plans, with dropout, ranks, widths and scalings of their own."""
+    launchers, chip, p = modules[0], CHIPS["sm_90"], 0.25
     problems = make_stacked(
         33, 40, (70, 20, 41), (4, 5, 3), torch.float32, device, dropout_p=p, adjacent=True, scalings=(1.7, 0.4, 2.9)
     )
@@ -90,10 +89,11 @@ def judge(modules, device):
             got |= {f"{name}{i}": value for name, value in zip(("Y", "dA", "dB", "dbias"), values, strict=True)}
         for name, value in true.items():
             assert_close(got[name], expected[name], value, what=f"{plan} {name}")
-    judge_mlp(launchers, mlp, activation, chip, p, device)
 
 
-def judge_mlp(launchers, mlp, activation, chip, p, device):
+def judge_mlp(modules, device):
+    """A block by one plan, with dropout, ranks and scalings of their own."""
+    (launchers, mlp, activation), chip, p = modules, CHIPS["sm_90"], 0.25
     problems = make_mlp(17, 24, 36, 20, (4, 5, 3), torch.float32, device, dropout_p=p)
     X, seed, (W, A, B, bias, scaling) = problems[0].X, problems[0].seed, operands(problems)
     keep, keep_h = philox_keep_mask(seed, p, 17, 24), philox_keep_mask(seed + 1, p, 17, 36)
@@ -116,11 +116,13 @@ def judge_mlp(launchers, mlp, activation, chip, p, device):
 
 
 def test_the_copy_itself_is_right(tmp_path, device):
-    judge(kernels_with(tmp_path), device)
+    modules = kernels_with(tmp_path)
+    judge_stacked(modules, device)
+    judge_mlp(modules, device)
 
 
 @pytest.mark.parametrize(("what", "file", "text", "replacement"), BUGS, ids=[bug[0] for bug in BUGS])
 def test_a_planted_bug_is_caught(what, file, text, replacement, tmp_path, device):
     modules = kernels_with(tmp_path, file, text, replacement)
     with pytest.raises(Exception, match=r"plain PyTorch's|out of bounds|out-of-bounds|not finite|setStorage"):
-        judge(modules, device)
+        (judge_mlp if file in ("swiglu.py", "lora_mlp.py") else judge_stacked)(modules, device)
