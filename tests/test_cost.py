@@ -1,5 +1,7 @@
 """The cost model's arithmetic."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -34,3 +36,18 @@ def test_arithmetic_is_that_of_the_mathematics(op, name):
 def test_fp32_without_tf32_runs_on_scalar_units():
     launch = Launch("matmul", flop=10**12, bytes=1, maker="library")
     assert cost.seconds(launch, torch.float32, H100) > 10 * cost.seconds(launch, torch.bfloat16, H100)
+
+
+def test_partial_sums_are_written_by_one_kernel_and_read_by_the_next():
+    M, N, K, r = 8192, 4096, 2048, 16
+    q = Problem("bwd", M, N, K, r, torch.bfloat16)
+    small = 2 * r * (M + N + K)
+    dyb_and_db, da = 4 * r * (M * 32 + N * 16), 4 * r * K * 64  # a block of 128 columns, a span of 512 rows; 128 rows
+    assert cost.reduce(q).bytes == dyb_and_db + small
+    assert cost.reduce_da(q).bytes == da + small
+    assert cost.dyb_db(q).bytes == 2 * M * N + dyb_and_db + small
+    assert cost.da(q).bytes == 2 * M * K + da + small
+    assert cost.dx_da(q).bytes == 2 * (M * N + N * K + 2 * M * K) + da + small
+    wide = dataclasses.replace(q, r=128)  # X is read for each tile of 64 ranks, and dX leaves dA alone
+    assert cost.da(wide).bytes == 2 * 2 * M * K + 8 * da + 8 * small
+    assert cost.dx_da(wide).bytes == 2 * (M * N + N * K + M * K) + 8 * small
