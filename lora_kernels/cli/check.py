@@ -9,8 +9,6 @@ import argparse
 import dataclasses
 import json
 import os
-import shlex
-import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -72,8 +70,16 @@ def run_check(args: argparse.Namespace) -> int:
     if args.json:
         args.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
     if args.markdown:
-        args.markdown.write_text(page(rows, shlex.join(sys.argv[1:])))
+        args.markdown.write_text(page(rows, _command(args)))
     return 1 if red or not rows else 0
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command that makes the same rows."""
+    chosen = {"--archs": args.archs, "--dtypes": args.dtypes, "--kernels": args.kernels}
+    parts = [" ".join((option, *values)) for option, values in chosen.items() if values]
+    quick = ["--quick"] if args.quick else []
+    return " ".join(["lora-kernels check --compile", *quick, *parts, "--markdown", args.markdown.name])
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -115,7 +121,7 @@ def cells(row: Row) -> tuple[str, ...]:
 def page(rows: Sequence[Row], command: str) -> str:
     """The training launches in bfloat16 as a page of docs/, with the command and the compiler that wrote it."""
     shown = [row for row in rows if row.arch in PAGE_ARCHS and on_page(row)]
-    text = [PAGE_HEAD.format(triton=version("triton"), command=f"lora-kernels {command}", rows=len(rows))]
+    text = [PAGE_HEAD.format(triton=version("triton"), command=command, rows=len(rows))]
     text.append(PAGE_LEGEND.format(gbps=f"{cost.BANDWIDTH_EFFICIENCY:.2f}", launch=cost.LAUNCH_SECONDS * 1e6))
     for arch, group in groupby(shown, key=lambda row: row.arch):
         chip = CHIPS[arch]
@@ -137,9 +143,9 @@ def on_page(row: Row) -> bool:
 
 PAGE_HEAD = """# What the compiler makes of the kernels
 
-Written by `{command}` with Triton {triton}: compiled for each
-architecture, **not measured on a GPU**. It compiled {rows} kernels; below are the bfloat16 launches of a training step,
-8192 tokens, adapters in float32.
+Written by `{command}`
+with Triton {triton}: compiled for each architecture, **not measured on a GPU**. It compiled {rows} kernels; below are
+the bfloat16 launches of a training step, 8192 tokens, adapters in float32.
 """
 PAGE_LEGEND = """
 tiles: rows x columns x reduction step, w warps, s pipeline stages. regs: registers a thread. blocks/SM, warps/SM: how

@@ -82,13 +82,16 @@ def test_an_unknown_architecture_is_refused(capsys: pytest.CaptureFixture[str]) 
 
 def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "compile_matrix", lambda *_: [ROW, RED])
-    monkeypatch.setattr(check.sys, "argv", ["lora-kernels", "check", "--compile"])
-    _run("--json", str(tmp_path / "rows.json"), "--markdown", str(tmp_path / "page.md"))
+    files = ("--json", str(tmp_path / "rows.json"), "--markdown", str(tmp_path / "page.md"))
+    _run("--quick", "--archs", "sm_80", "sm_90", *files)
     first, second = json.loads((tmp_path / "rows.json").read_text())
     assert Row(**{**first, "faults": ()}) == ROW
     assert second["faults"] == ["4 spill instructions", "8 bytes of stack"]
     page = (tmp_path / "page.md").read_text()
-    assert "Written by `lora-kernels check --compile` with Triton 3." in page
+    assert (
+        "Written by `lora-kernels check --compile --quick --archs sm_80 sm_90 --markdown page.md`\nwith Triton 3."
+        in page
+    )
     assert "| extend | r=16 | 128x128x64 w8 s3 | 8192x4096x4096 | 115 |" in page
     assert "| shrink |" not in page  # of 64 rows
     assert "1 kernels must not ship" in page
