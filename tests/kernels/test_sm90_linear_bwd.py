@@ -6,12 +6,13 @@ import itertools
 import pytest
 import torch
 
+from lora_kernels import ops
 from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.kernels.chip import CHIPS
 from lora_kernels.kernels.common import Dropout
 from lora_kernels.kernels.sm90_linear_bwd import tma_dx
 from lora_kernels.kernels.tuning import TmaDxConfig, is_valid, tma_dx_config
-from lora_kernels.reference import pack_keep, philox_keep_mask
+from lora_kernels.reference import Needs, pack_keep, philox_keep_mask
 from lora_kernels.testing import assert_close, make_problem, plain, poison, truth
 
 H100 = CHIPS["sm_90"]
@@ -105,6 +106,21 @@ def test_the_mask_is_read_bit_for_bit(device):
         dX, dA = tma_dx(dY, W, one, torch.ones(1, K, device=device), one.expand(M, K).contiguous(), drop, SMALL, 2)
     assert torch.equal(dX, 2 * keep.to(dX.dtype))
     assert torch.equal(dA, 2 * keep.sum(0, keepdim=True).to(dA.dtype))
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_through_the_operators(p, device):
+    """The forward keeps the bits that the backward reads."""
+    q = make_problem(140, 136, 200, 20, torch.bfloat16, device, dropout_p=p)
+    seed, keep = (q.seed, philox_keep_mask(q.seed, p, 140, 200)) if p else (None, None)
+    X, W, A, B, backend = q.X, q.W, q.A, q.B, "triton:tma_extend"
+    with poison():
+        Y, XA, bits = ops.lora_linear_fwd(X, W, A, B, q.bias, q.scaling, p, seed, backend, bool(p))
+        kept, needs = bits if p else None, Needs(True, True, True, True)
+        grads = ops.lora_linear_bwd(q.dY, X, W, A, B, XA, q.scaling, p, seed, kept, needs, backend)
+    for name, got in zip(("Y", "dX", "dA", "dB", "dbias"), (Y, *grads), strict=True):
+        assert_close(got, getattr(plain(q, keep), name), getattr(truth(q, keep), name), what=name)
 
 
 def test_what_it_cannot_take(device):
