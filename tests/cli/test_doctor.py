@@ -3,7 +3,7 @@ import sys
 
 import torch
 
-from lora_kernels.cli import main
+from lora_kernels.cli import doctor, main
 from lora_kernels.cli.doctor import report
 from lora_kernels.plan import backend_status
 
@@ -11,7 +11,15 @@ from lora_kernels.plan import backend_status
 def test_says_what_is_here(capsys):
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
-    for part in ("versions:", "devices:", "backends:", "compiled extension:", "demo:", torch.__version__):
+    for part in (
+        "versions:",
+        "devices:",
+        "backends:",
+        "tuned plans:",
+        "compiled extension:",
+        "demo:",
+        torch.__version__,
+    ):
         assert part in shown
 
 
@@ -28,7 +36,7 @@ def test_a_missing_library_is_said(monkeypatch):
 
 def test_the_cache_is_shown(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert report()["demo"]["data"].startswith("not fetched yet: " + str(tmp_path))
+    assert report()["demo"]["data"].startswith("not there yet: " + str(tmp_path))
 
 
 def test_runs_as_a_module():
@@ -36,3 +44,13 @@ def test_runs_as_a_module():
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "reference" in done.stdout
     assert done.stderr == ""
+
+
+def test_the_tuned_table_of_a_gpu_is_counted(monkeypatch, tmp_path):
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
+    assert doctor._tuned("") == {"table": "none: no GPU here"}
+    assert "`lora-kernels tune` writes one" in doctor._tuned("GPU of nobody")["table"]
+    monkeypatch.setattr(doctor, "table_for", lambda gpu: type("Table", (), {"entries": [1, 2]}))
+    assert doctor._tuned("A GPU") == {
+        "table": "2 problems measured on A GPU", "yours": f"not there yet: {tmp_path / 'tuned' / 'A_GPU.json'}"
+    }  # fmt: skip
