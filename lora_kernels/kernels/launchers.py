@@ -88,8 +88,8 @@ def lora_linear_fwd(
     wide = wide_loads(X, W)
     if plan in ONE_LAUNCH:
         assert drop is None, f"{plan} draws no mask"
-        kernel, choose = ONE_LAUNCH[plan]
-        return kernel(X, W, A, B, bias, scaling, tiles or choose(M, N, r, dtype, chip, wide), chip.units)
+        whole, choose = ONE_LAUNCH[plan]
+        return whole(X, W, A, B, bias, scaling, tiles or choose(M, N, r, dtype, chip, wide), chip.units)
     if plan == "one_pass":
         tiles = tiles or one_pass_config(M, dtype, chip, drop is not None, wide)
         return one_pass(X, W, A, B, bias, scaling, drop, tiles)
