@@ -61,7 +61,7 @@ class _LoRALinearStacked(torch.autograd.Function):
         dX: Tensor | None = None
         dA, dB, dbias = ([None] * P for _ in range(3))
         if live:
-            blocks = XA.split([a.shape[0] for a in A], 1)
+            blocks = XA.split_with_sizes([a.shape[0] for a in A], 1)
 
             def of(values: Sequence[Any]) -> list[Any]:
                 return [values[i] for i in live]
@@ -69,10 +69,10 @@ class _LoRALinearStacked(torch.autograd.Function):
             needs = StackedNeeds(need_x, any(of(need_a)), of(need_b), of(need_bias))
             args = X, of(W), of(A), of(B), of(blocks), of(scaling), p, seed, keep, needs, backend
             dX, dA_all, dB_live, dbias_live = _backward(of(dY), *args)
-            dA_live = [None] * len(live) if dA_all is None else dA_all.split([A[i].shape[0] for i in live])
+            dA_live = [None] * len(live) if dA_all is None else dA_all.split_with_sizes([A[i].shape[0] for i in live])
             for i, da, db, dbias_i in zip(live, dA_live, dB_live, dbias_live, strict=True):
                 dA[i], dB[i], dbias[i] = da if need_a[i] else None, db, dbias_i
-            dX = None if dX is None else dX.view(ctx.shape)
+            dX = dX if dX is None or len(ctx.shape) == 2 else dX.view(ctx.shape)
         return dX, None, None, None, None, None, *[None] * P, *dA, *dB, *dbias
 
 
@@ -99,14 +99,13 @@ def _backward(dY: list[Tensor], *args: Any) -> tuple[Any, Any, Sequence[Any], Se
     return dX if needs.X else None, dA if needs.A else None, made(dB, needs.B), made(dbias, needs.bias)
 
 
-def prepare(X: Tensor, projections: Sequence[Projection], dropout_p: float) -> tuple[Tensor, list[Projection]]:
+def prepare(X: Tensor, projections: Sequence[Projection], dropout_p: float) -> tuple[Tensor, Sequence[Projection]]:
     """X and the projections as autocast has them, checked against one another.
 
     Raises: FrozenWeightError, ShapeError, ConfigError, as lora_linear_stacked.
     """
     if not projections:
         raise ShapeError("projections is empty; expected one Projection or more")
-    projections = [Projection(*projection) for projection in projections]
     device_type = X.device.type
     if torch.is_autocast_enabled(device_type) and X.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)

@@ -47,11 +47,11 @@ class _LoRAMLP(torch.autograd.Function):
         need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
         needs = MLPNeeds(need_x, need[3:6], need[6:9], need[9:])
         ranks = [a.shape[0] for a in A[:2]]
-        args = G, U, W, A, B, XA.split(ranks, 1), HA, scaling, p, seeds, keep_x, keep_h, needs, backend
+        args = G, U, W, A, B, XA.split_with_sizes(ranks, 1), HA, scaling, p, seeds, keep_x, keep_h, needs, backend
         grads = _backward(_rows(dY), X, *args)
-        dA = [None, None] if grads.A is None else grads.A.split(ranks)
+        dA = [None, None] if grads.A is None else grads.A.split_with_sizes(ranks)
         dA = [grad if need else None for grad, need in zip((*dA, grads.A_down), needs.A, strict=True)]
-        dX = None if grads.X is None else grads.X.view(ctx.shape)
+        dX = grads.X if grads.X is None or len(ctx.shape) == 2 else grads.X.view(ctx.shape)
         return dX, None, None, None, None, None, None, None, None, *dA, *grads.B, *grads.bias
 
 

@@ -91,7 +91,7 @@ def lora_linear_stacked_fwd(
         filled = [X.new_zeros(N) if b is None else b for N, b in zip(Ns, bias, strict=True)]
         bias_all = torch.cat(filled) if any(b is not None for b in bias) else None
         Y = _shared_parts(torch.nn.functional.linear(X, W_all, bias_all), Ns)
-    for y, xa, b in zip(Y, XA.split([b.shape[1] for b in B], 1), B, strict=True):
+    for y, xa, b in zip(Y, XA.split_with_sizes([b.shape[1] for b in B], 1), B, strict=True):
         y.addmm_(xa, b.to(dtype).t())
     return Y, XA
 
@@ -116,7 +116,7 @@ def low_rank_grads(
             return None, dB, dbias
         ranks = [b.shape[1] for b in B]
         dYB = dY[0].new_empty(M, sum(ranks))
-        for part, dy, b, s in zip(dYB.split(ranks, 1), dY, B, scaling, strict=True):
+        for part, dy, b, s in zip(dYB.split_with_sizes(ranks, 1), dY, B, scaling, strict=True):
             torch.addmm(part, dy, b.to(dtype), beta=0, alpha=s, out=part)
         return dYB, dB, dbias
     made = []

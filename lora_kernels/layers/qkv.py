@@ -14,12 +14,11 @@ from lora_kernels.errors import ConfigError
 from lora_kernels.formats.side_by_side import put_side_by_side
 from lora_kernels.layers.linear import LoRALinear
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 def projection_of(layer: LoRALinear) -> Projection:
     """The operands of a layer, as the stacked functions take them."""
-    return Projection(layer.weight, layer.lora_A, layer.lora_B, layer.bias, layer.scaling)
+    held = layer._parameters  # a module's attributes take a microsecond each
+    return Projection(held["weight"], held["lora_A"], held["lora_B"], held.get("bias"), layer.scaling)  # type: ignore[arg-type]
 
 
 class LoRAContainer(nn.Module):
@@ -120,9 +119,9 @@ class LoRAContainer(nn.Module):
         """Whether the children run as one; raises ConfigError where their lora_dropout has been made to differ."""
         first = layers[0]
         for layer in layers:
-            if type(layer) is not LoRALinear or layer.merged or layer.training != first.training:
+            if type(layer) is not LoRALinear or layer._base_weight is not None or layer.training != first.training:
                 return False
-            if any(getattr(layer, hooks) for hooks in HOOKS) or "forward" in vars(layer):
+            if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
                 return False
             if layer.lora_dropout != first.lora_dropout:
                 self._check(layers)
