@@ -102,6 +102,7 @@ def lora_linear_fwd(
     if plan in EXTEND:
         kernel, choose = EXTEND[plan]
         return kernel(X, W, XA, B, bias, tiles or choose(M, N, r, dtype, chip), chip.units), XA
+    assert plan == "shrink_extend", f"no plan {plan!r}"
     return extend(X, W, XA, B, bias, tiles or gemm_config(M, N, dtype, chip, wide)), XA
 
 
@@ -123,6 +124,7 @@ def lora_linear_bwd(
     need_x, need_a, need_b, need_bias = needs
     if plan == "eager":
         return _eager_bwd(dY, X, W, A, B, XA, scaling, drop, needs, chip)
+    assert plan == "shrink_extend" or plan in DX, f"no plan {plan!r} backward"
     (M, K), r, dtype = X.shape, A.shape[0], X.dtype
     split = split_config(M, dtype, chip, r)
     make = {"make_dyb": need_x or need_a, "make_db": need_b, "make_dbias": need_bias}
