@@ -54,10 +54,10 @@ class Partition(threading.Thread):
     def run(self) -> None:
         """The partition's body, from its first turn on."""
         self.turn.acquire()
+        torch.set_grad_enabled(False)  # a thread starts with gradients on, and lands others' loads when it passes on
         try:
             if self.machine.error is None:
-                with torch.no_grad():  # a thread starts with gradients on, whatever the launching one has
-                    self.body()
+                self.body()
                 for store in self.stores:
                     store.finish(lost=True)  # shared memory may be another block's by now
         except _StopError:
