@@ -151,6 +151,8 @@ def is_valid(config: Config, dtype: torch.dtype, r: int, chip: Chip) -> str | No
     if isinstance(config, PtrConfig) and (reason := _ptr_refusal(config, dtype, r, chip)):
         return reason
     need = shared_bytes(config, dtype, r)
+    if isinstance(config, TmaDxConfig) and chip.arch == "sm_90":  # half a tile of dX lies beside the ring there
+        need += config.BLOCK_M * config.BLOCK_N // 2 * dtype.itemsize
     if need > chip.shared:
         return f"{config} needs about {need} bytes of shared memory, {chip.arch} has {chip.shared}"
     if isinstance(config, SplitConfig) and config.SPAN_M % config.BLOCK_M:
@@ -319,13 +321,11 @@ def _tma_dx_tiles(M: int, K: int, r: int, chip: Chip) -> TmaDxConfig:
             return TmaDxConfig(64, 64, 32, num_warps=8, num_stages=5, RANK_STEP=16)
         return TmaDxConfig(128, 128 if r <= 16 else 64, 32, num_warps=8, num_stages=5)
     if chip.arch != "sm_90":
-        if scattered:
-            return TmaDxConfig(128, 64, 64, num_warps=8, num_stages=4, RANK_STEP=16)
-        return TmaDxConfig(128, 128, 64, num_warps=8, num_stages=4, RANK_STEP=64)
+        return TmaDxConfig(128, 64 if scattered else 128, 64, num_warps=8, num_stages=4, RANK_STEP=64)
     wide_tiles = -(-M // 128) * -(-K // 256)
     if scattered or wide_tiles < chip.units:
         return TmaDxConfig(128, 128, 64, num_warps=8, num_stages=4, RANK_STEP=16 if scattered else 32)
-    return TmaDxConfig(128, 256, 64, num_warps=8, num_stages=3)
+    return TmaDxConfig(128, 256, 64, num_warps=8, num_stages=3, RANK_STEP=64)
 
 
 def ptr_one_launch_config(M: int, N: int, r: int, dtype: torch.dtype, chip: Chip, wide: bool = True) -> PtrConfig:
