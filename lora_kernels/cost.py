@@ -156,6 +156,7 @@ def _dyb_db_parts(q: Problem) -> int:
 
 
 def _da_parts(q: Problem) -> int:
+    """Bytes of dA's fp32 partials, one a row block; tma_dx adds up to eight of them first: there an upper estimate."""
     return 4 * q.r * q.K * -(-q.M // 128)
 
 
