@@ -24,7 +24,7 @@ from lora_kernels.errors import BackendUnavailableError, ConfigError
 from lora_kernels.kernels.chip import CHIPS, Chip, chip_of
 from lora_kernels.kernels.tuning import wide_loads
 from lora_kernels.tuned import Entry, table_for
-from lora_kernels.variants import VARIANTS, Variant
+from lora_kernels.variants import VARIANTS, Variant, switched_off
 
 BACKENDS = ("auto", "reference", "triton")
 PLANS = tuple(variant.name for variant in VARIANTS if not variant.opt_in)  # the planner's own
@@ -146,7 +146,7 @@ def _plan(variant: Variant, problem: Problem, chip: Chip, entry: Entry | None) -
     tiles = found.tiles if found and entry and entry.r == problem.r else None  # made for a rank, not for its bucket
     if tiles is not None and direction.refused(problem, chip, tiles):
         tiles = None
-    if refused := direction.refused(problem, chip, tiles):
+    if refused := switched_off(variant.name) or direction.refused(problem, chip, tiles):
         return Plan(variant.name, (), math.inf, refused, variant.opt_in)
     parts = direction.launches(problem)
     time = sum(seconds(launch, problem.dtype, chip) for launch in parts)

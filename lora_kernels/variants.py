@@ -6,10 +6,12 @@ tests walk over the table.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from lora_kernels.cost import KERNELS, Launch, Problem, Tiles, library, makes_da, reduce_da
+from lora_kernels.errors import ConfigError
 from lora_kernels.kernels.chip import Chip
 from lora_kernels.kernels.sm90_gluon_config import GluonConfig, gluon_config
 from lora_kernels.kernels.sm90_gluon_config import refusal as gluon_refusal
@@ -202,6 +204,20 @@ VARIANTS = (
     Variant("ptr_one_launch", Pass(_made_by("ptr_one_launch"), _ptr, refusal=_ptr_one_launch), opt_in=True),
 )
 BY_NAME = {variant.name: variant for variant in VARIANTS}
+SWITCH = "LORA_KERNELS_DISABLE"
+
+
+def switched_off(name: str) -> str | None:
+    """Why a plan must not run although it could: the environment names it. eager, the floor, cannot be switched off.
+
+    Raises:
+        ConfigError: the environment names something else.
+    """
+    given = [word for word in os.environ.get(SWITCH, "").split(",") if word]
+    if unknown := [word for word in given if word not in BY_NAME or word == "eager"]:
+        others = ", ".join(variant.name for variant in VARIANTS if variant.name != "eager")
+        raise ConfigError(f"{SWITCH} names {', '.join(unknown)}; accepted are {others}, with commas between")
+    return f"switched off by {SWITCH}" if name in given else None
 
 
 def launches(name: str, problem: Problem) -> tuple[Launch, ...]:

@@ -293,3 +293,21 @@ def test_a_plan_is_looked_up_not_made_again(table):
     table(("fwd", (EAGER, FASTER), {}))
     X, W = torch.empty(64, 128, dtype=torch.bfloat16), torch.empty(256, 128, dtype=torch.bfloat16)
     assert call(X, W) is call(X, W)
+
+
+def test_the_environment_switches_a_plan_off(monkeypatch):
+    plan.forget()
+    row = Problem("fwd", 1, 4096, 4096, 16, torch.bfloat16)
+    assert plan.choose(row, H100).name == "one_pass"
+    monkeypatch.setenv("LORA_KERNELS_DISABLE", "one_pass,gluon_one_launch")
+    plan.forget()
+    assert plan.choose(row, H100).name == "eager"
+    with pytest.raises(BackendUnavailableError, match="switched off by LORA_KERNELS_DISABLE"):
+        plan.choose(row, H100, "gluon_one_launch")
+    for wrong in ("eager", "one_lunch"):
+        monkeypatch.setenv("LORA_KERNELS_DISABLE", wrong)
+        plan.forget()
+        with pytest.raises(ConfigError, match=f"names {wrong}; accepted are shrink_extend"):
+            plan.choose(row, H100)
+    monkeypatch.undo()
+    plan.forget()
