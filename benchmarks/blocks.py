@@ -18,6 +18,8 @@ from torch import Tensor
 import lora_kernels
 from benchmarks.cases import Case
 from benchmarks.rivals import ADDMM_CHAIN, FROZEN, PEFT, PEFT_FP32, Implementation, Layer, contenders, ours
+from lora_kernels.plan import split_name
+from lora_kernels.stacked_cost import PLANS
 from lora_kernels.testing import Problem, make_problem
 
 Answers = dict[str, Tensor]
@@ -96,7 +98,7 @@ def _plain_linear(X: Tensor, part: Problem, keep: Tensor | None, A: Tensor, B: T
 
 def part_seeds(block: Block, seed: Tensor) -> list[Tensor]:
     """The seed of each part's mask: one mask on X for all that read it, another draw for an MLP's inner product."""
-    inner = seed + torch.tensor([0, 1], dtype=seed.dtype, device=seed.device)
+    inner = seed + 1
     return [inner if block.op == "lora_mlp" and number == 2 else seed for number in range(len(block.parts))]
 
 
@@ -139,7 +141,7 @@ def _stacked_frozen(block: Any, seed: Tensor | None) -> Layer:
 def _ours(block: Any, seed: Tensor | None, backend: str) -> Layer:
     leaves = [(part.A.detach().requires_grad_(), part.B.detach().requires_grad_()) for part in block.parts]
     projections = [
-        (part.W, A, B, part.bias, part.scaling)  # a Projection
+        lora_kernels.Projection(part.W, A, B, part.bias, part.scaling)
         for part, (A, B) in zip(block.parts, leaves, strict=True)
     ]
     how = {"dropout_p": block.p, "seed": seed, "backend": backend}
@@ -168,6 +170,7 @@ def rivals_of(case: Case, backends: Sequence[str]) -> list[Implementation]:
     if case.op == "lora_linear":
         return contenders(case.dtype, backends)
     frozen = [FROZEN_BLOCK, FROZEN_STACKED] if case.op == "lora_linear_stacked" else [FROZEN_BLOCK]
-    mine = [*(our_block(backend) for backend in backends), separately(ours(backends[0]), SEPARATE)]
+    whole = [backend for backend in backends if (split_name(backend)[1] or PLANS[0]) in PLANS]
+    mine = [*(our_block(backend) for backend in whole), separately(ours(backends[0]), SEPARATE)]
     rivals = [PEFT, *([PEFT_FP32] if case.dtype.itemsize == 2 else []), ADDMM_CHAIN]
     return [*frozen, *mine, *(separately(rival) for rival in rivals)]

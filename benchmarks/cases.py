@@ -105,6 +105,7 @@ BLOCKS = (  # Llama-3 8B: q,k,v and gate,up as one operator each, then the whole
     *(stacked(8192, parts, 4096, 16, p) for p in (0.0, 0.1) for parts in ((4096, 1024, 1024), (14336, 14336))),
     *(mlp(8192, 14336, 4096, 16, p) for p in (0.0, 0.1)),
 )
+RANKS = tuple(Case(8192, 4096, 4096, r) for r in (8, 32, 128))
 GRID = tuple(
     Case(M, N, K, 16, 0.1)
     for M in (4096, 8192)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +12,8 @@ from benchmarks.blocks import Answers, Block, answers, block_masks, block_of, ou
 from benchmarks.cases import DTYPE_NAMES, Case
 from benchmarks.rivals import Implementation, Layer, ours
 from benchmarks.rows import Check
-from lora_kernels import BackendUnavailableError, ops
-from lora_kernels.reference import Needs, generator_keep_mask, philox_keep_mask
+from lora_kernels import BackendUnavailableError
+from lora_kernels.reference import generator_keep_mask, philox_keep_mask
 from lora_kernels.testing import Problem, make_problem, plain, poison, truth, within_rule
 
 RESULTS = ("Y", "dX", "dA", "dB", "dbias")
@@ -87,6 +85,14 @@ class Oracle:
         return answers(q, keeps, torch.float64), answers(q, keeps, q.X.dtype)
 
 
+def without_dropout(problem: Problem | Block) -> Problem | Block:
+    """The same tensors, nothing dropped."""
+    if isinstance(problem, Block):
+        parts = tuple(dataclasses.replace(part, p=0.0) for part in problem.parts)
+        return dataclasses.replace(problem, parts=parts, p=0.0)
+    return dataclasses.replace(problem, p=0.0)
+
+
 def judge(case: Case, oracle: Oracle, implementation: Implementation, backward: bool = True) -> Iterator[Check]:
     """Ours by the error rule, on poisoned memory, with the mask of the problem's seed.
 
@@ -100,26 +106,26 @@ def judge(case: Case, oracle: Oracle, implementation: Implementation, backward: 
                 got = step(implementation.build(problem, problem.seed), problem.X, problem.dY, backward)
             exact, usual = oracle.dropped(implementation.backend)
         else:
-            layer = implementation.build(dataclasses.replace(problem, p=0.0), None)
+            layer = implementation.build(without_dropout(problem), None)
             got = step(layer, problem.X, problem.dY, backward)
             exact, usual = oracle.undropped()
     except BackendUnavailableError as refusal:
-        yield _check("rule", case, implementation, "", "refused", message=str(refusal))
+        yield check_of("rule", case, implementation, "", "refused", message=str(refusal))
         return
     for name, tensor in got.items():
         expected, usually = exact[name], usual[name].to(tensor.dtype)
         if implementation.ours:
-            verdict = within_rule(tensor, usually, expected, dtype=case.dtype)
+            verdict = within_rule(tensor.detach(), usually, expected, dtype=case.dtype)
             ratios: tuple[float | None, float | None] = (verdict.max_ratio, verdict.rms_ratio)
             ok, message = verdict.ok, verdict.message
         else:
             error = float((tensor.detach().double() - expected).norm() / expected.norm())
             ok, message, ratios = error <= RIVAL_TOLERANCE[case.dtype], f"relative error {error:.1e}", (None, None)
         status = "ok" if ok else "failed"
-        yield _check("rule", case, implementation, name, status, *ratios, message="" if ok else message)
+        yield check_of("rule", case, implementation, name, status, *ratios, message="" if ok else message)
 
 
-def _check(
+def check_of(
     check: str,
     case: Case,
     implementation: Implementation | str,
@@ -129,6 +135,7 @@ def _check(
     rms_ratio: float | None = None,
     message: str = "",
 ) -> Check:
+    """A Check of ``case``; that of a block says which operator it was."""
     if isinstance(implementation, Implementation):
         name = implementation.name + (f" {implementation.backend}" if implementation.ours else "")
     else:
@@ -142,18 +149,18 @@ def _check(
 
 def judged(case: Case, name: str, ok: bool, message: str, check: str) -> Check:
     """A check that came to an end; the message is kept where it failed."""
-    return _check(check, case, name, "", "ok" if ok else "failed", message="" if ok else message)
+    return check_of(check, case, name, "", "ok" if ok else "failed", message="" if ok else message)
 
 
 def not_run(case: Case, implementation: Implementation | str, why: str, check: str = "rule") -> Check:
     """A check that this machine cannot make."""
-    return _check(check, case, implementation, "", "not run", message=why)
+    return check_of(check, case, implementation, "", "not run", message=why)
 
 
 def failure(case: Case, implementation: Implementation | str, error: BaseException, check: str = "rule") -> Check:
     """A check that ended in an exception."""
     line = next(iter(str(error).strip().splitlines()), "")
-    return _check(check, case, implementation, "", "failed", message=f"{type(error).__name__}: {line[:300]}")
+    return check_of(check, case, implementation, "", "failed", message=f"{type(error).__name__}: {line[:300]}")
 
 
 def unit_failure(unit: str, error: BaseException | str) -> Check:
@@ -170,66 +177,4 @@ def same_bits(case: Case, device: torch.device, backend: str, runs: int = 3) -> 
     for name, tensor in first.items():
         differing = sum(int((tensor != other[name]).sum()) for other in others)
         message = f"{differing} elements differ in {runs - 1} repetitions" if differing else ""
-        yield _check("determinism", case, implementation, name, "failed" if differing else "ok", message=message)
-
-
-_RANKS = 16  # one tile of ranks in any dtype
-
-
-def forward_mask(seed: Tensor, p: float, M: int, K: int, dtype: torch.dtype, backend: str) -> Tensor:
-    """The keep mask (M, K) that the forward applied: with X = 1 and one-hot rows in A, XA is the mask's columns."""
-    like: dict[str, Any] = {"device": seed.device, "dtype": dtype}
-    X, W, B = torch.ones(M, K, **like), torch.zeros(_RANKS, K, **like), torch.eye(_RANKS, **like)
-    columns = []
-    for first in range(0, K, _RANKS):
-        A = torch.zeros(_RANKS, K, **like)
-        picked = torch.arange(min(_RANKS, K - first), device=seed.device)
-        A[picked, first + picked] = 1
-        _, XA, _ = ops.lora_linear_fwd(X, W, A, B, None, 1.0, p, seed, backend)
-        columns.append(XA[:, : len(picked)] != 0)
-    return torch.cat(columns, dim=1)
-
-
-def backward_masks(seed: Tensor, p: float, M: int, K: int, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
-    """The keep masks (M, K) of dX and dA: W = 0 and dYB A = 1 leave the mask in dX, one-hot dYB leaves rows in dA."""
-    like: dict[str, Any] = {"device": seed.device, "dtype": dtype}
-    X, W, B = torch.ones(M, K, **like), torch.zeros(_RANKS, K, **like), torch.eye(_RANKS, **like)
-    A, XA = torch.full((_RANKS, K), 1 / _RANKS, **like), torch.zeros(M, _RANKS, **like)
-
-    def gradients(dY: Tensor) -> tuple[Tensor, Tensor]:
-        dX, dA, *_ = ops.lora_linear_bwd(dY, X, W, A, B, XA, 1.0, p, seed, None, Needs(), backend)
-        assert dX is not None
-        assert dA is not None
-        return dX, dA
-
-    of_dX = gradients(torch.ones(M, _RANKS, **like))[0] != 0
-    rows = []
-    for first in range(0, M, _RANKS):
-        dY = torch.zeros(M, _RANKS, **like)
-        picked = torch.arange(min(_RANKS, M - first), device=seed.device)
-        dY[first + picked, picked] = 1
-        rows.append(gradients(dY)[1][: len(picked)] != 0)
-    return of_dX, torch.cat(rows)
-
-
-def masks_agree(case: Case, device: torch.device, backend: str, seeds: tuple[tuple[int, int], ...]) -> Iterator[Check]:
-    """Forward, dX and dA each apply the mask of reference.philox_keep_mask, bit for bit."""
-    for seed_and_offset in seeds:
-        seed = torch.tensor(seed_and_offset, dtype=torch.int64, device=device)
-        expected = philox_keep_mask(seed, case.p, case.M, case.K)
-        applied = {"XA": forward_mask(seed, case.p, case.M, case.K, case.dtype, backend)}
-        if not backend.endswith("one_pass"):  # a forward plan
-            applied["dX"], applied["dA"] = backward_masks(seed, case.p, case.M, case.K, case.dtype, backend)
-        for name, mask in applied.items():
-            wrong = int((mask != expected).sum())
-            message = f"seed {seed_and_offset}: {wrong} of {mask.numel()} bits differ" if wrong else ""
-            yield _check("mask", case, ours(backend), name, "failed" if wrong else "ok", message=message)
-
-
-def keep_rate(case: Case, device: torch.device, backend: str) -> Iterator[Check]:
-    """The share of kept elements lies within five standard deviations of 1 - p."""
-    seed = torch.tensor([20_240_601, 3], dtype=torch.int64, device=device)
-    kept = forward_mask(seed, case.p, case.M, case.K, case.dtype, backend).double().mean().item()
-    deviations = abs(kept - (1 - case.p)) / math.sqrt(case.p * (1 - case.p) / (case.M * case.K))
-    message = f"kept {kept:.6f}, {deviations:.1f} standard deviations from {1 - case.p:g}"
-    yield _check("keep rate", case, ours(backend), "XA", "ok" if deviations < 5 else "failed", message=message)
+        yield check_of("determinism", case, implementation, name, "failed" if differing else "ok", message=message)

@@ -1,14 +1,16 @@
 """g: our plain GEMM beside the vendor's library, the number that every prediction is multiplied by.
 
-The extended GEMM with no rank at all (r = 0) is our plain GEMM; with r = 1 it pays for one tile of ranks. A few other
-tiles than the default run beside it, since g is also what a better configuration would win.
+The extended GEMM of every rung (the pointer kernel, then each plan that has an extended product of its own) with no
+rank at all (r = 0) is our plain GEMM; with r = 1 it pays for one tile of ranks. A few other tiles than the default run
+beside the pointer kernel, since g is also what a better configuration would win.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -18,11 +20,17 @@ from benchmarks.measure import Bench, Found, recorded, row
 from benchmarks.roofline import forward_work
 from benchmarks.rows import Check, Row
 from benchmarks.timing import Call, interleaved, spread
+from lora_kernels import BackendUnavailableError
+from lora_kernels.cost import Problem as Planned
+from lora_kernels.kernels.chip import Chip
 from lora_kernels.kernels.tuning import GemmConfig, gemm_config, is_valid
-from lora_kernels.plan import chip_for
-from lora_kernels.testing import poison, within_rule
+from lora_kernels.plan import OPT_IN, chip_for, triton_kernels
+from lora_kernels.testing import Problem, poison, within_rule
+from lora_kernels.variants import BY_NAME
 
 LIBRARY = "cublas"
+POINTER = "shrink_extend"
+TAKE_NO_RANK = (POINTER, "tma_extend")  # kernels that read XA through pointers; a descriptor has a column at least
 OTHER_TILES = (
     GemmConfig(128, 256, 64, num_warps=8, num_stages=3),
     GemmConfig(256, 128, 64, num_warps=8, num_stages=3),
@@ -44,34 +52,77 @@ class Product:
         return f"{self.name} r{self.r}"
 
 
-def _tiles(config: GemmConfig) -> str:
-    return f"{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_K} w{config.num_warps} s{config.num_stages}"
+def rungs() -> list[str]:
+    """Plans with an extended product of their own: the pointer kernel's, then those of the launchers' table."""
+    return [POINTER, *(plan for plan in OPT_IN if plan.endswith("_extend"))]
 
 
-def plain_gemm(case: Case, bench: Bench) -> Found:
-    """Rows "gemm" (Y = X W^T) and "gemm_nn" (dX = dY W): the library's first, then ours at rank 0 and 1."""
-    from lora_kernels.kernels.lora_linear import extend
-    from lora_kernels.kernels.lora_linear_bwd import dx_da
+def _tiles(config: Any) -> str:
+    stages = getattr(config, "num_stages", None) or getattr(config, "STAGES", "")
+    return f"{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_K} w{config.num_warps} s{stages}"
 
+
+def plain_gemm(case: Case, rung: str, bench: Bench) -> Found:
+    """Rows "gemm" (Y = X W^T) and "gemm_nn" (dX = dY W): the library's first, then the rung's."""
     problem, chip = checks.problem_of(case, bench.device), chip_for(bench.device)
+    assert isinstance(problem, Problem)
     X, W, dY = problem.X, problem.W, problem.dY
-    default, narrow = gemm_config(case.M, case.N, case.dtype, chip), gemm_config(case.M, case.K, case.dtype, chip)
-    others = [c for c in OTHER_TILES if c != default and is_valid(c, case.dtype, 16, chip) is None]
-
-    def ours(r: int, config: GemmConfig, plan: str) -> Product:
-        call = partial(extend, X, W, X.new_zeros(case.M, r), X.new_zeros(case.N, r), None, config)
-        return Product(f"extend {_tiles(config)}", plan, r, call)
-
-    def ours_nn(r: int) -> Product:
-        make = partial(dx_da, dY, W, X.new_zeros(case.M, r), X.new_zeros(r, case.K), X, None, narrow, make_da=False)
-        return Product(f"dx {_tiles(narrow)}", "default", r, lambda: make()[0])
-
-    forward = [Product(LIBRARY, "", 0, lambda: X @ W.t()), ours(0, default, "default"), ours(1, default, "default")]
-    forward += [ours(0, config, "other tiles") for config in others]
-    backward = [Product(LIBRARY, "", 0, lambda: dY @ W), ours_nn(0), ours_nn(1)]
     found: list[Check] = []
+    forward = [Product(LIBRARY, "", 0, lambda: X @ W.t())]
+    backward = [Product(LIBRARY, "", 0, lambda: dY @ W)]
+    try:
+        forward += _pointer(problem, case, chip) if rung == POINTER else _forward(problem, case, chip, rung)
+        backward += _backward(problem, case, chip, rung)
+    except BackendUnavailableError as refusal:
+        found.append(replace(checks.not_run(case, rung, str(refusal), check="gemm"), status="refused"))
+        return [], found
     rows = _beside_library("gemm", forward, X.double() @ W.double().t(), case, bench, found)
     return rows + _beside_library("gemm_nn", backward, dY.double() @ W.double(), case, bench, found), found
+
+
+def _pointer(problem: Problem, case: Case, chip: Chip) -> Iterator[Product]:
+    from lora_kernels.kernels.lora_linear import extend
+
+    X, W = problem.X, problem.W
+    default = gemm_config(case.M, case.N, case.dtype, chip)
+    others = [c for c in OTHER_TILES if c != default and is_valid(c, case.dtype, 16, chip) is None]
+    wanted = [(0, default, "default"), (1, default, "default"), *((0, config, "other tiles") for config in others)]
+    for r, config, plan in wanted:
+        call = partial(extend, X, W, X.new_zeros(case.M, r), X.new_zeros(case.N, r), None, config)
+        yield Product(f"extend {_tiles(config)}", plan, r, call)
+
+
+def _config(case: Case, chip: Chip, rung: str, op: str) -> Any:
+    """The rung's own tiles. BackendUnavailableError where it refuses the case."""
+    direction = getattr(BY_NAME[rung], op)
+    q = Planned(op, case.M, case.N, case.K, 1, case.dtype)
+    if reason := direction.refused(q, chip):
+        raise BackendUnavailableError(f"{rung}: {reason}")
+    return direction.tiles(q, chip)
+
+
+def _ranks(rung: str) -> tuple[int, ...]:
+    return (0, 1) if rung in TAKE_NO_RANK else (1,)
+
+
+def _forward(problem: Problem, case: Case, chip: Chip, rung: str) -> Iterator[Product]:
+    X, W = problem.X, problem.W
+    kernel, config = triton_kernels().EXTEND[rung][0], _config(case, chip, rung, "fwd")
+    for r in _ranks(rung):
+        call = partial(kernel, X, W, X.new_zeros(case.M, r), X.new_zeros(case.N, r), None, config, chip.units)
+        yield Product(f"{rung} {_tiles(config)}", "default", r, call)
+
+
+def _backward(problem: Problem, case: Case, chip: Chip, rung: str) -> Iterator[Product]:
+    from lora_kernels.kernels.lora_linear_bwd import dx_da
+
+    X, W, dY = problem.X, problem.W, problem.dY
+    config, DX = _config(case, chip, rung, "bwd"), triton_kernels().DX
+    make = partial(DX[rung][0], drop=None, config=config, units=chip.units) if rung in DX else None
+    for r in _ranks(rung):
+        operands = dY, W, X.new_zeros(case.M, r), X.new_zeros(r, case.K), X
+        call = partial(make or partial(dx_da, drop=None, config=config), *operands, make_da=False)
+        yield Product(f"dx {rung} {_tiles(config)}", "default", r, lambda call=call: call()[0])  # type: ignore[misc]
 
 
 def _beside_library(
@@ -82,7 +133,7 @@ def _beside_library(
     assert isinstance(plain, Tensor)
     right: dict[str, Product] = {}
     for product in products:
-        with recorded(case, str(product), found):
+        with recorded(case, f"{op} {product}", found, check="gemm"):
             with poison():
                 got = product.call()
             assert isinstance(got, Tensor)

@@ -6,7 +6,10 @@ finished in DIR (started again with the same DIR it goes on there), and prints a
     journal.jsonl   finished units, one line each: the record that the tables are written from
     rows.csv        timings (rows.Row)          checks.csv   correctness (rows.Check)
     phases.csv      what was run, left out or cut off, and why
-    round.log       what the phases printed     ceilings.json   measured matrix and copy rates
+    curves.csv      losses of whole runs        tuned.json   the planner's table, as kernels/tuned/<GPU>.json wants it
+    round.log       what the phases printed     profile.csv  Nsight Compute's counters, where it may read them
+
+Eight files at most. The phases take longer than ten minutes together: --only and --budget cut a round into pieces.
 
 Where the files were copied without their history, BENCH_COMMIT says which commit they are.
 
@@ -17,21 +20,23 @@ one millisecond. Its rows carry gpu="rehearsal"; a folder holds a rehearsal or a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
 import torch
 
 from benchmarks import checks
-from benchmarks.phases import PHASES, Phase, Round
+from benchmarks.phases import Round, Unit
 from benchmarks.rows import REHEARSAL, Journal, record, this_machine, write_csv
+from benchmarks.schedule import PHASES, Phase
 from benchmarks.summary import summary
 from benchmarks.worker import CHECKS_FAILED, DEVICE_BROKEN, share
 
@@ -80,6 +85,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @dataclass
+class Shard:
+    """A process of a phase, how many of its units are done, and since when it is at the next one."""
+
+    process: subprocess.Popen[bytes] | None = None
+    done: int = -1
+    since: float = 0.0
+    retries: int = 0
+
+    def begin(self, process: subprocess.Popen[bytes]) -> None:
+        self.process, self.since = process, time.monotonic()
+
+    def note(self, done: int) -> None:
+        if done != self.done:
+            self.done, self.since = done, time.monotonic()
+
+    def stuck_for(self) -> float:
+        return time.monotonic() - self.since
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End the process with all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@dataclass
 class Conductor:
     """Runs phases one after another; the tables are up to date after every unit."""
 
@@ -109,56 +141,86 @@ class Conductor:
             self.journal.write_tables()
             write_csv(self.out / "phases.csv", list(vars(outcome)), [vars(each) for each in outcomes])
             print(outcome, flush=True)
+        (self.out / "tuned.json.attempts").unlink(missing_ok=True)  # what hung is in checks.csv
         return outcomes
 
     def _done(self, units: Sequence[str]) -> int:
         return len(self.journal.done().intersection(units))
 
     def _run_phase(self, phase: Phase, outcome: Outcome, seconds: float, cut_by_budget: bool) -> None:
-        """The phase's processes until they end or its time does; one that a broken GPU context ended is begun anew."""
+        """The phase's processes until they end or its time does.
+
+        One that a broken GPU context or a crash ended, or whose unit outlasts the phase's patience, is begun anew.
+        """
         started = time.monotonic()
         count = min(phase.shards, os.cpu_count() or 1)
-        shards = [f"{number}/{count}" for number in range(count)]
-        running: dict[str, subprocess.Popen[bytes]] = {}
+        shards = {f"{number}/{count}": Shard() for number in range(count)}
         troubles: list[str] = []
         size = -1
         try:
-            for shard in shards:
-                running[shard] = self._spawn(phase, shard, seconds)
-            while running:
+            for name, shard in shards.items():
+                shard.begin(self._spawn(phase, name, seconds))
+            while any(shard.process for shard in shards.values()):
                 time.sleep(0.1)
                 outcome.seconds = time.monotonic() - started
+                left = seconds - outcome.seconds
                 if self.journal.path.exists() and self.journal.path.stat().st_size != size:
                     size = self.journal.path.stat().st_size
                     self.journal.write_tables()
-                for shard, process in list(running.items()):
-                    if (code := process.poll()) is None:
+                    done = self.journal.done()
+                    for name, shard in shards.items():
+                        shard.note(len(done.intersection(self._share(phase, name))))
+                for name, shard in shards.items():
+                    if (process := shard.process) is None:
                         continue
-                    del running[shard]
-                    crashed = code < 0 and self._blame(phase, shard, f"ended its process with signal {-code}")
-                    if (crashed or code == DEVICE_BROKEN) and outcome.seconds < seconds:
-                        running[shard] = self._spawn(phase, shard, seconds - outcome.seconds)
-                    elif code not in (0, CHECKS_FAILED):
-                        troubles.append(f"process {shard} ended with status {code}, see round.log")
-                if running and outcome.seconds > seconds + (0 if cut_by_budget else GRACE):
+                    code = process.poll()
+                    if code is None and shard.stuck_for() > phase.patience and left > 0:
+                        _kill(process)
+                        if shard.retries < phase.retries:
+                            shard.retries += 1
+                        else:
+                            self._blame(phase, name, f"did not end within {phase.patience:.0f} s", hung=True)
+                        shard.process = None
+                        if self._share(phase, name).keys() - self.journal.done():
+                            shard.begin(self._spawn(phase, name, left))
+                    elif code is not None:
+                        shard.process = None
+                        crashed = code < 0 and self._blame(phase, name, f"ended its process with signal {-code}")
+                        if (crashed or code == DEVICE_BROKEN) and left > 0:
+                            shard.begin(self._spawn(phase, name, left))
+                        elif code not in (0, CHECKS_FAILED):
+                            troubles.append(f"process {name} ended with status {code}, see round.log")
+                running = [name for name, shard in shards.items() if shard.process]
+                if running and -left > (0 if cut_by_budget else GRACE):
                     troubles.append(f"cut off after {outcome.seconds:.0f} s")
                     if not cut_by_budget:  # what hung once is not tried again when the round goes on
-                        for shard in running:
-                            self._blame(phase, shard, f"did not end within the phase's {seconds:.0f} s")
+                        for name in running:
+                            self._blame(phase, name, f"did not end within the phase's {seconds:.0f} s")
                     break
         finally:
-            for process in running.values():
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            for shard in shards.values():
+                if shard.process:
+                    _kill(shard.process)
         outcome.detail = "; ".join(troubles)
 
-    def _blame(self, phase: Phase, shard: str, why: str) -> bool:
-        """Record the unit that a process was at, the first of its share that is not done, as failed; False for none."""
-        done = self.journal.done()
-        unit = next((u for u in share(Round(self.out, self.rehearse).units(phase.name), shard) if u not in done), None)
-        if unit is not None:
-            self.journal.append(unit, [], [record(checks.unit_failure(unit, why), this_machine(self.rehearse))])
-        return unit is not None
+    def _share(self, phase: Phase, shard: str) -> dict[str, Unit]:
+        return share(Round(self.out, self.rehearse).units(phase.name), shard)
+
+    def _blame(self, phase: Phase, shard: str, why: str, hung: bool = False) -> bool:
+        """Record the unit that a process was at, the first of its share that is not done, as failed; False for none.
+
+        Where units are grouped by plan and it hung, the plan's other units of the phase are not begun at all.
+        """
+        done, machine = self.journal.done(), this_machine(self.rehearse)
+        unit = next((unit for unit in self._share(phase, shard) if unit not in done), None)
+        if unit is None:
+            return False
+        self.journal.append(unit, [], [record(checks.unit_failure(unit, why), machine)])
+        for other in Round(self.out, self.rehearse).units(phase.name) if hung and phase.by_plan else ():
+            if other not in {*done, unit} and other.split()[0] == unit.split()[0]:
+                check = replace(checks.unit_failure(other, f"not begun: {unit} hung"), status="not run")
+                self.journal.append(other, [], [record(check, machine)])
+        return True
 
     def _spawn(self, phase: Phase, shard: str, seconds: float) -> subprocess.Popen[bytes]:
         """A process in a session of its own, to be ended as a group with whatever it starts."""

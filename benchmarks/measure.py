@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,9 @@ from benchmarks.cases import DTYPE_NAMES, Case
 from benchmarks.counting import operators, saved_mib
 from benchmarks.rivals import FROZEN, Implementation
 from benchmarks.roofline import Ceilings, Work, passes
-from benchmarks.rows import Check, Row
+from benchmarks.rows import Check, Record, Row
 from benchmarks.timing import MIB, Call, Clock, captured, extra_peak_mib, interleaved, spread
+from lora_kernels import BackendUnavailableError
 from lora_kernels import plan as planner
 from lora_kernels.cost import Problem as PlannerProblem
 from lora_kernels.testing import Problem
@@ -37,7 +39,9 @@ class Bench:
     clock: Clock
     ceilings: Callable[[], Ceilings]  # measured when first asked for
     rounds: int = 25
+    warmup: int = 2
     copies: int = GRAPH_COPIES
+    curves: list[Record] = field(default_factory=list)  # what a unit leaves beside its rows and checks
 
 
 class DeviceBroken(RuntimeError):
@@ -45,16 +49,20 @@ class DeviceBroken(RuntimeError):
 
 
 @contextlib.contextmanager
-def recorded(case: Case, name: Implementation | str, found: list[Check]) -> Iterator[None]:
+def recorded(case: Case, name: Implementation | str, found: list[Check], check: str = "rule") -> Iterator[None]:
     """An exception inside becomes a failed check in ``found``: what a contender throws must not take the others along.
+
+    A plan that says it cannot run is "refused" instead.
 
     Raises:
         DeviceBroken: the GPU answers nothing any more.
     """
     try:
         yield
+    except BackendUnavailableError as refusal:
+        found.append(replace(checks.not_run(case, name, str(refusal), check), status="refused"))
     except Exception as error:
-        found.append(checks.failure(case, name, error))
+        found.append(checks.failure(case, name, error, check))
         try:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
@@ -85,7 +93,7 @@ def plan_label(implementation: Implementation, case: Case, mode: str, device: to
 def measure(case: Case, mode: str, implementations: Sequence[Implementation], bench: Bench) -> Found:
     """Rows of ``mode`` ("fwd", "fwd_bwd", or either with "_graph") for all that pass their checks, and the checks."""
     backward = mode.startswith("fwd_bwd")
-    oracle = checks.Oracle(checks.problem_of(case, bench.device))
+    oracle = _oracle(case, bench.device)
     found: list[Check] = []
     passed: list[Implementation] = []
     for implementation in implementations:
@@ -102,13 +110,18 @@ def measure(case: Case, mode: str, implementations: Sequence[Implementation], be
                 if all(verdict.status == "ok" for verdict in verdicts):
                     passed.append(implementation)
     problem = oracle.problem
-    del oracle
     copies = _copies(problem, bench.copies) if mode.endswith("_graph") else [problem]
     set_up: dict[Implementation, Ready] = {}
     for implementation in passed:
         with recorded(case, implementation, found):
             set_up[implementation] = ready(implementation, copies, mode)
     return _rows(case, mode, set_up, len(copies), bench), found
+
+
+@functools.lru_cache(maxsize=1)
+def _oracle(case: Case, device: torch.device) -> checks.Oracle:
+    """Of a case that is measured in one unit after another; a case's tensors take seconds to draw."""
+    return checks.Oracle(checks.problem_of(case, device))
 
 
 def _copies(problem: Problem | Block, most: int) -> list[Problem | Block]:
@@ -151,7 +164,7 @@ def ready(implementation: Implementation, problems: Sequence[Problem | Block], m
 
 def _rows(case: Case, mode: str, ready: dict[Implementation, Ready], copies: int, bench: Bench) -> list[Row]:
     keys = {f"{implementation.name} {implementation.backend}": implementation for implementation in ready}
-    samples = interleaved({key: ready[keys[key]].call for key in keys}, bench.clock, bench.rounds)
+    samples = interleaved({key: ready[keys[key]].call for key in keys}, bench.clock, bench.rounds, bench.warmup)
     spreads = {keys[key]: spread([ms / copies for ms in times]) for key, times in samples.items()}
     frozen = next((times.p50 for i, times in spreads.items() if i.name == FROZEN.name), None)
     best = min((spreads[i].p50 for i in spreads if i.is_rival(case.dtype)), default=None)

@@ -71,14 +71,23 @@ def repeated(layer: Layer, X: Tensor, dY: Tensor, mode: str) -> Call:
     return calls
 
 
-def overhead(device: torch.device, dtype: torch.dtype, dropouts: Sequence[float], rounds: int) -> list[Row]:
+CONTENDERS = (FROZEN, LAYER, PEFT, ADDMM_CHAIN)
+
+
+def overhead(
+    device: torch.device,
+    dtype: torch.dtype,
+    dropouts: Sequence[float],
+    rounds: int,
+    contenders: Sequence[Implementation] = CONTENDERS,
+) -> list[Row]:
     """Rows "overhead" of F.linear, LoRALinear, PEFT's layer and the addmm chain, by mode and dropout."""
+    contenders = [each for each in contenders if each.missing() is None]
     rows = []
     for p in dropouts:
         case = Case(*SIZE, p, dtype)
         problem = make_problem(*SIZE, dtype, device, bias=False, dropout_p=p)
         X = problem.X.requires_grad_()
-        contenders = [each for each in (FROZEN, LAYER, PEFT, ADDMM_CHAIN) if each.missing() is None]
         for mode in MODES:
             calls = {each.name: repeated(each.build(problem, None), X, problem.dY, mode) for each in contenders}
             taken = interleaved(calls, QueueClock(), rounds)

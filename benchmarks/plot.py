@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 from benchmarks import figures, figures_runs
 from benchmarks.curves import CURVE
 from benchmarks.figures import Drawn
-from benchmarks.roofline import Ceilings
+from benchmarks.roofline import Ceilings, ceilings_of
 from benchmarks.rows import REHEARSAL, Record, read_rows
 from benchmarks.style import caption_of, save
 from benchmarks.waterfall import note, waterfall
@@ -38,14 +37,6 @@ def read_curves(places: Sequence[Path]) -> list[Record]:
             for line in csv.DictReader(file):
                 points.append(line | {name: float(line[name]) for name in NUMBERS})
     return points
-
-
-def read_ceilings(places: Sequence[Path]) -> Ceilings | None:
-    """What the machine of the rows reaches, where its folder says so (ceilings.json)."""
-    for place in places:
-        for path in sorted(place.rglob("ceilings.json")) if place.is_dir() else []:
-            return Ceilings(**json.loads(path.read_text()))
-    return None
 
 
 def drawings(
@@ -78,7 +69,7 @@ def plot(places: Sequence[Path], out: Path) -> dict[str, list[Path]]:
     caption = caption_of(rows) + ("; A REHEARSAL: every time is made up" if machines == [REHEARSAL] else "")
     assert CURVE[2:] == NUMBERS
     written = {}
-    for name, drawn in drawings(rows, points, read_ceilings(places)):
+    for name, drawn in drawings(rows, points, ceilings_of(rows)):
         if drawn is not None:
             said = f"{note()}. Measured, where a cross is: {caption}" if name == "waterfall" else caption
             written[name] = save(*drawn, said, out, name)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from benchmarks.cases import DTYPE_NAMES, Case
+from benchmarks.rows import Record, Row
 from benchmarks.timing import Call, Clock, interleaved
 
 
@@ -71,3 +73,29 @@ def measure_ceilings(
     ms = {name: statistics.median(samples) for name, samples in interleaved(calls, clock, rounds).items()}
     gbps = 2 * copy_bytes / ms.pop("copy") / 1e6
     return Ceilings({name: 2 * side**3 / elapsed / 1e9 for name, elapsed in ms.items()}, gbps)
+
+
+def ceiling_rows(ceilings: Ceilings, side: int) -> list[Row]:
+    """The ceilings as rows "ceiling", so that a table of rows holds all that its figures need."""
+    rates = ceilings.tflops.items()
+    rows = [_row("matmul", dtype, side, 2 * side**3 / tflops / 1e9, tflops, None) for dtype, tflops in rates]
+    return [*rows, _row("copy", "fp32", 0, 2**30 / ceilings.gbps / 1e6, None, ceilings.gbps)]
+
+
+def ceilings_of(rows: Iterable[Record]) -> Ceilings | None:
+    """The ceilings that the rows hold, or None."""
+    tflops: dict[str, float] = {}
+    gbps = None
+    for row in rows:
+        if row["op"] == "ceiling" and row["mode"] == "matmul":
+            tflops[row["dtype"]] = row["tflops"]
+        elif row["op"] == "ceiling":
+            gbps = row["gbps"]
+    return None if gbps is None or not tflops else Ceilings(tflops, gbps)
+
+
+def _row(what: str, dtype: str, side: int, ms: float, tflops: float | None, gbps: float | None) -> Row:
+    return Row(
+        "ceiling", what, dtype, "dense", side, side, side, 0, 1, 0.0, "", "library", ms, ms, ms, tflops, gbps,
+        None, None, None, None,
+    )  # fmt: skip

@@ -160,8 +160,10 @@ class Journal:
         self.folder = folder
         self.path = folder / "journal.jsonl"
 
-    def append(self, unit: str, rows: Sequence[Record], checks: Sequence[Record]) -> None:
-        entry = json.dumps({"unit": unit, "rows": list(rows), "checks": list(checks)})
+    def append(
+        self, unit: str, rows: Sequence[Record], checks: Sequence[Record], curves: Sequence[Record] = ()
+    ) -> None:
+        entry = json.dumps({"unit": unit, "rows": list(rows), "checks": list(checks), "curves": list(curves)})
         with self.path.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.write(f"\n{entry}\n".encode())  # the first newline ends a line that was cut off
@@ -169,7 +171,7 @@ class Journal:
             os.fsync(file.fileno())
 
     def entries(self) -> Iterator[Record]:
-        """{"unit", "rows", "checks"} of every finished unit."""
+        """{"unit", "rows", "checks", "curves"} of every finished unit."""
         if not self.path.exists():
             return
         for line in self.path.read_bytes().split(b"\n"):
@@ -188,9 +190,14 @@ class Journal:
     def checks(self) -> list[Record]:
         return [check for entry in self.entries() for check in entry["checks"]]
 
+    def curves(self) -> list[Record]:
+        return [point for entry in self.entries() for point in entry.get("curves", ())]
+
     def write_tables(self) -> None:
         write_csv(self.folder / "rows.csv", columns(Row), self.rows())
         write_csv(self.folder / "checks.csv", columns(Check), self.checks())
+        if curves := self.curves():
+            write_csv(self.folder / "curves.csv", list(curves[0]), curves)
 
 
 def read_rows(place: Path) -> list[Record]:

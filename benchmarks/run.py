@@ -22,12 +22,13 @@ from benchmarks.cases import DTYPES, MODELS, OPS, Case, parse
 from benchmarks.measure import Bench, measure
 from benchmarks.overhead import overhead, table
 from benchmarks.rivals import our_backends
-from benchmarks.roofline import measure_ceilings
+from benchmarks.roofline import ceiling_rows, measure_ceilings
 from benchmarks.rows import Check, Journal, Record, record, this_machine
 from benchmarks.summary import summary
 from benchmarks.timing import MIB, Clock, CudaClock, HostClock
 
 MODES = ("fwd", "fwd_bwd", "fwd_graph", "fwd_bwd_graph")
+SIDE = {"cpu": 1024, "cuda": 8192}  # of the squares whose product is the ceiling
 DEFAULTS = {  # shapes on a CPU, on a GPU
     "lora_linear": ("bert-base", "llama-3-8b"),
     "lora_linear_stacked": ("bert-base", "llama-3-8b"),
@@ -63,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         journal.append(str(case), [record(row, machine) for row in rows], [record(check, machine) for check in made])
         journal.write_tables()
         print(f"{options.mode} {case}: {len(rows)} rows", flush=True)
+    made_here = ceiling_rows(bench.ceilings(), SIDE[device.type])
+    journal.append("ceilings", [record(row, machine) for row in made_here], [])
+    journal.write_tables()
     print(summary(journal.rows(), journal.checks()))
     print("\n".join(_beside_peft(journal.rows())))
     print(f"rows in {options.out / 'rows.csv'}")
@@ -87,8 +91,8 @@ def _beside_peft(rows: Sequence[Record]) -> list[str]:
 
 def _bench(device: torch.device, options: argparse.Namespace) -> Bench:
     clock: Clock = CudaClock(device) if device.type == "cuda" else HostClock()
-    side, copied = (8192, 1024 * MIB) if device.type == "cuda" else (1024, 64 * MIB)
-    ceilings = partial(measure_ceilings, clock, device, (DTYPES[options.dtype],), side, copied)
+    copied = 1024 * MIB if device.type == "cuda" else 64 * MIB
+    ceilings = partial(measure_ceilings, clock, device, (DTYPES[options.dtype],), SIDE[device.type], copied)
     return Bench(device, clock, functools.cache(ceilings), rounds=options.rounds)
 
 

@@ -20,7 +20,7 @@ from benchmarks import checks, overhead
 from benchmarks.blocks import rivals_of
 from benchmarks.cases import DTYPES, OPS, Case, parse
 from benchmarks.measure import plan_label, ready
-from benchmarks.rivals import ADDMM_CHAIN, FROZEN, PEFT, Implementation, our_backends
+from benchmarks.rivals import Implementation, our_backends
 from benchmarks.rows import this_machine
 from lora_kernels import BackendUnavailableError
 from lora_kernels.testing import make_problem
@@ -78,7 +78,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         ]
         metafunc.parametrize(("mode", "case", "contender"), asked)
     elif metafunc.function is test_overhead:
-        layers = [each for each in (FROZEN, overhead.LAYER, PEFT, ADDMM_CHAIN) if each.missing() is None]
+        layers = [each for each in overhead.CONTENDERS if each.missing() is None]
         metafunc.parametrize("mode", overhead.MODES)
         metafunc.parametrize("contender", layers, ids=lambda each: each.name)
 

@@ -9,17 +9,21 @@ context unusable (what is left then needs a fresh process).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from benchmarks import checks
 from benchmarks.measure import DeviceBroken, Found
-from benchmarks.phases import INNER, PHASES, Round, Unit
+from benchmarks.phases import Round, Unit
 from benchmarks.rows import Journal, record, this_machine
+from benchmarks.schedule import PHASES
+from benchmarks.tools import PROFILED_PHASE, SANITIZED_PHASE
 
 DEVICE_BROKEN = 3
 CHECKS_FAILED = 4
@@ -28,7 +32,9 @@ CHECKS_FAILED = 4
 def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.worker", description="One process of a GPU round.")
-    parser.add_argument("--phase", required=True, choices=[*(phase.name for phase in PHASES), INNER])
+    parser.add_argument(
+        "--phase", required=True, choices=[*(phase.name for phase in PHASES), SANITIZED_PHASE, PROFILED_PHASE]
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shard", default="0/1", help="this process and their number")
     parser.add_argument("--seconds", type=float, default=float("inf"))
@@ -50,11 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         begun = time.monotonic()
         broken = False
         try:
-            found: Found = unit(bench)
+            with emulated(options.rehearse):
+                found: Found = unit(bench)
         except Exception as error:  # the journal says what happened; the next unit may be well
             found, broken = ([], [checks.unit_failure(name, error)]), isinstance(error, DeviceBroken)
         rows, made = found
-        journal.append(name, [record(row, machine) for row in rows], [record(check, machine) for check in made])
+        points = [point | asdict(machine) for point in bench.curves]
+        bench.curves.clear()
+        journal.append(name, [record(row, machine) for row in rows], [record(check, machine) for check in made], points)
         print(f"{name}: {len(rows)} rows, {len(made)} checks, {time.monotonic() - begun:.1f} s", flush=True)
         for check in made:
             if check.status == "failed":
@@ -65,6 +74,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return CHECKS_FAILED if failed else 0
+
+
+@contextlib.contextmanager
+def emulated(rehearse: bool) -> Iterator[None]:
+    """In a rehearsal Gluon's kernels run in their emulator, as Triton's do in the interpreter."""
+    if not rehearse:
+        yield
+        return
+    from lora_kernels.testing.gluon_emulator import emulate
+
+    with emulate():
+        yield
 
 
 def share(units: dict[str, Unit], shard: str) -> dict[str, Unit]:

@@ -3,11 +3,11 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks.blocks import Block, answers, block_of, part_seeds, rivals_of, separately
+from benchmarks.blocks import Block, answers, block_of, our_block, part_seeds, rivals_of, separately
 from benchmarks.cases import BLOCKS, Case, mlp, parse, stacked, tiny
 from benchmarks.checks import Oracle, judge, problem_of, step
 from benchmarks.measure import Bench, measure
-from benchmarks.rivals import ADDMM_CHAIN, FROZEN, Implementation, ours
+from benchmarks.rivals import ADDMM_CHAIN, FROZEN, TRITON_BACKENDS, Implementation, ours
 from benchmarks.roofline import Ceilings, backward_work, forward_work
 from benchmarks.timing import RehearsalClock
 
@@ -17,12 +17,14 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("case", [QKV, MLP], ids=["stacked", "mlp"])
-def test_what_is_separate_is_right(case: Case) -> None:
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_what_is_right_is_judged_right(case: Case, p: float) -> None:
+    case = dataclasses.replace(case, p=p)
     oracle = Oracle(problem_of(case, CPU, bias=True))
-    for implementation in (separately(ours("reference")), separately(ADDMM_CHAIN)):
+    for implementation in (our_block("reference"), separately(ours("reference")), separately(ADDMM_CHAIN)):
         found = list(judge(case, oracle, implementation))
         assert {check.status for check in found} == {"ok"}
-        assert len(found) == (3 if case is QKV else 1) + 1 + 6  # outputs, dX, A and B of three layers
+        assert len(found) == (3 if case.parts else 1) + 1 + 6  # outputs, dX, A and B of three layers
 
 
 @pytest.mark.parametrize("case", [QKV, MLP], ids=["stacked", "mlp"])
@@ -34,7 +36,21 @@ def test_every_contender_gets_a_row_beside_the_frozen_layers(case: Case) -> None
     assert all(row.ratio_to_frozen == 1 for row in rows)  # by the rehearsal's clock
     assert {row.N for row in rows} == {case.N_shown}
     names = [row.implementation for row in rows]
-    assert names[-4:] == ["lora_kernels", "lora_kernels separate layers", "peft", "addmm chain"]
+    frozen = ["frozen linear", "frozen stacked linear"] if case.parts else ["frozen linear"]
+    assert names == [*frozen, "lora_kernels", "lora_kernels separate layers", "peft", "addmm chain"]
+
+
+@pytest.mark.parametrize("backend", ["triton", "triton:shrink_extend"])
+@pytest.mark.parametrize("case", [QKV, MLP], ids=["stacked", "mlp"])
+def test_the_kernels_of_a_block_are_judged_right(case: Case, backend: str, device: str) -> None:
+    case = dataclasses.replace(case, p=0.2, dtype=torch.bfloat16)
+    found = list(judge(case, Oracle(problem_of(case, torch.device(device))), our_block(backend)))
+    assert {check.status for check in found} == {"ok"}, found
+
+
+def test_a_block_has_the_plans_that_serve_several_layers() -> None:
+    names = [each.backend for each in rivals_of(QKV, TRITON_BACKENDS) if each.name == "lora_kernels"]
+    assert names == ["triton", "triton:eager", "triton:shrink_extend"]
 
 
 @pytest.mark.parametrize("lost", ["update", "projection"])

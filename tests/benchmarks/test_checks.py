@@ -1,5 +1,4 @@
 import dataclasses
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -7,9 +6,8 @@ from torch import Tensor
 
 from benchmarks import checks
 from benchmarks.cases import Case
-from benchmarks.checks import Oracle, judge, keep_rate, masks_agree, problem_of, same_bits
+from benchmarks.checks import Oracle, judge, problem_of, same_bits
 from benchmarks.rivals import FROZEN, TRITON_BACKENDS, Implementation, Layer, ours
-from lora_kernels.reference import philox_keep_mask
 from lora_kernels.testing import Problem
 
 NAMED = TRITON_BACKENDS[1:]
@@ -43,33 +41,6 @@ def test_a_refusal_is_no_failure(device: str) -> None:
     (check,) = judge(case, Oracle(problem_of(case, torch.device(device))), ours("triton:one_pass"))
     assert check.status == "refused"
     assert "r=66" in check.message
-
-
-@pytest.mark.parametrize("backend", NAMED)
-def test_masks_agree_bit_for_bit(device: str, backend: str) -> None:
-    case = Case(19, 16, 40, 16, 0.3)
-    found = list(masks_agree(case, torch.device(device), backend, ((7, 0), (-5, 1 << 40))))
-    expected = ["XA"] if backend.endswith("one_pass") else ["XA", "dX", "dA"]
-    assert [check.what for check in found] == 2 * expected
-    assert {check.status for check in found} == {"ok"}
-
-
-def test_another_mask_is_noticed(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def of_another_seed(seed: Tensor, p: float, M: int, K: int) -> Tensor:
-        return philox_keep_mask(seed + 1, p, M, K)
-
-    monkeypatch.setattr(checks, "philox_keep_mask", of_another_seed)
-    found = list(masks_agree(Case(18, 16, 40, 16, 0.3), torch.device(device), "triton:eager", ((7, 0),)))
-    assert {check.status for check in found} == {"failed"}
-    assert "bits differ" in found[0].message
-
-
-def test_a_wrong_keep_rate_is_noticed(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(64, 16, 64, 16, 0.1)
-    assert [check.status for check in keep_rate(case, torch.device(device), "triton:shrink_extend")] == ["ok"]
-    always: Callable[..., Tensor] = lambda seed, p, M, K, dtype, backend: torch.ones(M, K)  # noqa: E731
-    monkeypatch.setattr(checks, "forward_mask", always)
-    assert [check.status for check in keep_rate(case, torch.device(device), "triton:shrink_extend")] == ["failed"]
 
 
 def test_bits_that_change_are_noticed(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import gpu_round
-from benchmarks.phases import PHASES, Phase
+from benchmarks.phases import Round
 from benchmarks.rows import REHEARSAL, Journal
+from benchmarks.schedule import PHASES, Phase
+from lora_kernels.plan import OPT_IN, PLANS
 
 ROOT = Path(gpu_round.__file__).resolve().parents[1]
 
@@ -33,9 +36,18 @@ def test_the_rehearsal_walks_through_every_phase_and_goes_on_where_it_was(tmp_pa
     rows, checks = _table(tmp_path / "rows.csv"), _table(tmp_path / "checks.csv")
     assert {row["gpu"] for row in [*rows, *checks]} == {REHEARSAL}
     assert {check["status"] for check in checks} <= {"ok", "refused", "not run"}, done.stdout
-    assert {check["check"] for check in checks} == {"rule", "mask", "determinism", "keep rate", "gemm", "memcheck"}
-    assert {row["op"] for row in rows} == {"lora_linear", "gemm", "gemm_nn"}
-    assert {row["mode"] for row in rows} == {"fwd", "fwd_bwd", "fwd_graph", "fwd_bwd_graph"}
+    assert {check["check"] for check in checks} == {
+        "rule", "rule lora_linear_stacked", "rule lora_mlp", "mask", "determinism", "keep rate", "gemm", "tune",
+        "curve", "memcheck", "racecheck", "profile",
+    }  # fmt: skip
+    assert {row["op"] for row in rows} == {
+        "lora_linear", "lora_linear_stacked", "lora_mlp", "gemm", "gemm_nn", "overhead", "train_bert", "ceiling",
+    }  # fmt: skip
+    assert {row["mode"] for row in rows} >= {"fwd", "fwd_bwd", "fwd_graph", "fwd_bwd_graph"}
+    right = {check["implementation"] for check in checks if check["check"] == "rule" and check["status"] == "ok"}
+    assert right >= {f"lora_kernels triton:{plan}" for plan in PLANS + OPT_IN}
+    assert {row["plan"].partition(" ")[0] for row in rows} >= {*PLANS, *OPT_IN, "auto"}
+    assert len(_table(tmp_path / "curves.csv")) > 20
     assert {row["implementation"] for row in rows} >= {
         "peft",
         "peft fp32 adapters",
@@ -46,7 +58,7 @@ def test_the_rehearsal_walks_through_every_phase_and_goes_on_where_it_was(tmp_pa
     assert len([path for path in tmp_path.iterdir() if path.suffix != ".part"]) <= 8
 
     kept = (tmp_path / "journal.jsonl").read_bytes()
-    (tmp_path / "journal.jsonl").write_bytes(kept[:-40])  # cut off within its last unit, one of phase grid
+    (tmp_path / "journal.jsonl").write_bytes(kept[:-40])  # cut off within its last unit
     again = _round("--rehearse", "--budget", "600", "--out", str(tmp_path))
     assert again.returncode == 0, again.stderr
     statuses = [row["status"] for row in _table(tmp_path / "phases.csv")]
@@ -66,7 +78,7 @@ def test_a_phase_that_does_not_fit_the_budget_is_skipped_in_words(tmp_path: Path
     phases = _table(tmp_path / "phases.csv")
     assert {row["status"] for row in phases} == {"skipped"}
     assert "needs about 60 s" in phases[0]["detail"]
-    assert "[check] skipped: 0 of" in done.stdout
+    assert "[gemm] skipped: 0 of" in done.stdout
 
 
 @pytest.mark.skipif(gpu_round.torch.cuda.is_available(), reason="it would begin a round")
@@ -84,9 +96,11 @@ def test_a_rehearsal_does_not_go_into_the_folder_of_a_round(tmp_path: Path, caps
     assert "holds rows of NVIDIA H100" in capsys.readouterr().err
 
 
-def _conductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, limit: float) -> gpu_round.Outcome:
+def _conductor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, limit: float, **phase: Any
+) -> gpu_round.Outcome:
     """Runs one phase whose processes are ``program`` instead of workers."""
-    monkeypatch.setattr(gpu_round, "PHASES", (Phase("gemm", 0, limit),))
+    monkeypatch.setattr(gpu_round, "PHASES", (Phase("gemm", 0, limit, **phase),))
     monkeypatch.setattr(gpu_round, "GRACE", 0.0)
     monkeypatch.setattr(gpu_round.Conductor, "command", lambda *_: [sys.executable, "-c", program])
     with (tmp_path / "round.log").open("a") as log:
@@ -103,6 +117,34 @@ def test_a_hang_costs_its_phase_and_is_blamed_on_the_unit(tmp_path: Path, monkey
     assert check["status"] == "failed"
     assert "did not end within" in check["message"]
     assert check["gpu"] == REHEARSAL
+
+
+def test_a_unit_that_hangs_is_killed_and_the_rest_of_its_plan_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    units = ["gemm/a x", "gemm/b x", "gemm/a y", "gemm/b y"]
+    monkeypatch.setattr(Round, "units", lambda self, phase: dict.fromkeys(units))
+    hang = "import time; time.sleep(60)"
+    outcome = _conductor(tmp_path, monkeypatch, hang, limit=30, patience=0.3, by_plan=True)
+    assert (outcome.status, outcome.done) == ("done", 4)
+    found = {check["what"]: (check["status"], check["message"]) for check in Journal(tmp_path).checks()}
+    assert {unit: found[unit][0] for unit in units} == {
+        "gemm/a x": "failed", "gemm/b x": "failed", "gemm/a y": "not run", "gemm/b y": "not run",
+    }  # fmt: skip
+    assert found["gemm/a y"][1] == "not begun: gemm/a x hung"
+
+
+def test_a_phase_with_retries_begins_a_hung_process_anew_without_blame(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Round, "units", lambda self, phase: {"gemm/a": None})
+    tries = tmp_path / "tries"
+    hang = f"open({str(tries)!r}, 'a').write('.'); import time; time.sleep(60)"
+    outcome = _conductor(tmp_path, monkeypatch, hang, limit=30, patience=0.4, retries=2)
+    assert outcome.done == 1
+    assert tries.read_text() == "..."
+    (check,) = Journal(tmp_path).checks()
+    assert "did not end within" in check["message"]
 
 
 def test_a_crash_is_blamed_on_the_unit_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,4 @@
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ from matplotlib import image
 from benchmarks import plot as plotting
 from benchmarks.cases import Case, stacked
 from benchmarks.curves import curve_columns
-from benchmarks.roofline import Ceilings
+from benchmarks.roofline import Ceilings, ceiling_rows
 from benchmarks.rows import REHEARSAL, Machine, Record, Row, columns, record, write_csv
 
 MACHINE = Machine("GPU X", "1", "12.8", "2.11", "3.6", "abc", "2026-01-02T03:04:05")
@@ -36,6 +35,7 @@ def _folder(path: Path, machine: Machine = MACHINE) -> Path:
         row | {"op": "overhead", "mode": mode} for mode in ("fwd_no_grad", "fwd") for row in _rows(cases[0], "fwd")
     ]
     rows += [row | {"op": "train_llama", "mode": "train", "plan": ""} for row in _rows(cases[0], "fwd", machine)]
+    rows += [record(row, machine) for row in ceiling_rows(Ceilings({"bf16": 600.0}, 3000.0), 8192)]
     rows = [row | dataclasses.asdict(machine) for row in rows]
     path.mkdir(exist_ok=True)
     write_csv(path / "rows.csv", columns(Row), rows)
@@ -46,7 +46,6 @@ def _folder(path: Path, machine: Machine = MACHINE) -> Path:
         for step in range(1, 8)
     ]
     write_csv(path / "curves.csv", curve_columns(), points)
-    (path / "ceilings.json").write_text(json.dumps(dataclasses.asdict(Ceilings({"bf16": 600.0}, 3000.0))))
     return path
 
 

@@ -2,7 +2,16 @@ import pytest
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.roofline import Ceilings, Work, backward_work, forward_work, measure_ceilings, passes
+from benchmarks.roofline import (
+    Ceilings,
+    Work,
+    backward_work,
+    ceiling_rows,
+    ceilings_of,
+    forward_work,
+    measure_ceilings,
+    passes,
+)
 from benchmarks.timing import RehearsalClock
 
 CASE = Case(M=8192, N=4096, K=4096, r=16)
@@ -37,3 +46,12 @@ def test_ceilings_follow_from_the_clock() -> None:
     ceilings = measure_ceilings(RehearsalClock(), torch.device("cpu"), (torch.float32,), side=100, copy_bytes=4000)
     assert ceilings.tflops == {"fp32": pytest.approx(2 * 100**3 / 1e9)}  # in a millisecond
     assert ceilings.gbps == pytest.approx(2 * 4000 / 1e6)
+
+
+def test_ceilings_are_kept_as_rows() -> None:
+    ceilings = Ceilings({"bf16": 500.0, "fp32": 50.0}, gbps=3000.0)
+    rows = [vars(row) for row in ceiling_rows(ceilings, side=1000)]
+    assert [row["mode"] for row in rows] == ["matmul", "matmul", "copy"]
+    assert rows[0]["ms_p50"] == pytest.approx(2e9 / 500e12 * 1e3)
+    assert ceilings_of(rows) == ceilings
+    assert ceilings_of(rows[:2]) is None

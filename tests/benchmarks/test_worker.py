@@ -1,9 +1,10 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import worker
-from benchmarks.measure import Bench, DeviceBroken, Found
+from benchmarks.measure import DeviceBroken, Found
 from benchmarks.phases import Round
 from benchmarks.rows import Journal
 
@@ -30,7 +31,7 @@ def _units(monkeypatch: pytest.MonkeyPatch, **results: Exception | None) -> list
         return {name: lambda bench, name=name: unit(name) for name in results}
 
     monkeypatch.setattr(Round, "units", units)
-    monkeypatch.setattr(Round, "bench", lambda self: Bench)
+    monkeypatch.setattr(Round, "bench", lambda self: SimpleNamespace(curves=[]))
     return ran
 
 
