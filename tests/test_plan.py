@@ -301,7 +301,7 @@ def test_the_environment_switches_a_plan_off(monkeypatch):
     assert plan.choose(row, H100).name == "one_pass"
     monkeypatch.setenv("LORA_KERNELS_DISABLE", "one_pass,gluon_one_launch")
     plan.forget()
-    assert plan.choose(row, H100).name == "eager"
+    assert plan.choose(row, H100).name == "shrink_extend"
     with pytest.raises(BackendUnavailableError, match="switched off by LORA_KERNELS_DISABLE"):
         plan.choose(row, H100, "gluon_one_launch")
     for wrong in ("eager", "one_lunch"):
