@@ -59,13 +59,14 @@ def build(model: str, size: Size, device: torch.device, dtype: torch.dtype, seed
         "max_position_embeddings": max(64, size.tokens),
     }  # fmt: skip
     made: nn.Module
-    if model == "llama":
-        config = transformers.LlamaConfig(num_key_value_heads=size.kv_heads, use_cache=False, **common)
-        made = transformers.LlamaForCausalLM(config)
-    else:
-        off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
-        config = transformers.BertConfig(num_labels=2, **off, **common)
-        made = transformers.BertForSequenceClassification(config)
+    with device:  # a GPU draws a billion values in no time
+        if model == "llama":
+            config = transformers.LlamaConfig(num_key_value_heads=size.kv_heads, use_cache=False, **common)
+            made = transformers.LlamaForCausalLM(config)
+        else:
+            off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
+            config = transformers.BertConfig(num_labels=2, **off, **common)
+            made = transformers.BertForSequenceClassification(config)
     return made.to(device, dtype).train()
 
 

@@ -21,7 +21,7 @@ from benchmarks.blocks import rivals_of
 from benchmarks.cases import DTYPES, MODELS, OPS, Case, parse
 from benchmarks.measure import Bench, measure
 from benchmarks.overhead import overhead, table
-from benchmarks.rivals import our_backends
+from benchmarks.rivals import OPT_IN_BACKENDS, our_backends
 from benchmarks.roofline import ceiling_rows, measure_ceilings
 from benchmarks.rows import Check, Journal, Record, record, this_machine
 from benchmarks.summary import summary
@@ -58,8 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         journal.write_tables()
         print("\n".join([*table(journal.rows()), f"rows in {options.out / 'rows.csv'}"]))
         return 0
+    backends = our_backends(device) + (OPT_IN_BACKENDS if options.opt_in else ())
     for case in options.cases:
-        rows, made = measure(case, options.mode, rivals_of(case, our_backends(device)), bench)
+        rows, made = measure(case, options.mode, rivals_of(case, backends), bench)
         checks += made
         journal.append(str(case), [record(row, machine) for row in rows], [record(check, machine) for check in made])
         journal.write_tables()
@@ -107,6 +108,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=list(DTYPES), help="default fp32 on a CPU, bf16 on a GPU")
     parser.add_argument("--dropout", default="0,0.1", help="probabilities (default 0,0.1)")
     parser.add_argument("--rounds", type=int, default=15, help="timed calls of each contender and case (default 15)")
+    parser.add_argument("--opt-in", action="store_true", help="on a GPU: the plans that run only where named, too")
     parser.add_argument("--threads", type=int, help="PyTorch's threads on a CPU (default: its own choice)")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder, overwritten (default out/bench)")
     options = parser.parse_args(argv)
@@ -114,6 +116,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     elif options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device here")
+    if options.opt_in and options.device == "cpu":
+        parser.error("--opt-in: those plans need a GPU")
     if options.mode.endswith("_graph") and options.device == "cpu":
         parser.error(f"--mode {options.mode}: CUDA graphs need a GPU")
     cpu = options.device == "cpu"

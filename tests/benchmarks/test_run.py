@@ -33,6 +33,7 @@ def test_the_hosts_overhead_needs_no_shape(tmp_path: Path, capsys: pytest.Captur
         (["--shapes", "1,2"], "is no shape"),
         (["--dropout", "1.5"], "probabilities"),
         (["--device", "cpu", "--mode", "fwd_graph"], "CUDA graphs need a GPU"),
+        (["--device", "cpu", "--opt-in"], "need a GPU"),
         (["--rounds", "0"], "at least 1"),
         (["--dropout", "some"], "could not convert"),
         (["--op", "lora_mlp", "--shapes", "bert-base"], "no gated MLP"),
