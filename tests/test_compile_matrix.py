@@ -27,7 +27,7 @@ def _assert_all_may_ship(archs: tuple[str, ...], dtypes: tuple[str, ...], kernel
 
 
 def test_a_representative_part() -> None:
-    _assert_all_may_ship(QUICK_ARCHS, QUICK_DTYPES, ("extend", "shrink", "tma_extend"))
+    _assert_all_may_ship(QUICK_ARCHS, QUICK_DTYPES, ("extend", "shrink", "tma_extend", "gluon_extend"))
 
 
 @pytest.mark.slow
