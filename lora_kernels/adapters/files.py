@@ -166,9 +166,10 @@ def _parse_json(text: Any, name: str) -> Any:
 def _check_header(data: bytes) -> dict[str, Any]:
     """Check every claim of the header against the bytes that are there; returns the metadata."""
     size = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or data[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
-        raise AdapterFormatError(f"{WEIGHTS_NAME} is not a safetensors file (a zip or pickle is never read)")
-    if size > min(MAX_HEADER_BYTES, len(data) - 8):
+    if len(data) < 8 or size > min(MAX_HEADER_BYTES, len(data) - 8):
+        # only here: a header of 640 bytes begins as a pickle does, one of 19,280 as a zip
+        if len(data) < 8 or data[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
+            raise AdapterFormatError(f"{WEIGHTS_NAME} is not a safetensors file (a zip or pickle is never read)")
         raise AdapterFormatError(f"{WEIGHTS_NAME}: header of {size} bytes in a file of {len(data)}: truncated?")
     header = _parse_json(data[8 : 8 + size], WEIGHTS_NAME)
     if not isinstance(header, dict):

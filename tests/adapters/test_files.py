@@ -46,6 +46,20 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
         assert torch.equal(read[key].float(), tensor.float()), key
 
 
+@pytest.mark.parametrize(("header", "begins"), [(640, b"\x80\x02"), (1152, b"\x80\x04"), (19280, b"PK")])
+def test_a_header_of_unlucky_length_is_not_taken_for_a_pickle_or_a_zip(
+    tmp_path: Path, header: int, begins: bytes
+) -> None:
+    for padding in range(header - 300, header):  # until the header, padded to eights, has just this length
+        write_adapter(tmp_path, tensors(), {"peft_type": "LORA", "r": 2, "revision": "x" * padding})
+        data = (tmp_path / WEIGHTS_NAME).read_bytes()
+        if data[:2] == begins:
+            break
+    assert int.from_bytes(data[:8], "little") == header
+    found, _ = read_adapter(tmp_path)
+    assert torch.equal(found["a"], tensors()["a"])
+
+
 def test_files_are_what_other_readers_expect(tmp_path: Path) -> None:
     from safetensors import safe_open
 
