@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,14 @@ import torch
 from torch import nn
 
 from benchmarks.cases import DTYPE_NAMES, DTYPES, Case
-from benchmarks.curves import PEFT, REVERSED, curve_columns, judged, verdict
-from benchmarks.models import SIZES, Batch, Size, batches, build, in_another_order
+from benchmarks.curves import PEFT, REVERSED, ROTATED, TWINS, curve_columns, judged, verdict
+from benchmarks.models import SIZES, Batch, Size, batches, build, rows_reversed, rows_rotated
 from benchmarks.rows import Check, Machine, Record, Row, columns, record, this_machine, write_csv
 from benchmarks.timing import MIB, spread
 from lora_kernels import load_adapter, use_backend
 
-RANK, ALPHA, RATE = 8, 16, 5e-3
+RANK, ALPHA, RATE = 8, 16, 1e-3
+ORDERS = {REVERSED: rows_reversed, ROTATED: rows_rotated}
 COMPILED, OURS = "peft torch.compile", "lora_kernels"
 
 
@@ -40,7 +41,7 @@ class Run:
     name: str
     model: Any
     optimizer: torch.optim.Optimizer
-    reverse: bool = False
+    reordered: Callable[[Batch], Batch] | None = None
     backend: str = "auto"
     times: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -49,7 +50,7 @@ class Run:
 
     def step(self, batch: Batch, device: torch.device) -> None:
         """One optimizer step; the loss is read after the clock has stopped."""
-        batch = in_another_order(batch) if self.reverse else batch
+        batch = self.reordered(batch) if self.reordered else batch
         cuda = device.type == "cuda"
         before = 0
         if cuda:
@@ -71,12 +72,12 @@ class Run:
             self.held += torch.cuda.memory_allocated() - before
 
 
-def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
+def _optimizer(trained: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=RATE)
 
 
 def contenders(model: str, size: Size, device: torch.device, dtype: torch.dtype, backend: str) -> Iterator[Run]:
-    """PEFT, its twin on reversed rows, torch.compile(PEFT), ours: each on a base of its own with the same values.
+    """PEFT, its twins on reordered rows, torch.compile(PEFT), ours: each on a base of its own with the same values.
 
     The adapters that PEFT drew are saved and loaded into ours.
     """
@@ -87,7 +88,7 @@ def contenders(model: str, size: Size, device: torch.device, dtype: torch.dtype,
 
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear")
     with tempfile.TemporaryDirectory() as folder:
-        for name in (PEFT, REVERSED, COMPILED):
+        for name in (PEFT, *TWINS, COMPILED):
             before = held()
             base: Any = build(model, size, device, dtype)
             torch.manual_seed(7)
@@ -95,7 +96,7 @@ def contenders(model: str, size: Size, device: torch.device, dtype: torch.dtype,
             if name == PEFT:
                 wrapped.save_pretrained(folder)
             trained = _compiled(wrapped, device) if name == COMPILED else wrapped
-            yield Run(name, trained, _optimizer(wrapped), reverse=name == REVERSED, held=held() - before)
+            yield Run(name, trained, _optimizer(wrapped), ORDERS.get(name), held=held() - before)
         before = held()
         mine = load_adapter(build(model, size, device, dtype), folder, trainable=True)
         yield Run(OURS, mine, _optimizer(mine), backend=backend, held=held() - before)
@@ -146,9 +147,9 @@ def train(
             run.peak / MIB if device.type == "cuda" else None, None, times[run.name].p50 / min(rivals),
         )
         for run in runs
-        if run.name != REVERSED
+        if run.name not in TWINS
     ]  # fmt: skip
-    return Outcome(rows, [verdict(case, name, curves) for name in times if name not in (PEFT, REVERSED)], curves)
+    return Outcome(rows, [verdict(case, name, curves) for name in times if name not in (PEFT, *TWINS)], curves)
 
 
 def report(outcome: Outcome, steps: int) -> Iterator[str]:

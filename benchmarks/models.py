@@ -95,6 +95,11 @@ def _sentences(size: Size, generator: torch.Generator) -> Batch:
     return {"input_ids": tokens + half * upper, "labels": labels, "attention_mask": torch.ones_like(tokens)}
 
 
-def in_another_order(batch: Batch) -> Batch:
-    """The batch with its rows reversed: the same loss and gradients, summed in another order."""
+def rows_reversed(batch: Batch) -> Batch:
+    """The same loss and gradients, summed in another order."""
     return {name: tensor.flip(0) for name, tensor in batch.items()}
+
+
+def rows_rotated(batch: Batch) -> Batch:
+    """The same loss and gradients, summed in a third order."""
+    return {name: tensor.roll(1, 0) for name, tensor in batch.items()}

@@ -25,6 +25,7 @@ from benchmarks.roofline import Ceilings, ceilings_of
 from benchmarks.rows import REHEARSAL, Record, read_rows
 from benchmarks.style import caption_of, save
 from benchmarks.waterfall import note, waterfall
+from lora_kernels.plan import OPT_IN, PLANS
 
 NUMBERS = ("step", "loss", "difference", "allowed")
 
@@ -71,7 +72,9 @@ def plot(places: Sequence[Path], out: Path) -> dict[str, list[Path]]:
     written = {}
     for name, drawn in drawings(rows, points, ceilings_of(rows)):
         if drawn is not None:
-            said = f"{note()}. Measured, where a cross is: {caption}" if name == "waterfall" else caption
+            said = caption
+            if name == "waterfall":
+                said = note() + (f". Measured: {caption}" if any(row["plan"] in PLANS + OPT_IN for row in rows) else "")
             written[name] = save(*drawn, said, out, name)
     return written
 

@@ -47,6 +47,7 @@ LOOKS = {
     "peft fp32 adapters": Look(VERMILION, "x", "--"),
     "peft torch.compile": Look(ORANGE, "P"),
     "peft, rows reversed": Look(GREY, "x", ":"),
+    "peft, rows rotated": Look(BLACK, "x", ":"),
     "addmm chain": Look(GREEN, "^"),
     "in-flight merge": Look(PURPLE, "*"),
 }

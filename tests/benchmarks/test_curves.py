@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.curves import FACTOR, PEFT, REVERSED, curve_columns, floor, judged, verdict
+from benchmarks.curves import FACTOR, PEFT, REVERSED, ROTATED, curve_columns, floor, judged, verdict
 
 CASE = Case(8, 8, 8, 2)
 PEFTS = [2.0, 1.5, 1.0]
@@ -12,7 +12,7 @@ TWIN = [2.0, 1.5 * (1 + 1e-6), 1.0 * (1 - 4e-7)]
 
 
 def _status(ours: list[float]) -> tuple[str, str]:
-    points = list(judged("llama", {PEFT: PEFTS, REVERSED: TWIN, "lora_kernels": ours}, torch.float32))
+    points = list(judged("llama", {PEFT: PEFTS, REVERSED: TWIN, ROTATED: PEFTS, "lora_kernels": ours}, torch.float32))
     check = verdict(CASE, "lora_kernels", points)
     return check.status, check.message
 
@@ -34,7 +34,7 @@ def test_what_drifts_further_does_not(ours: list[float], step: int) -> None:
 
 
 def test_the_allowance_never_shrinks_and_begins_at_the_floor() -> None:
-    points = list(judged("llama", {PEFT: PEFTS, REVERSED: TWIN}, torch.float32))
+    points = list(judged("llama", {PEFT: PEFTS, REVERSED: PEFTS, ROTATED: TWIN}, torch.float32))
     assert points[0]["allowed"] == floor(torch.float32)
     assert points[1]["allowed"] == pytest.approx(FACTOR * 1e-6 + floor(torch.float32))
     assert points[2]["allowed"] == points[1]["allowed"]

@@ -28,7 +28,7 @@ def test_a_run_of_both_models_leaves_rows_curves_and_verdicts(
         (f"train_{model}", name) for model in ("llama", "bert") for name in names
     ]
     assert {(check["implementation"], check["status"]) for check in checks} == {(name, "ok") for name in names[1:]}
-    assert len(curves) == 2 * 4 * 4  # models, contenders with PEFT's twin, steps
+    assert len(curves) == 2 * 5 * 4  # models, contenders with PEFT's twins, steps
     assert float(curves[-1]["loss"]) > 0
     printed = capsys.readouterr().out
     assert "train_llama lora_kernels: " in printed
