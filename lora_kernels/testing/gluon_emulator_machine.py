@@ -119,7 +119,7 @@ class Machine:
         """Gives the turn to whoever is to have it next, and waits for the next own one."""
         try:
             chosen = self._choose(me) if self.error is None else None
-        except EmulatorError as error:
+        except Exception as error:  # whatever it is: unreported it would leave every thread waiting
             self.error, chosen = error, None
         if chosen is me and me is not None:
             return
