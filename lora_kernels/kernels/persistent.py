@@ -102,7 +102,7 @@ def add_low_rank(
     stride_tr,
     BLOCK_R: tl.constexpr,
     RANK_STEP: tl.constexpr,
-    PRECISION: tl.constexpr = "ieee",
+    PRECISION: tl.constexpr,
 ):
     """acc + S T^T in steps of RANK_STEP ranks: how many are in registers beside a full accumulator.
 

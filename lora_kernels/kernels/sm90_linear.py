@@ -105,7 +105,7 @@ def _tma_extend_kernel(
         acc = _accumulate(acc, X_desc, W_desc, row, col, K, BLOCK_K)
         acc = add_low_rank(
             acc, XA_ptr, B_ptr, row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N), M, N, r, stride_sm, stride_bn,
-            stride_br, BLOCK_R, RANK_STEP,
+            stride_br, BLOCK_R, RANK_STEP, "ieee",
         )  # fmt: skip
         _finish(acc, Y_desc, bias_ptr, row, col, N, stride_bias, HAS_BIAS, BLOCK_N)
 
@@ -177,7 +177,7 @@ def _one_launch_kernel(
         wait_for(ready_ptr, pid_m)
         acc = add_low_rank(
             acc, XA_ptr, B_ptr, row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N), M, N, r, stride_sm, stride_bn,
-            stride_br, BLOCK_R, RANK_STEP,
+            stride_br, BLOCK_R, RANK_STEP, "ieee",
         )  # fmt: skip
         count_reader(ready_ptr, readers_ptr, pid_m, num_n)
         _finish(acc, Y_desc, bias_ptr, row, col, N, stride_bias, HAS_BIAS, BLOCK_N)

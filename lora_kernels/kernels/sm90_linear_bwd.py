@@ -53,7 +53,7 @@ def _masked_term(
     acc = tl.zeros((offs_m.shape[0], COLUMNS), tl.float32)
     acc = add_low_rank(
         acc, dYB_ptr, A_ptr, offs_m, col + tl.arange(0, COLUMNS), M, K, r, stride_sm, stride_ak, stride_ar, BLOCK_R,
-        RANK_STEP,
+        RANK_STEP, "ieee",
     )  # fmt: skip
     if DROPOUT:
         keep = keep_tile(seed_ptr, keep_ptr, stride_keep, offs_m, offs_m < M, col, K, threshold, COLUMNS, DROPOUT)

@@ -219,7 +219,7 @@ def gemm_config(M: int, N: int, dtype: torch.dtype, chip: Chip, wide: bool = Tru
     Without ``wide`` loads each element has an address of its own: smaller tiles keep those in registers.
     """
     if dtype == torch.float32:  # dots on scalar units: small tiles keep registers and code size down
-        return GemmConfig(_rows(M, 64 if wide else 32), 64, 32, num_warps=4, num_stages=2)
+        return GemmConfig(_rows(M, 64 if wide else 16), 64, 32, num_warps=4, num_stages=2)
     rows = _rows(M, 128)
     if not wide:
         return GemmConfig(min(rows, 64), 64, 32, num_warps=8 if rows >= 64 else 4, num_stages=2)
@@ -227,38 +227,38 @@ def gemm_config(M: int, N: int, dtype: torch.dtype, chip: Chip, wide: bool = Tru
         return GemmConfig(rows, 128 if rows == 128 else 64, 32, num_warps=8 if rows == 128 else 4, num_stages=2)
     if rows < 128 or N <= 64:
         return GemmConfig(min(rows, 64), 64, 64, num_warps=8 if rows >= 64 else 4, num_stages=3)
-    stages = 3 if chip.shared >= 128 * 1024 else 2
-    return GemmConfig(128, 128, 64, num_warps=8, num_stages=stages)
+    if chip.shared < 128 * KIB:  # two stages of 64 columns are one buffer: nothing under way beside it
+        return GemmConfig(128, 128, 32, num_warps=8, num_stages=4)
+    return GemmConfig(128, 128, 64, num_warps=8, num_stages=3)
 
 
 def expand_config(M: int, N: int, dtype: torch.dtype, chip: Chip, wide: bool = True) -> GemmConfig:
     """Tiles of the expand pass: those of the GEMM, shorter where each element of dX has an address of its own."""
     tiles = gemm_config(M, N, dtype, chip, wide)
-    return tiles if wide else replace(tiles, BLOCK_M=min(tiles.BLOCK_M, 32), num_warps=4)
+    if wide:
+        return replace(tiles, num_warps=8) if tiles.BLOCK_M == 16 and dtype.itemsize == 2 else tiles
+    return replace(tiles, BLOCK_M=min(tiles.BLOCK_M, 32), num_warps=4)
 
 
 def one_pass_config(M: int, dtype: torch.dtype, chip: Chip, dropout: bool, wide: bool = True) -> GemmConfig:
     """Tiles of one_pass, which serves few rows or narrow N; a mask drawn in the K loop wants a short step."""
     if dtype == torch.float32:
-        return GemmConfig(_rows(M, 32), 64, 32, num_warps=4, num_stages=3)
+        rows = _rows(M, 16 if dropout and not wide else 32)
+        return GemmConfig(rows, 64, 32, num_warps=8 if dropout and wide else 4, num_stages=3)
     step = 32 if dropout or chip.is_amd or not wide else 64
-    return GemmConfig(
-        _rows(M, 32 if dropout and not wide else 64),
-        64,
-        step,
-        num_warps=4,
-        num_stages=3 if wide and not chip.is_amd else 2,
-    )
+    rows = _rows(M, 32 if dropout and not wide else 64)
+    warps = 8 if dropout and rows == 64 and chip.arch == "sm_100" else 4  # 4 spill there, in float16 alone
+    return GemmConfig(rows, 64, step, num_warps=warps, num_stages=3 if wide and not chip.is_amd else 2)
 
 
 def shrink_config(M: int, dtype: torch.dtype, chip: Chip, r: int, dropout: bool, wide: bool = True) -> ShrinkConfig:
     """Tiles of the shrink pass: enough row blocks to fill the chip, long reads along K where loads are ``wide``."""
     if dtype == torch.float32:
-        return ShrinkConfig(_rows(M, 32), 64 if wide else 32, num_warps=4, num_stages=2)
+        return ShrinkConfig(_rows(M, 32), 64 if wide else 32, num_warps=4 if wide else 8, num_stages=2)
     rows = _rows(-(-M // chip.units), 64)
     stages = 2 if dropout or chip.is_amd else 3
     if not wide:
-        return ShrinkConfig(rows, 32, num_warps=4, num_stages=2)
+        return ShrinkConfig(rows, 32, num_warps=8, num_stages=2)
     long = not dropout and r <= 32 and rank_tile(r, dtype) <= rows  # 64 ranks at 128 columns spill
     return ShrinkConfig(rows, 128 if long else 64, num_warps=4, num_stages=stages)
 
