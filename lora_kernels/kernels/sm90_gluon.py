@@ -190,7 +190,7 @@ def _one_launch_producer(
     BLOCK_M: gl.constexpr = X_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = X_desc.block_type.shape[1]
     BLOCK_R: gl.constexpr = XA_desc.block_type.shape[1]
-    ROWS: gl.constexpr = 2048 // BLOCK_R if 2048 // BLOCK_R < BLOCK_M else BLOCK_M  # at a time: 32 registers
+    ROWS: gl.constexpr = 1024 // BLOCK_R if 1024 // BLOCK_R < BLOCK_M else BLOCK_M  # at a time: 16 registers
     lanes: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_R, BLOCK_R // 8], [1, 1], [1, 0])
     pid = gl.program_id(0)
     programs = gl.num_programs(0)
