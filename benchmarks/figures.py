@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 from benchmarks.cases import OPS, case_of
 from benchmarks.roofline import Ceilings, passes
@@ -126,18 +127,24 @@ def roofline(rows: Sequence[Record], mode: str, ceilings: Ceilings | None = None
     low, high = min(intensities) / 2, max(intensities) * 2
     dtypes = sorted({row["dtype"] for row in rows})
     if ceilings is not None and all(dtype in ceilings.tflops for dtype in dtypes):
+        low = min(low, *(250 * ceilings.tflops[dtype] / ceilings.gbps for dtype in dtypes))  # the slope is seen, too
         xs = [low * (high / low) ** (i / 100) for i in range(101)]
         for dtype in dtypes:
             roof = [min(ceilings.tflops[dtype], x * ceilings.gbps / 1e3) for x in xs]
             axes.plot(xs, roof, color=BLACK, linewidth=1.4)
-            axes.annotate(f"{dtype}: {ceilings.tflops[dtype]:.3g} TFLOP/s, {ceilings.gbps:,.0f} GB/s", (high, roof[-1]),
-                          xytext=(-4, 4), textcoords="offset points", ha="right", fontsize=7)  # fmt: skip
+            ridge = 1e3 * ceilings.tflops[dtype] / ceilings.gbps
+            axes.annotate(f"{dtype}: {ceilings.tflops[dtype]:.3g} TFLOP/s, {ceilings.gbps:,.0f} GB/s", (ridge, roof[-1]),
+                          xytext=(4, 4), textcoords="offset points", fontsize=7)  # fmt: skip
     else:
         peak = max(row["tflops"] * 100 / row["pct_of_bound"] for row in rows)
         axes.axhline(peak, color=BLACK, linewidth=1.4)
         axes.annotate(f"bound of these rows: {peak:.3g} TFLOP/s", (high, peak), xytext=(-4, 4),
                       textcoords="offset points", ha="right", fontsize=7)  # fmt: skip
     axes.set(xscale="log", yscale="log", xlim=(low, high))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.set_minor_locator(NullLocator())
     axes.set_xlabel("FLOP / byte, every operand read once and every result written once", fontsize=8)
     axes.set_ylabel("TFLOP/s", fontsize=8)
     legend(axes, loc="center left", bbox_to_anchor=(1.0, 0.5))
