@@ -132,9 +132,9 @@ def roofline(rows: Sequence[Record], mode: str, ceilings: Ceilings | None = None
         for dtype in dtypes:
             roof = [min(ceilings.tflops[dtype], x * ceilings.gbps / 1e3) for x in xs]
             axes.plot(xs, roof, color=BLACK, linewidth=1.4)
+            rates = f"{dtype}: {ceilings.tflops[dtype]:.3g} TFLOP/s, {ceilings.gbps:,.0f} GB/s"
             ridge = 1e3 * ceilings.tflops[dtype] / ceilings.gbps
-            axes.annotate(f"{dtype}: {ceilings.tflops[dtype]:.3g} TFLOP/s, {ceilings.gbps:,.0f} GB/s", (ridge, roof[-1]),
-                          xytext=(4, 4), textcoords="offset points", fontsize=7)  # fmt: skip
+            axes.annotate(rates, (ridge, roof[-1]), xytext=(4, 4), textcoords="offset points", fontsize=7)
     else:
         peak = max(row["tflops"] * 100 / row["pct_of_bound"] for row in rows)
         axes.axhline(peak, color=BLACK, linewidth=1.4)
