@@ -233,13 +233,13 @@ def gluon_dx(
     """
     (M, N), (r, K) = dY.shape, A.shape
     dX = torch.empty(M, K, dtype=X.dtype, device=X.device)
-    check_descriptors(dY=dY, W=W, X=X, dX=dX)
     keep = None
     if drop is not None:
         if drop.bits is None:
             raise BackendUnavailableError("gluon_dx reads dropout's mask as bits, given is a seed; keep the bits")
         row_bytes = drop.bits.stride(0)
         keep = drop.bits.as_strided((M, row_bytes), (row_bytes, 1)).view(torch.int32)
+    check_descriptors(dY=dY, W=W, X=X, dX=dX)
     R, blocks_m = rank_tile(r, X.dtype) if r else 16, triton.cdiv(M, config.BLOCK_M)
     part_da = torch.empty(blocks_m, r, K, dtype=torch.float32, device=X.device) if make_da and r else None
     low_rank = low_rank_operand(dYB, X.dtype) if r else dY

@@ -14,6 +14,7 @@ import functools
 
 import torch
 from torch import Tensor
+from triton import knobs
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -187,7 +188,13 @@ def low_rank_operand(t: Tensor, dtype: torch.dtype) -> Tensor:
     return copy.copy_(t)
 
 
+_launch = type(tile_order).run  # an emulator puts itself in its place
+
+
 def check_descriptors(**tensors: Tensor) -> None:
-    """Raises BackendUnavailableError where a large operand cannot go through a descriptor; none of them is copied."""
+    """Raises BackendUnavailableError where a large operand cannot go through a descriptor, none of them is copied; and
+    in Triton's interpreter, which has no Gluon."""
     if reason := descriptor_refusal(**tensors):
         raise BackendUnavailableError(f"Gluon kernels cannot take this call: {reason}; copy it or name no plan")
+    if knobs.runtime.interpret and type(tile_order).run is _launch:
+        raise BackendUnavailableError("Triton's interpreter has no Gluon; name another plan, or use gluon_emulator")

@@ -119,3 +119,10 @@ def test_what_descriptors_cannot_take():
     for X, why in ((wide[:, :32:2], "stride 2"), (wide[:, 1:17], "not a multiple of 16")):
         with pytest.raises(BackendUnavailableError, match=why):
             gluon_one_launch(X, q.W, q.A, q.B, q.bias, 1.0, SMALL, 1)
+
+
+def test_outside_of_the_emulator_the_interpreter_has_no_gluon(device):
+    if device == "cpu":
+        q = make_problem(16, 16, 16, 8, torch.bfloat16)
+        with pytest.raises(BackendUnavailableError, match="interpreter has no Gluon"):
+            gluon_one_launch(q.X, q.W, q.A, q.B, q.bias, 1.0, SMALL, 1)
