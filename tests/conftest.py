@@ -3,8 +3,14 @@
 LORA_TEST_DEVICE=cpu asks for the interpreter on a machine that has a GPU.
 """
 
+import importlib
 import os
-from collections.abc import Iterator
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one core a worker; read when numpy is imported
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -34,6 +40,34 @@ def poisoned() -> Iterator[None]:
 
     with poison():
         yield
+
+
+@pytest.fixture
+def kernels_with(tmp_path: Path) -> Callable[..., list[ModuleType]]:
+    """Modules of a copy of lora_kernels.kernels, in which ``text`` of one file may be replaced: a planted bug."""
+
+    def plant(
+        modules: tuple[str, ...], file: str = "", text: str = "", replacement: str = "", count: int = -1
+    ) -> list[ModuleType]:
+        import lora_kernels.kernels
+
+        name = re.sub(r"\W", "_", f"planted_{tmp_path.name}")
+        copy = tmp_path / name
+        source = Path(lora_kernels.kernels.__file__).parent
+        shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__", "tuned"))
+        for path in copy.glob("*.py"):
+            path.write_text(path.read_text().replace("lora_kernels.kernels.", f"{name}."))
+        if file:
+            right = (copy / file).read_text()
+            assert text in right, f"{file} no longer holds the text that the bug replaces"
+            (copy / file).write_text(right.replace(text, replacement, count))
+        sys.path.insert(0, str(tmp_path))
+        try:
+            return [importlib.import_module(f"{name}.{module}") for module in modules]
+        finally:
+            sys.path.remove(str(tmp_path))
+
+    return plant
 
 
 @pytest.fixture(autouse=True)

@@ -1,20 +1,12 @@
 """Bugs planted into a copy of our kernels; each must turn the checks red. The copy without a bug stays green."""
 # ruff: noqa: E501  (a bug is a line of source)
 
-import importlib
-import shutil
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-import lora_kernels.kernels
 from lora_kernels.kernels.chip import CHIPS
 from lora_kernels.reference import packed_width, philox_keep_mask
 from lora_kernels.testing import assert_close, make_problem, plain, poison, truth
-
-SOURCE = Path(lora_kernels.kernels.__file__).parent
 
 # (what, file, text, replacement)
 BUGS = [
@@ -53,24 +45,6 @@ BUGS = [
 ]  # fmt: skip
 
 
-def kernels_with(tmp_path, file=None, text=None, replacement=None):
-    """The launchers of a copy of our kernels, with one text replaced."""
-    name = f"planted_{tmp_path.name}".replace("-", "_")
-    copy = tmp_path / name
-    shutil.copytree(SOURCE, copy, ignore=shutil.ignore_patterns("__pycache__", "tuned"))
-    for path in copy.glob("*.py"):
-        path.write_text(path.read_text().replace("lora_kernels.kernels.", f"{name}."))
-    if file is not None:
-        source = (copy / file).read_text()
-        assert text in source, f"{file} no longer holds the text that the bug replaces"
-        (copy / file).write_text(source.replace(text, replacement))
-    sys.path.insert(0, str(tmp_path))
-    try:
-        return importlib.import_module(f"{name}.launchers")
-    finally:
-        sys.path.remove(str(tmp_path))
-
-
 def judge(launchers, device):
     """Every plan forward and backward on two problems, one of them with far-apart rows."""
     chip = CHIPS["sm_90"]
@@ -97,12 +71,12 @@ def judge(launchers, device):
                 assert_close(got, getattr(expected, name), getattr(true, name), what=f"{plan} {name}")
 
 
-def test_the_copy_itself_is_right(tmp_path, device):
-    judge(kernels_with(tmp_path), device)
+def test_the_copy_itself_is_right(kernels_with, device):
+    judge(*kernels_with(("launchers",)), device)
 
 
 @pytest.mark.parametrize(("what", "file", "text", "replacement"), BUGS, ids=[bug[0] for bug in BUGS])
-def test_a_planted_bug_is_caught(what, file, text, replacement, tmp_path, device):
-    launchers = kernels_with(tmp_path, file, text, replacement)
+def test_a_planted_bug_is_caught(what, file, text, replacement, kernels_with, device):
+    (launchers,) = kernels_with(("launchers",), file, text, replacement)
     with pytest.raises(Exception, match=r"plain PyTorch's|out of bounds|wraps|out-of-bounds|not finite"):
         judge(launchers, device)

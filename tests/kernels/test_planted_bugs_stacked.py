@@ -1,21 +1,15 @@
 """Bugs planted into a copy of the stacked kernels; each must turn the checks red. The copy without a bug stays green."""
 # ruff: noqa: E501  (a bug is a line of source)
 
-import importlib
-import shutil
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-import lora_kernels.kernels
 from lora_kernels.kernels.chip import CHIPS
 from lora_kernels.reference import packed_width, philox_keep_mask
 from lora_kernels.testing import assert_close, poison
 from lora_kernels.testing.stacked import make_mlp, make_stacked, plain_mlp, plain_stacked, truth_mlp, truth_stacked
 
-SOURCE = Path(lora_kernels.kernels.__file__).parent
+MODULES = ("stacked_launchers", "lora_mlp", "swiglu")
 
 # (what, file, text, replacement)
 BUGS = [
@@ -39,24 +33,6 @@ BUGS = [
     ("down's dA takes X's mask", "lora_mlp.py", "da_of(dYB, H, drop_h,", "da_of(dYB, H, drop_x,"),
     ("dH forgets the low-rank term", "lora_mlp.py", "dx_of([dY], W[2:], dYB,", "dx_of([dY], W[2:], dYB * 0,"),
 ]  # fmt: skip
-
-
-def kernels_with(tmp_path, file=None, text=None, replacement=None):
-    """The launchers of a copy of our kernels, with one text replaced."""
-    name = f"planted_{tmp_path.name}".replace("-", "_")
-    copy = tmp_path / name
-    shutil.copytree(SOURCE, copy, ignore=shutil.ignore_patterns("__pycache__", "tuned"))
-    for path in copy.glob("*.py"):
-        path.write_text(path.read_text().replace("lora_kernels.kernels.", f"{name}."))
-    if file is not None:
-        source = (copy / file).read_text()
-        assert text in source, f"{file} no longer holds the text that the bug replaces"
-        (copy / file).write_text(source.replace(text, replacement))
-    sys.path.insert(0, str(tmp_path))
-    try:
-        return [importlib.import_module(f"{name}.{module}") for module in ("stacked_launchers", "lora_mlp", "swiglu")]
-    finally:
-        sys.path.remove(str(tmp_path))
 
 
 def operands(problems):
@@ -115,14 +91,14 @@ def judge_mlp(modules, device):
         assert_close(got[name], expected[name], value, what=f"block {name}")
 
 
-def test_the_copy_itself_is_right(tmp_path, device):
-    modules = kernels_with(tmp_path)
+def test_the_copy_itself_is_right(kernels_with, device):
+    modules = kernels_with(MODULES)
     judge_stacked(modules, device)
     judge_mlp(modules, device)
 
 
 @pytest.mark.parametrize(("what", "file", "text", "replacement"), BUGS, ids=[bug[0] for bug in BUGS])
-def test_a_planted_bug_is_caught(what, file, text, replacement, tmp_path, device):
-    modules = kernels_with(tmp_path, file, text, replacement)
+def test_a_planted_bug_is_caught(what, file, text, replacement, kernels_with, device):
+    modules = kernels_with(MODULES, file, text, replacement)
     with pytest.raises(Exception, match=r"plain PyTorch's|out of bounds|out-of-bounds|not finite|setStorage"):
         (judge_mlp if file in ("swiglu.py", "lora_mlp.py") else judge_stacked)(modules, device)

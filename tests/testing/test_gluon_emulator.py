@@ -2,15 +2,12 @@
 # ruff: noqa: E501  (a bug is a line of source)
 
 import dataclasses
-import importlib
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-import lora_kernels.kernels
 from lora_kernels.kernels.common import Dropout
 from lora_kernels.kernels.persistent import one_launch_flags
 from lora_kernels.kernels.sm90_gluon_config import GluonConfig
@@ -19,7 +16,6 @@ from lora_kernels.testing import assert_close, make_problem, plain, poison, trut
 from lora_kernels.testing.gluon_emulator import EmulatorError, emulate
 from lora_kernels.testing.gluon_emulator_machine import Machine
 
-SOURCE = Path(lora_kernels.kernels.__file__).parent
 SEEDS = range(8)
 RING, FORWARD, BACKWARD = "sm90_gluon_ring", "sm90_gluon", "sm90_gluon_bwd"
 PUBLISHED = "            gl.store(kept_ptr + rows * BLOCK_R + offs_r, xa)\n"
@@ -77,26 +73,16 @@ BUGS = [
 ]  # fmt: skip
 
 
-def kernels_with(tmp_path, file=None, text="", replacement=""):
-    """gluon_extend, gluon_one_launch and gluon_dx of a copy of our kernels, with one text replaced."""
-    name = f"gluon_{re.sub(r'[^a-z0-9]', '_', str(tmp_path).lower())}"
-    copy = tmp_path / name
-    copy.mkdir()
-    (copy / "__init__.py").touch()
-    for part in (RING, FORWARD, BACKWARD):
-        source = (SOURCE / f"{part}.py").read_text()
-        if part == file:
-            assert text in source, f"{file} no longer holds the text that the bug replaces"
-            source = source.replace(text, replacement.replace("HALF_A_TILE", "half.shape[1]"), 1)
-        for other in (RING, FORWARD, BACKWARD):
-            source = source.replace(f"lora_kernels.kernels.{other} ", f"{name}.{other} ")
-        (copy / f"{part}.py").write_text(source)
-    sys.path.insert(0, str(tmp_path))
-    try:
-        forward, backward = (importlib.import_module(f"{name}.{part}") for part in (FORWARD, BACKWARD))
-    finally:
-        sys.path.remove(str(tmp_path))
-    return forward.gluon_extend, forward.gluon_one_launch, backward.gluon_dx
+@pytest.fixture
+def gluon_with(kernels_with):
+    """gluon_extend, gluon_one_launch and gluon_dx of a copy of our kernels, with one text replaced once."""
+
+    def plant(file="", text="", replacement=""):
+        replacement = replacement.replace("HALF_A_TILE", "half.shape[1]")
+        forward, backward = kernels_with((FORWARD, BACKWARD), f"{file}.py" if file else "", text, replacement, 1)
+        return forward.gluon_extend, forward.gluon_one_launch, backward.gluon_dx
+
+    return plant
 
 
 def judge(kernels, only, seed):
@@ -138,22 +124,22 @@ CAUGHT = (
 
 
 @pytest.mark.timeout(120)
-def test_the_copy_itself_is_right(tmp_path):
-    kernels = kernels_with(tmp_path)
+def test_the_copy_itself_is_right(gluon_with):
+    kernels = gluon_with()
     for only in (FORWARD, BACKWARD):
         judge_all(kernels, only)
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("what", "file", "text", "replacement"), BUGS, ids=[bug[0] for bug in BUGS])
-def test_a_planted_bug_is_caught(what, file, text, replacement, tmp_path):
-    kernels = kernels_with(tmp_path, file, text, replacement)
+def test_a_planted_bug_is_caught(what, file, text, replacement, gluon_with):
+    kernels = gluon_with(file, text, replacement)
     with pytest.raises((AssertionError, EmulatorError), match=CAUGHT):
         judge_all(kernels, file)
 
 
-def test_a_deadlock_says_who_waits_where(tmp_path):
-    kernels = kernels_with(tmp_path, RING, "    mbarrier.arrive(empty.index(slot), count=1)\n", "")
+def test_a_deadlock_says_who_waits_where(gluon_with):
+    kernels = gluon_with(RING, "    mbarrier.arrive(empty.index(slot), count=1)\n", "")
     with pytest.raises(EmulatorError) as caught:
         judge(kernels, FORWARD, 0)
     said = str(caught.value)
