@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.autograd.lora_linear import lora_linear
+from lora_kernels.autograd.lora_linear import run
 from lora_kernels.config import LoRAConfig
 from lora_kernels.errors import ConfigError, MergeError
 from lora_kernels.layers.init import Init, init_lora_weights
@@ -100,8 +100,6 @@ class LoRALinear(nn.Module):
     ) -> None:
         if r < 1:
             raise ConfigError(f"r={r}; a rank is at least 1")
-        if not 0.0 <= lora_dropout <= 1.0:
-            raise ConfigError(f"lora_dropout={lora_dropout}; accepted is a probability from 0 to 1")
         self.in_features, self.out_features = base.in_features, base.out_features
         self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, lora_dropout, use_rslora
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
@@ -109,7 +107,7 @@ class LoRALinear(nn.Module):
         self._base_weight: Tensor | None = None
         base.requires_grad_(False)
         self.weight = base.weight
-        self.bias = base.bias
+        self.register_parameter("bias", base.bias)  # also None: what forward reads lies in one place
         if adapter_dtype is None:
             adapter_dtype = torch.float32 if self.weight.dtype.itemsize == 2 else self.weight.dtype
         like: dict[str, Any] = {"device": self.weight.device, "dtype": adapter_dtype}
@@ -120,8 +118,12 @@ class LoRALinear(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_base_weight":  # a Parameter kept aside must not be registered: it is not part of the state_dict
             object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
+            return
+        if name == "lora_dropout" and not 0.0 <= value <= 1.0:
+            raise ConfigError(f"lora_dropout={value}; accepted is a probability from 0 to 1")
+        if name == "dropout_mask" and value not in ("bits", "seed"):
+            raise ConfigError(f"dropout_mask={value!r}; accepted are 'bits' and 'seed'")
+        super().__setattr__(name, value)
 
     @property
     def merged(self) -> bool:
@@ -139,21 +141,12 @@ class LoRALinear(nn.Module):
             return nn.functional.linear(x, self.weight, self.bias)
         held: dict[str, Any] = self._parameters  # asking nn.Module for each by name costs 0.5 us more
         try:
-            W, A, B = held["weight"], held["lora_A"], held["lora_B"]
+            W, A, B, bias = held["weight"], held["lora_A"], held["lora_B"], held["bias"]
         except KeyError:  # wrappers keep tensors of their own in the Parameters' place: parametrizations, FSDP
-            W, A, B = self.weight, self.lora_A, self.lora_B
-        return lora_linear(
-            x,
-            W,
-            A,
-            B,
-            self.bias,
-            scaling=self.scaling,
-            dropout_p=self.lora_dropout,
-            training=self.training,
-            backend=self.backend,
-            dropout_mask=self.dropout_mask,
-        )
+            W, A, B, bias = self.weight, self.lora_A, self.lora_B, self.bias
+        p = self.lora_dropout if self.training else 0.0
+        keep_bits = self.dropout_mask == "bits"
+        return run(x, W, A, B, bias, self.scaling, p, None, self.backend, keep_bits)
 
     def delta_weight(self) -> Tensor:
         """scaling * B A as float32 (N, K) (float64 for float64 adapters)."""

@@ -1,7 +1,7 @@
 """lora_kernels::lora_linear_fwd and _bwd: schema, shapes without data, and the call of the planned implementation.
 
-Eager code calls the two functions below directly (a Python-implemented operator costs some microseconds a call);
-a compiled graph calls them through torch.ops.
+The two functions below do the work themselves in eager code (a Python-implemented operator costs some microseconds a
+call) and call the operator while a graph is traced.
 """
 
 from __future__ import annotations
@@ -51,9 +51,11 @@ def lora_linear_fwd(
     ``seed`` int64 (2,) switches dropout on. ``keep_bits``: on Triton leave its mask at one bit an element, uint8
     (M, ceil(K/8)), for the backward to read; the reference always draws it again and gives None.
     """
-    kind, forced = planner.split_name(backend)
-    if kind == "triton" and X.shape[0] > 0:
+    if torch.compiler.is_compiling():
+        return torch.ops.lora_kernels.lora_linear_fwd(X, W, A, B, bias, scaling, p, seed, backend, keep_bits)
+    if backend != "reference" and X.shape[0] > 0:
         dropout, (N, r) = seed is not None, B.shape
+        _, forced = planner.split_name(backend)
         plan, chip = planner.plan_call(
             "fwd", (X, W), N, X.shape[1], r, dropout, bias is not None, True, keep_bits, forced
         )
@@ -82,9 +84,12 @@ def lora_linear_bwd(
 
     ``keep``: the bits that the forward left, or None to draw the mask again from ``seed``.
     """
-    kind, forced = planner.split_name(backend)
-    if kind == "triton" and X.shape[0] > 0:
+    if torch.compiler.is_compiling():
+        made = torch.ops.lora_kernels.lora_linear_bwd(dY, X, W, A, B, XA, scaling, p, seed, keep, list(needs), backend)
+        return tuple(grad if need else None for grad, need in zip(made, needs, strict=True))
+    if backend != "reference" and X.shape[0] > 0:
         dropout, (N, r) = seed is not None, B.shape
+        _, forced = planner.split_name(backend)
         plan, chip = planner.plan_call(
             "bwd", (dY, W, X), N, X.shape[1], r, dropout, needs.bias, needs.X, keep is not None, forced
         )

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 
 class Needs(NamedTuple):
@@ -49,7 +50,8 @@ def _scaled_mm(P: Tensor, Q: Tensor, factor: float, like: Tensor | None = None) 
     """
     if factor == 1.0:
         return P @ Q
-    like = P.new_empty(P.shape[0], Q.shape[1]) if like is None or like.dtype != P.dtype else like
+    if like is None or like.dtype != P.dtype:
+        like = P.new_empty(P.shape[0], Q.shape[1])
     return torch.addmm(like, P, Q, beta=0, alpha=factor)
 
 
@@ -67,10 +69,13 @@ def lora_linear_fwd(
 
     A and B may have another float dtype than X: they are rounded to X's, as under autocast.
     """
-    XD = X if keep is None else X * _as(keep, X)  # a product with bool takes three times as long on a CPU
-    XA = _scaled_mm(XD, _as(A, X).t(), scaling * _inv_keep(keep, p))
-    Y = torch.nn.functional.linear(X, W, bias)
-    return Y.addmm_(XA, _as(B, X).t()), XA
+    dtype, XD = X.dtype, X
+    A = A if A.dtype is dtype else A.to(dtype)
+    B = B if B.dtype is dtype else B.to(dtype)
+    if keep is not None:  # a product with bool takes three times as long on a CPU
+        XD, scaling = X * _as(keep, X), scaling * _inv_keep(keep, p)
+    XA = torch.addmm(X.new_empty(X.shape[0], A.shape[0]), XD, A.t(), beta=0, alpha=scaling)
+    return linear(X, W, bias).addmm_(XA, B.t()), XA
 
 
 def lora_linear_bwd(

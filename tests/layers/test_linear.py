@@ -203,6 +203,7 @@ def test_dropout_mask_is_kept_in_bits_or_drawn_again(device):
 
     assert saved("seed") == 10 * 4 * 4 + 16
     assert saved("bits") == saved("seed") + 10 * 32
-    layer.dropout_mask = "bytes"
     with pytest.raises(ConfigError, match="accepted are 'bits' and 'seed'"):
-        layer(x)
+        layer.dropout_mask = "bytes"
+    with pytest.raises(ConfigError, match="a probability"):
+        layer.lora_dropout = 1.5

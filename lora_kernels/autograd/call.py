@@ -1,0 +1,31 @@
+"""What the differentiable functions share: how an autograd.Function is called, and how a graph gets its scaling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def transformed() -> bool:
+    """Whether torch.compile traces or a transform of torch.func is active: then only function.apply is right."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """function.apply past the 2 us of Python that it spends on functorch's wrappers, whether there are any or not.
+
+    For use where ``transformed()`` is False.
+    """
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+def fold_scaling(A: Tensor, scaling: float) -> tuple[Tensor, float]:
+    """(scaling * A, 1.0), for use while torch.compile traces.
+
+    An autograd.Function and an operator take a float as a constant of the graph and are compiled again for each value;
+    a product with a tensor is compiled a second time for the second value, and never again.
+    """
+    return A * scaling, 1.0

@@ -1,0 +1,72 @@
+"""How an autograd.Function is called, and how often a graph is compiled while the scaling changes."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from lora_kernels import LoRALinear, ShapeError, lora_linear
+from lora_kernels.autograd.call import direct_apply, fold_scaling, transformed
+from lora_kernels.testing import make_problem
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, calls):
+        ctx.save_for_backward(x)
+        calls.append(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * dy, None
+
+
+def test_direct_apply_is_apply():
+    x, calls = torch.tensor([2.0], requires_grad=True), []
+    y = direct_apply(Cube)(x, calls)
+    assert len(calls) == 1
+    assert y.grad_fn is not None
+    assert torch.autograd.grad(y, x)[0] == 12.0
+
+
+def test_a_transform_is_seen_and_refused_in_words():
+    assert not transformed()
+    seen = []
+    torch.func.vmap(lambda x: seen.append(transformed()) or x)(torch.ones(2, 3))
+    assert seen == [True]
+    q = make_problem(4, 6, 8, 2, torch.float32)
+    with pytest.raises(RuntimeError, match="vmap"):  # without the look at it: silently the wrong gradient
+        torch.func.vmap(lambda x: lora_linear(x, q.W, q.A, q.B))(torch.randn(3, 4, 8))
+
+
+def test_folded_scaling_is_in_A():
+    A = torch.randn(2, 3)
+    folded, scaling = fold_scaling(A, 0.5)
+    assert scaling == 1.0
+    assert torch.equal(folded, 0.5 * A)
+
+
+def test_a_changing_scaling_is_compiled_twice_at_most():
+    layer = LoRALinear(8, 6, r=2)
+    torch.nn.init.normal_(layer.lora_B)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled, x = torch.compile(layer, backend=counter, fullgraph=True), torch.randn(5, 8)
+    for scaling in (2.0, 0.5, 1.0, 3.0, 0.25):
+        layer.scaling = scaling
+        layer.zero_grad()
+        y = compiled(x)
+        y.sum().backward()
+        torch.testing.assert_close(y, x @ layer.merged_weight().t() + layer.bias)
+        grad = scaling * layer.lora_B.sum(0)[:, None] * x.sum(0)
+        torch.testing.assert_close(layer.lora_A.grad, grad)
+    assert counter.frame_count <= 2
+
+
+def test_a_layer_whose_parameter_was_exchanged_says_what_does_not_fit():
+    layer = LoRALinear(8, 6, r=2)
+    layer.lora_A = torch.nn.Parameter(torch.randn(3, 8))
+    with pytest.raises(ShapeError, match="do not fit"):
+        layer(torch.randn(4, 8))
+    with pytest.raises(ShapeError, match="share one dtype"):
+        LoRALinear(8, 6)(torch.randn(4, 8, dtype=torch.float64))
