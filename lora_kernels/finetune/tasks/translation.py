@@ -1,0 +1,181 @@
+"""Translation of sentences by an encoder-decoder, measured in BLEU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
+
+from lora_kernels.errors import ConfigError
+from lora_kernels.finetune.data import LengthBatches, Splits
+from lora_kernels.finetune.extras import require
+from lora_kernels.finetune.pairs import Pairs, read_pairs, split_pairs
+from lora_kernels.finetune.phrases import phrases
+from lora_kernels.finetune.tasks.base import PARTS, Options, Task
+from lora_kernels.finetune.tasks.pretrained import DTYPES, load_config, load_pretrained, load_tokenizer
+from lora_kernels.finetune.tasks.tokens import IGNORED, TokenLoss, token_accuracy
+from lora_kernels.finetune.trainer import Metric, Trainer
+
+PHRASES, PHRASES_COUNT = "phrases", 4000
+_SHOWN = 3
+
+
+def bleu(translations: Sequence[str], references: Sequence[str]) -> float:
+    """Corpus BLEU of 0 to 100, one reference each, by sacrebleu with its defaults (13a tokens, case counts)."""
+    return float(require("sacrebleu").corpus_bleu(list(translations), [list(references)]).score)
+
+
+@dataclass(frozen=True)
+class Translation(Task):
+    """model, dtype: an encoder-decoder with its tokenizer, see pretrained.py. data: a CSV, TSV or JSONL file with a
+    source and a target column, or "phrases", made-up English and German (phrases.py).
+
+    prefix: put before each source ("translate English to German: " for T5). limit: at most so many pairs to train on,
+    0 for all. max_length: tokens after which a sentence is cut, and of a translation. held_out, split_seed: see
+    pairs.split_pairs. Translations are greedy.
+    """
+
+    name: ClassVar[str] = "translation"
+    task_type: ClassVar[str] = "SEQ_2_SEQ_LM"
+    libraries: ClassVar[tuple[str, ...]] = ("transformers", "sacrebleu")
+
+    model: str = ""
+    dtype: str = "float32"
+    data: str = PHRASES
+    source_column: str = "source"
+    target_column: str = "target"
+    prefix: str = ""
+    limit: int = 0
+    max_length: int = 64
+    held_out: float = 0.1
+    split_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.limit < 0 or self.max_length < 2:
+            raise ConfigError(f"limit is {self.limit} and max_length {self.max_length}; at least 0 and 2 are needed")
+
+    @classmethod
+    def add_arguments(cls, parser: Options) -> None:
+        add = parser.add_argument
+        add("--model", default=cls.model, help="folder or hub id of an encoder-decoder (needed)")
+        add("--dtype", default=cls.dtype, choices=DTYPES, help="of the frozen weights (default: %(default)s)")
+        add("--data", default=cls.data, help=f"a .csv, .tsv or .jsonl file, or {PHRASES} (default: %(default)s)")
+        add("--source-column", default=cls.source_column, help="of --data (default: %(default)s)")
+        add("--target-column", default=cls.target_column, help="of --data (default: %(default)s)")
+        add("--prefix", default=cls.prefix, help="put before each source sentence (default: nothing)")
+        add("--limit", type=int, default=cls.limit, help="pairs to train on; 0 for all (default: %(default)s)")
+        add("--max-length", type=int, default=cls.max_length, help="tokens of a sentence (default: %(default)s)")
+        add("--held-out", type=float, default=cls.held_out, help="share for validation, and for test")
+        add("--split-seed", type=int, default=cls.split_seed, help="of the split (default: %(default)s)")
+
+    @cached_property
+    def splits(self) -> Splits[Pairs]:
+        """The data in three parts, read once."""
+        if self.data == PHRASES:
+            pairs = phrases(PHRASES_COUNT)
+        else:
+            pairs = read_pairs(Path(self.data), self.source_column, self.target_column)
+        parts = split_pairs(pairs, self.split_seed, self.held_out)
+        train = parts.train.take(range(min(self.limit or len(parts.train), len(parts.train))))
+        return Splits(train, parts.validation, parts.test)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self._model_name())
+
+    @cached_property
+    def _start(self) -> int:
+        start = getattr(load_config(self._model_name()), "decoder_start_token_id", None)
+        if start is None:
+            raise ConfigError(f"model {self.model!r} has no decoder_start_token_id: is it an encoder-decoder?")
+        return start
+
+    def _model_name(self) -> str:
+        if not self.model:
+            raise ConfigError("translation has no packaged model: give an encoder-decoder with --model")
+        return self.model
+
+    def describe_data(self) -> str:
+        counts = ", ".join(f"{len(getattr(self.splits, part)):,} {part}" for part in PARTS)
+        return f"{self.data}: {counts} sentence pairs"
+
+    def load_model(self) -> nn.Module:
+        return load_pretrained("AutoModelForSeq2SeqLM", self._model_name(), self.dtype)
+
+    def encode(self, pairs: Pairs) -> list[tuple[list[int], list[int]]]:
+        """(source ids, target ids) of each pair, cut at ``max_length``."""
+        sources = [self.prefix + source for source in pairs.sources]
+        ids = self.tokenizer(sources, text_target=pairs.targets, truncation=True, max_length=self.max_length)
+        return list(zip(ids["input_ids"], ids["labels"], strict=True))
+
+    def collate(self, rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+        """Batch of (source ids, target ids): input_ids and attention_mask (rows, longest source); labels and
+        decoder_input_ids (rows, longest target), the latter one token behind."""
+        padding = self.tokenizer.pad_token_id
+        sources, targets = ([torch.tensor(ids) for ids in column] for column in zip(*rows, strict=True))
+        behind = [torch.cat([torch.tensor([self._start]), ids[:-1]]) for ids in targets]
+        return {
+            "input_ids": pad_sequence(sources, batch_first=True, padding_value=padding),
+            "attention_mask": pad_sequence([torch.ones_like(ids) for ids in sources], batch_first=True),
+            "decoder_input_ids": pad_sequence(behind, batch_first=True, padding_value=padding),
+            "labels": pad_sequence(targets, batch_first=True, padding_value=IGNORED),
+        }
+
+    def loader(self, part: str, batch_size: int) -> DataLoader[Any]:
+        rows: Any = self.encode(getattr(self.splits, part))
+        lengths = [len(source) + len(target) for source, target in rows]
+        batches = LengthBatches(lengths, batch_size, shuffle=part == "train")
+        return DataLoader(rows, batch_sampler=batches, collate_fn=self.collate)
+
+    @property
+    def criterion(self) -> TokenLoss:
+        return TokenLoss()
+
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        return {"accuracy": token_accuracy}
+
+    @torch.no_grad()
+    def translate(self, model: Any, sources: Sequence[str], batch_size: int = 32) -> list[str]:
+        """Greedy translations of ``sources``, in their order; the model is left in the mode it was in."""
+        training, found = model.training, []
+        model.eval()
+        try:
+            for start in range(0, len(sources), batch_size):
+                texts = [self.prefix + source for source in sources[start : start + batch_size]]
+                inputs = self.tokenizer(
+                    texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+                ).to(model.device)
+                inputs.pop("token_type_ids", None)
+                ids = model.generate(**inputs, max_new_tokens=self.max_length, num_beams=1, do_sample=False)
+                found += self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        finally:
+            model.train(training)
+        return found
+
+    def report(self, trainer: Trainer, loader: Any) -> dict[str, Any]:
+        pairs = self.splits.test
+        translations = self.translate(trainer.model, pairs.sources)
+        before = self.translate(self.load_model().to(trainer.device), pairs.sources)
+        rows = zip(pairs.sources, pairs.targets, before, translations, strict=True)
+        names = ("source", "reference", "before", "translation")
+        return {
+            **trainer.evaluate(loader),
+            "bleu": bleu(translations, pairs.targets),
+            "bleu_before": bleu(before, pairs.targets),
+            "examples": [dict(zip(names, row, strict=True)) for row in list(rows)[:_SHOWN]],
+        }
+
+    def show(self, trainer: Trainer, report: Mapping[str, Any]) -> list[str]:
+        lines = [f"test BLEU {report['bleu']:.2f}, before the training {report['bleu_before']:.2f}"]
+        return lines + [
+            f"{row['source']!r} -> {row['translation']!r} (reference {row['reference']!r})"
+            for row in report["examples"]
+        ]
