@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_kernels.adapters import load_adapter, merge_lora, save_adapter, unmerge_lora
+    from lora_kernels.autograd.dora_linear import dora_linear
     from lora_kernels.autograd.lora_linear import lora_linear
     from lora_kernels.autograd.lora_linear_stacked import Projection, lora_linear_stacked
     from lora_kernels.autograd.lora_mlp import lora_mlp
@@ -24,13 +25,17 @@ if TYPE_CHECKING:
         ShapeError,
     )
     from lora_kernels.finetune import LoRA, Trainer
+    from lora_kernels.finetune.loraplus import loraplus_groups
     from lora_kernels.inject import apply_lora, explain
+    from lora_kernels.integrations.peft.accelerate import accelerate, decelerate
     from lora_kernels.layers import LoRAGateUp, LoRALinear, LoRAMLP, LoRAQKV
     from lora_kernels.plan import use_backend
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "dora_linear": "lora_kernels.autograd.dora_linear",
+    "loraplus_groups": "lora_kernels.finetune.loraplus",
     "lora_linear": "lora_kernels.autograd.lora_linear",
     "lora_linear_stacked": "lora_kernels.autograd.lora_linear_stacked",
     "lora_mlp": "lora_kernels.autograd.lora_mlp",
@@ -42,6 +47,8 @@ _HOME = {
     "LoRAConfig": "lora_kernels.config",
     "apply_lora": "lora_kernels.inject",
     "explain": "lora_kernels.inject",
+    "accelerate": "lora_kernels.integrations.peft.accelerate",
+    "decelerate": "lora_kernels.integrations.peft.accelerate",
     "save_adapter": "lora_kernels.adapters",
     "load_adapter": "lora_kernels.adapters",
     "merge_lora": "lora_kernels.adapters",
@@ -74,12 +81,16 @@ __all__ = [
     "Projection",
     "ShapeError",
     "Trainer",
+    "accelerate",
     "apply_lora",
+    "decelerate",
+    "dora_linear",
     "explain",
     "load_adapter",
     "lora_linear",
     "lora_linear_stacked",
     "lora_mlp",
+    "loraplus_groups",
     "merge_lora",
     "save_adapter",
     "unmerge_lora",

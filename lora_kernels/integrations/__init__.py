@@ -1,0 +1,1 @@
+"""The files that import other model libraries: peft and transformers."""

@@ -1,0 +1,180 @@
+"""PEFT's LoRA layer over nn.Linear or transformers' Conv1D, with the forward and backward of lora_linear.
+
+    y = x W^T + bias + sum over active adapters of scaling_i * (dropout(x) A_i^T B_i^T + lora_bias_i)
+
+Several adapters are one product: with A = [A_1; A_2; ...] (r, K) and B = [s_1 B_1, s_2 B_2, ...] (N, r) the sum is
+x A^T B^T. That needs one x for all, so not several dropout masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora.layer import Linear
+from torch import Tensor, nn
+from torch.nn.modules.linear import Identity
+from transformers.pytorch_utils import Conv1D
+
+from lora_kernels.autograd.lora_linear import run as run_lora_linear
+from lora_kernels.autograd.lora_linear_stacked import Projection
+from lora_kernels.integrations.peft import why_not as conditions
+
+CALLS = "_peft_forward_calls"  # in a layer's __dict__: reason -> how many calls PEFT's own forward took
+
+
+class Operands(NamedTuple):
+    """What one fused call reads: W (N, K), A (r, K), B (N, r), bias (N,) or None, scaling, and dropout's p now."""
+
+    W: Tensor
+    A: Tensor
+    B: Tensor
+    bias: Tensor | None
+    scaling: float
+    dropout_p: float
+
+
+def operands(layer: Linear, x: Tensor | None = None) -> Operands | str:
+    """What the fused path reads of the layer in its present state, for the input ``x`` (..., K), or the reason why
+    PEFT's own forward runs."""
+    reason = conditions.state_reason(layer)
+    if reason is not None:
+        return reason
+    modules = layer._modules
+    base: Any = modules["base_layer"]
+    reason = conditions.linear_reason(base) or conditions.module_reason(base, "base_layer")
+    if reason is not None:
+        return reason
+    held: Any = modules["lora_A"]
+    names = conditions.active_in(layer, held._modules)
+    if not names:
+        return "no adapter of it is active"
+    W = conditions.weight_of(base)
+    reason = conditions.weight_reason(W, "base_layer")
+    if reason is not None:
+        return reason
+    assert W is not None
+    if W.requires_grad:
+        return "its base weight requires a gradient"
+    if x is not None:
+        reason = conditions.input_reason(x, W) or conditions.call_reason()
+        if reason is not None:
+            return reason
+    if type(base) is Conv1D:
+        W = W.t()
+    bias = conditions.weight_of(base, "bias")
+    parts = []
+    for name in names:
+        part = _adapter(layer, name, W.dtype if x is None else x.dtype)
+        if isinstance(part, str):
+            return part
+        parts.append(part)
+    if len(parts) == 1:
+        A, B, lora_bias, scaling, dropout_p = parts[0]
+    elif any(p > 0.0 for *_, p in parts):
+        return "several adapters are active with a dropout each"
+    else:
+        A = torch.cat([a for a, *_ in parts])
+        B = torch.cat([b * scaling for _, b, _, scaling, _ in parts], 1)
+        lora_biases = [b * scaling for _, _, b, scaling, _ in parts if b is not None]
+        lora_bias = torch.stack(lora_biases).sum(0) if lora_biases else None
+        scaling, dropout_p = 1.0, 0.0
+    if lora_bias is not None:
+        added = lora_bias if len(parts) > 1 else lora_bias * scaling
+        bias = (added if bias is None else bias + added).to(W.dtype)
+    return Operands(W, A, B, bias, scaling, dropout_p)
+
+
+def _adapter(layer: Linear, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, float, float] | str:
+    """A (r, K), B (N, r), lora_bias (N,) or None, scaling and dropout's present p of one adapter, or a reason."""
+    if name in layer.lora_variant:
+        return f"{type(layer.lora_variant[name]).__name__} has no fused path"
+    modules: Any = layer._modules
+    lora_A, lora_B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+    dropout = modules["lora_dropout"]._modules[name]
+    for module, called in ((lora_A, "lora_A"), (lora_B, "lora_B"), (dropout, "lora_dropout")):
+        reason = conditions.module_reason(module, called)
+        if reason is not None:
+            return reason
+    if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear or lora_A._parameters["bias"] is not None:
+        return f"lora_A is a {type(lora_A).__name__}, lora_B a {type(lora_B).__name__}; plain are nn.Linear"
+    A, B = conditions.weight_of(lora_A), conditions.weight_of(lora_B)
+    reason = conditions.weight_reason(A, "lora_A") or conditions.weight_reason(B, "lora_B")
+    if reason is not None:
+        return reason
+    assert A is not None
+    assert B is not None
+    if A.dtype is not dtype and not getattr(layer, "cast_input_dtype_enabled", True):
+        return "casting its input to the adapter's dtype is switched off"
+    if type(dropout) is nn.Dropout:
+        if dropout.inplace:
+            return "its dropout works in place"
+        p = dropout.p if dropout.training else 0.0
+    elif type(dropout) is Identity:
+        p = 0.0
+    else:
+        return f"its dropout is a {type(dropout).__name__}"
+    return A, B, conditions.weight_of(lora_B, "bias"), layer.scaling[name], p
+
+
+def projection_of(layer: Linear, x: Tensor | None = None) -> tuple[Projection, float] | None:
+    """The layer's projection and dropout's p where its fused path holds now (for ``x``, if given), else None."""
+    if not isinstance(layer, FusedLinear):
+        return None
+    found = operands(layer, x)
+    return None if isinstance(found, str) else (Projection(*found[:5]), found.dropout_p)
+
+
+def count_peft_call(layer: nn.Module, reason: str) -> None:
+    """Remember on the layer that a call took PEFT's own forward; nothing is kept under torch.compile."""
+    if not torch.compiler.is_compiling():
+        calls = layer.__dict__.setdefault(CALLS, {})
+        calls[reason] = calls.get(reason, 0) + 1
+
+
+class FusedLinear(Linear):
+    """peft.tuners.lora.layer.Linear whose forward is lora_linear wherever that computes the same.
+
+    Never built: accelerate changes the class of PEFT's layers, which keep every attribute, parameter and method.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """y (..., N) for x (..., K); a call that cannot be fused is PEFT's own, and counted with its reason."""
+        if args or kwargs:
+            reason = conditions.kwargs_reason(args, kwargs)
+        else:
+            group = self.__dict__.get("_lora_group")
+            if group is not None:
+                y = group.take(self, x)
+                if y is not None:
+                    return y
+            found = operands(self, x)
+            if not isinstance(found, str):
+                W, A, B, bias, scaling, p = found
+                return run_lora_linear(x, W, A, B, bias, scaling, p, None, "auto", True)
+            reason = found
+        count_peft_call(self, reason)
+        return super().forward(x, *args, **kwargs)
+
+    def why_not(self) -> str | None:
+        """Why the layer takes PEFT's own forward in its present state; None where it is fused."""
+        found = operands(self)
+        return found if isinstance(found, str) else None
+
+    def describe(self) -> tuple[str, str, str, str]:
+        """Shape, r, scaling and what runs, as lora_kernels.explain shows them."""
+        return described(self, self.why_not())
+
+
+def described(layer: Any, reason: str | None) -> tuple[str, str, str, str]:
+    """A row of explain for a PEFT layer of any kind: shape, r and scaling of the active adapters, and what runs."""
+    shape = f"{layer.out_features}x{layer.in_features}"
+    names: Sequence[str] = [name for name in layer.active_adapters if name in layer.r]
+    r = "+".join(str(layer.r[name]) for name in names) or "-"
+    scaling = "+".join(f"{layer.scaling[name]:g}" for name in names) or "-"
+    calls = layer.__dict__.get(CALLS, {})
+    runs = "fused" if reason is None else f"PEFT's own forward: {reason}"
+    if reason is None and calls:
+        runs += "; by PEFT's own forward " + ", ".join(f"{n} calls ({why})" for why, n in calls.items())
+    return shape, r, scaling, runs

@@ -1,0 +1,61 @@
+"""How many of a model's PEFT LoRA layers are fused, and why the others are not.
+
+Every fused class has ``why_not() -> str | None``, the reason that holds in its present state, and ``describe() ->
+(shape, r, scaling, what runs)``, its row in lora_kernels.explain.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+SHOWN = 3  # paths named for one reason
+
+
+@dataclass(frozen=True)
+class Report:
+    """The PEFT LoRA layers of a model by path: None where fused, else the reason why PEFT's own forward runs."""
+
+    layers: dict[str, str | None]
+
+    @property
+    def fused(self) -> tuple[str, ...]:
+        """Paths of the fused layers."""
+        return tuple(path for path, reason in self.layers.items() if reason is None)
+
+    @property
+    def others(self) -> dict[str, str]:
+        """Reason by path of the layers that take PEFT's own forward."""
+        return {path: reason for path, reason in self.layers.items() if reason is not None}
+
+    def __str__(self) -> str:
+        told = f"{len(self.fused)} of {len(self.layers)} PEFT LoRA layers fused"
+        by_reason = defaultdict[str, list[str]](list)
+        for path, reason in self.others.items():
+            by_reason[reason].append(path)
+        if not by_reason:
+            return told if self.layers else f"{told}: the model has none"
+        lines = []
+        for reason, paths in by_reason.items():
+            more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
+            lines.append(f"  {len(paths)}: {reason} ({', '.join(paths[:SHOWN])}{more})")
+        return "\n".join([f"{told}; PEFT's own forward runs the others, because", *lines])
+
+
+def why_not(module: LoraLayer) -> str | None:
+    """None for a fused layer in a state that is fused, else the reason."""
+    if "forward" in module.__dict__:
+        return "its forward is patched"
+    asked = getattr(module, "why_not", None)
+    if asked is not None:
+        return asked()
+    kind = type(module)
+    return f"{kind.__module__}.{kind.__name__} has no fused path"
+
+
+def report(model: nn.Module) -> Report:
+    """Every LoRA layer that PEFT made in the model."""
+    return Report({path: why_not(module) for path, module in model.named_modules() if isinstance(module, LoraLayer)})

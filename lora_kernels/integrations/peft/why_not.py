@@ -1,0 +1,117 @@
+"""When a PEFT layer must take PEFT's own forward: the conditions that all fused layers share, each with its reason.
+
+The checks run at every call: each is an attribute or a dictionary looked at, the cheapest first. PEFT calls base_layer,
+lora_A, lora_B and the dropout as modules, so whatever hangs on such a call (hooks, a patched forward) would be lost by
+a layer that reads their weights instead; the same goes for what torch does to the call as a whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+from torch.nn.parameter import Parameter
+from transformers.pytorch_utils import Conv1D
+
+FLOATS = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
+PLAIN = frozenset((Tensor, Parameter))
+
+
+def state_reason(layer: LoraLayer) -> str | None:
+    """Why no fused path can serve the layer as it stands, whatever its kind: disabled or merged adapters."""
+    if layer._disable_adapters:
+        return "its adapters are disabled"
+    if layer.merged_adapters:
+        return "its adapters are merged: the base layer alone runs"
+    return None
+
+
+def active_in(layer: LoraLayer, held: dict[str, Any]) -> list[str]:
+    """The active adapters that the layer has, in the order in which PEFT adds them; ``held`` is keyed by adapter."""
+    active = layer._active_adapter
+    return [name for name in ((active,) if isinstance(active, str) else active) if name in held]
+
+
+def module_reason(module: nn.Module, name: str) -> str | None:
+    """Why ``module`` has to be called as a module instead of having its weight read: hooks or a patched forward."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return f"{name} has forward hooks"
+    if module._backward_hooks or module._backward_pre_hooks:
+        return f"{name} has backward hooks"
+    if "forward" in module.__dict__:
+        patched = module.__dict__["forward"]  # left behind as it was by hooks that were taken off again
+        if getattr(patched, "__func__", None) is not type(module).forward or patched.__self__ is not module:
+            return f"the forward of {name} is patched"
+    if "_hf_hook" in module.__dict__:
+        return f"{name} has a hook of accelerate"
+    return None
+
+
+def weight_of(module: nn.Module, name: str = "weight") -> Tensor | None:
+    """A weight as the module's own forward reads it; sharding wrappers put plain tensors in a Parameter's place."""
+    weight = module._parameters.get(name)
+    return getattr(module, name, None) if weight is None else weight
+
+
+def weight_reason(weight: Tensor | None, name: str) -> str | None:
+    """Why a weight is none that the kernels can read."""
+    if weight is None:
+        return f"{name} has no weight"
+    if type(weight) not in PLAIN:
+        return f"the weight of {name} is a {type(weight).__name__}"
+    if weight.dtype not in FLOATS:
+        return f"the weight of {name} is {str(weight.dtype).removeprefix('torch.')}"
+    if weight.is_meta:
+        return f"the weight of {name} is on the meta device"
+    return None
+
+
+def call_reason() -> str | None:
+    """Why this call, on any layer, needs operations that torch can trace or transform."""
+    if torch.compiler.is_compiling():
+        return "torch.export is tracing it" if torch.compiler.is_exporting() else None
+    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+        return "hooks are registered on all modules"
+    if nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks:
+        return "hooks are registered on all modules"
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit is tracing it"
+    return None
+
+
+def input_reason(x: Tensor, weight: Tensor) -> str | None:
+    """Why the input cannot go with a base weight: the cases in which lora_linear and nn.Linear would not agree."""
+    if type(x) not in PLAIN:
+        return f"its input is a {type(x).__name__}"
+    if x.dtype is not weight.dtype:
+        float64 = x.dtype is torch.float64 or weight.dtype is torch.float64
+        if float64 or not x.is_floating_point() or not torch.is_autocast_enabled(x.device.type):
+            given, held = (str(t.dtype).removeprefix("torch.") for t in (x, weight))
+            return f"its input is {given}, its base weight {held}"
+    return None
+
+
+def linear_reason(base: nn.Module) -> str | None:
+    """Why a base layer is neither nn.Linear nor transformers' Conv1D, to the letter."""
+    if type(base) in (nn.Linear, Conv1D):
+        return None
+    if nn.utils.parametrize.is_parametrized(base):
+        return "its base layer is parametrized"
+    return f"its base layer is a {type(base).__module__}.{type(base).__name__}"
+
+
+def kwargs_reason(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """What a call with more than its input asks for."""
+    if kwargs.get("adapter_names") is not None:
+        return "adapter_names was passed: a batch of several adapters"
+    if kwargs.get("alora_offsets") is not None:
+        return "alora_offsets was passed"
+    return f"it was called with more than its input: {', '.join(kwargs) or f'{len(args)} positional'}"
