@@ -1,0 +1,130 @@
+"""transformers.Trainer with LoRA: one callback for PEFT models, for models of apply_lora, and for TRL's trainers."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors.torch import save_file
+from torch import nn
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_NAME
+
+import lora_kernels
+from lora_kernels.adapters import save_adapter
+from lora_kernels.errors import ConfigError
+from lora_kernels.finetune.run_state import changing_weights
+from lora_kernels.report import injection_of, unwrap
+
+_SLIM = "lora_slim_checkpoints"
+
+
+class AccelerateCallback(transformers.TrainerCallback):
+    """Makes the LoRA layers of a Trainer's model ours, says so once, and keeps checkpoints of our own models small.
+
+    ``Trainer(model, ..., callbacks=[AccelerateCallback()])``, or TRL's SFTTrainer. A model with PEFT's LoRA layers
+    (PeftModel, or after ``model.add_adapter``) goes through lora_kernels.accelerate when the Trainer has been built,
+    and again when training begins, for what was added or wrapped in between. A model of apply_lora or load_adapter has
+    our layers already; its checkpoints become adapters, see slim_checkpoints, unless ``slim`` is False. The checkpoints
+    of a model with ``add_adapter``, from which Trainer alone cannot resume, get the trained weights that it misses.
+
+    strict, group: as in lora_kernels.accelerate. verbose: print the report, once, by the first process.
+    A model without any LoRA layer when training begins: a warning, ConfigError with ``strict``.
+    """
+
+    def __init__(self, *, strict: bool = False, group: bool = True, verbose: bool = True, slim: bool = True) -> None:
+        self.strict, self.group, self.verbose, self.slim = strict, group, verbose, slim
+        self._told = False
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Before a checkpoint is looked for: resuming loads into the layers that train."""
+        if model is not None:
+            self._apply(args, model)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """For a callback or layers that came after the Trainer was built."""
+        if self._apply(args, model):
+            return
+        message = (
+            f"AccelerateCallback: {type(unwrap(model)).__name__} has no LoRA layers, neither PEFT's nor ours; "
+            "give the model its adapter before training"
+        )
+        if self.strict:
+            raise ConfigError(message)
+        warnings.warn(message, stacklevel=2)
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Adds to a checkpoint without weights what Trainer reads when it resumes: those that are trained."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        inner = unwrap(model)
+        written = {path.name for path in folder.glob("*.safetensors*")}
+        if state.is_world_process_zero and _SLIM in vars(inner) and written == {ADAPTER_SAFE_WEIGHTS_NAME}:
+            tensors = {name: tensor.detach().contiguous().clone() for name, tensor in changing_weights(inner).items()}
+            save_file(tensors, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+
+    def _apply(self, args: Any, model: nn.Module) -> bool:
+        """Whether the model has LoRA layers; they are ours afterwards, wherever that is possible."""
+        verbose = self.verbose and not self._told and args.process_index == 0
+        inner = unwrap(model)
+        injection = injection_of(inner)
+        if injection is not None:
+            if self.slim and isinstance(inner, transformers.PreTrainedModel):
+                slim_checkpoints(inner)
+            if verbose:
+                print(f"lora_kernels: {len(injection.adapted)} of {len(injection.layers)} linear layers have LoRA")
+        elif has_peft_layers(inner):
+            if getattr(inner, "_hf_peft_config_loaded", False):
+                _accept_trained_alone(inner)
+            lora_kernels.accelerate(model, strict=self.strict, group=self.group, verbose=verbose)
+        else:
+            return False
+        self._told = True
+        return True
+
+
+def has_peft_layers(model: nn.Module) -> bool:
+    """Whether a module of the model is a LoRA layer of PEFT's. PEFT need not be installed to ask."""
+    return any(hasattr(module, "base_layer") and hasattr(module, "lora_A") for module in model.modules())
+
+
+def slim_checkpoints(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """Lets ``model.save_pretrained``, and so every Trainer, write the adapter in PEFT's format and no frozen weight.
+
+    For models of apply_lora and load_adapter; in place, returns the model. ``load_state_dict`` then counts frozen
+    weights that are absent, all of them together, as not missing. A state dict handed to ``save_pretrained``, as FSDP
+    and DeepSpeed do, is still written as transformers writes it. Undone by ``del model.save_pretrained``.
+    Raises ConfigError for a model without our layers.
+    """
+    if injection_of(model) is None:
+        raise ConfigError(f"{type(model).__name__} has no adapter of ours; call apply_lora or load_adapter first")
+    _accept_trained_alone(model)
+    model.save_pretrained = functools.partial(_save_slim, model)  # type: ignore[method-assign]
+    return model
+
+
+def _accept_trained_alone(model: nn.Module) -> None:
+    if _SLIM not in vars(model):
+        setattr(model, _SLIM, True)
+        model.register_load_state_dict_post_hook(_frozen_are_not_missing)
+
+
+def _save_slim(
+    model: transformers.PreTrainedModel,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> None:
+    if state_dict is not None or kwargs.get("push_to_hub"):
+        type(model).save_pretrained(model, save_directory, is_main_process, state_dict, **kwargs)
+    elif is_main_process:
+        save_adapter(model, save_directory)
+
+
+def _frozen_are_not_missing(model: nn.Module, result: Any) -> None:
+    frozen = model.state_dict().keys() - changing_weights(model).keys()
+    if frozen and set(result.missing_keys) == frozen:
+        result.missing_keys.clear()
