@@ -12,12 +12,13 @@ import warnings
 from typing import Any
 
 import peft
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import Embedding, Linear
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.mixed.model import MixedModel
 from torch import nn
 
 from lora_kernels.errors import ConfigError
+from lora_kernels.integrations.peft.embedding import FusedEmbedding
 from lora_kernels.integrations.peft.linear import CALLS, FusedLinear
 from lora_kernels.integrations.peft.report import report
 
@@ -44,7 +45,7 @@ class FusedMixedModel(MixedModel):
         swap(model)
 
 
-FUSED: dict[type, type] = {Linear: FusedLinear}
+FUSED: dict[type, type] = {Linear: FusedLinear, Embedding: FusedEmbedding}
 TUNERS: dict[type, type] = {LoraModel: FusedLoraModel, MixedModel: FusedMixedModel}
 
 
