@@ -77,7 +77,7 @@ class NormCache:
         if base is None or base[0] != identity or not torch.equal(base[2], probe):
             with torch.inference_mode(False), torch.no_grad():
                 base = identity, _pin(W), probe, norms.base_norm_sq(W)
-            self._base, self._adapter = base, None
+            self._base = base
         held = self._adapter
         if held is not None and held[0] is base and held[1] == scaling and _equal(A, held[2]) and _equal(B, held[3]):
             norm: Tensor = held[4]

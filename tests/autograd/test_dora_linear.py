@@ -103,6 +103,20 @@ def test_autocast_in_its_dtype_with_exact_norms(dtype):
         assert_close(mine.to(dtype), plainly, truly, what=name)
 
 
+def test_autocast_takes_the_norms_of_the_weight_as_it_is_stored():
+    X, W, A, B, m, bias = leaves()
+    seen = []
+
+    class Watched(NormCache):
+        def norm(self, W, *args):
+            seen.append(W)
+            return super().norm(W, *args)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        dora_linear(X, W, A, B, m, bias, norms=Watched())
+    assert seen[0] is W
+
+
 def test_saves_x_xa_z_and_small_things():
     X, W, A, B, m, bias = leaves(M=1024, N=256, K=512, r=8)
     known = {t.untyped_storage().data_ptr() for t in (W, A, B, m)}

@@ -155,11 +155,11 @@ def test_dropout_with_the_same_mask_by_the_rule(dtype, monkeypatch):
     for key, got in results(fuse(copy.deepcopy(model)), x).items():
         pool.assert_close(got, plain[key], truth[key], what="magnitude" if "magnitude" in key else key)
     pool.close()
-    for fused in (fuse(copy.deepcopy(model)).eval(), fuse(copy.deepcopy(model))):
-        if fused.training:  # dropouts alone in eval mode
-            for module in fused.modules():
-                if isinstance(module, nn.Dropout):
-                    module.eval()
+    for dropping in (False, True):  # PEFT drops where the layer and its dropout are both in training mode
+        fused = fuse(copy.deepcopy(model)).train(not dropping)
+        for module in fused.modules():
+            if isinstance(module, nn.Dropout):
+                module.train(dropping)
         x, truth_y = torch.randn(9, 96).to(dtype), copy.deepcopy(model).double().eval()
         assert_close(fused(x).detach(), copy.deepcopy(model).eval()(x).detach(), truth_y(x.double()).detach())
 
