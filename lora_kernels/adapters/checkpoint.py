@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.adapters.files import read_adapter, write_adapter
+from lora_kernels.adapters.sharded import is_sharded, placed_like, whole, write_once
 from lora_kernels.config import BASE_CHANGING_INITS, LoRAConfig, refuse_unsupported
 from lora_kernels.errors import AdapterFormatError, ConfigError, MergeError
 from lora_kernels.inject import build_layers, inject, plan_injection, rollback
@@ -25,10 +26,12 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Holds lora_A and lora_B of every adapted layer, the biases that config.bias names, and modules_to_save whole. A
     crash at any moment leaves the old adapter or the new one. The model, merged or not, is left as it is.
+    A model sharded over processes (FSDP2): all of them call this, the first writes the whole tensors, and none returns
+    before. Under DistributedDataParallel the first process writes and the others may, but need not, call it.
     Raises ConfigError for a model that apply_lora was not called on or whose layers no longer fit its configuration,
     AdapterFormatError for a tensor that holds NaN or infinity (the folder keeps what it has), OSError.
     """
-    model = unwrap(model)
+    outer, model = model, unwrap(model)
     injection = _require_injection(model)
     for path, layer in injection.adapted.items():
         live, scaling = model.get_submodule(path), injection.config.scaling(layer.r, layer.lora_alpha)
@@ -41,14 +44,16 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
                 f"{path} is no longer the layer with r={layer.r}, scaling={scaling:g} that apply_lora made"
             )
     state = model.state_dict()
-    tensors = {key: state[name] for key, name in _names(model, injection).items()}
+    names = _names(model, injection)
+    tensors = {key: whole(state[name]) for key, name in names.items()}
     for key, tensor in tensors.items():
         if not _is_finite(tensor):
             raise AdapterFormatError(f"{key} holds NaN or infinity; nothing was written to {folder}")
     config = replace(
         injection.config, inference_mode=True
     )  # as PEFT writes it: who loads the file says whether to train
-    write_adapter(folder, tensors, config.to_peft_dict())
+    pieces = [state[name] for name in names.values()]
+    write_once(outer, pieces, lambda: write_adapter(folder, tensors, config.to_peft_dict()))
 
 
 def load_adapter(
@@ -59,6 +64,7 @@ def load_adapter(
     A model without LoRA layers gets them by the file's configuration, frozen unless `trainable` (PEFT's is_trainable);
     one that has them must have those the file describes, and keeps what it trains. Tensors of any float dtype are
     converted to the layer's. `follow_symlinks` accepts files that are links, as in the Hugging Face cache.
+    Into a model sharded over processes (FSDP2) every process loads its own pieces; the layers must be there already.
 
     Raises AdapterFormatError, naming the key and what was expected, for anything malformed and for an adapter of
     another model; ConfigError for a feature of PEFT's that this package does not have; MergeError while the model is
@@ -70,6 +76,11 @@ def load_adapter(
     tensors, raw = read_adapter(folder, follow_symlinks)
     config = replace(_parse_config(raw), inference_mode=not trainable)
     present = injection_of(inner)
+    if present is None and any(map(is_sharded, inner.parameters())):
+        raise ConfigError(
+            f"{type(inner).__name__} is sharded over processes and has no LoRA layers; call load_adapter or apply_lora "
+            "before fully_shard"
+        )
     try:
         injection = plan_injection(inner, config)
     except ConfigError as error:
@@ -88,7 +99,7 @@ def load_adapter(
             inject(inner, injection, layers)
             state = dict(inner.state_dict())
         for name, value in values.items():
-            state[name].copy_(value)
+            state[name].copy_(placed_like(value, state[name]))
     return model
 
 
@@ -159,7 +170,7 @@ def _check_same(model: nn.Module, present: Injection, file: Injection) -> None:
 def _check_tensors(model: nn.Module, injection: Injection, names: dict[str, str], tensors: dict[str, Tensor]) -> None:
     state, adapted = model.state_dict(), injection.adapted
     missing, extra = names.keys() - tensors.keys(), tensors.keys() - names.keys()
-    extra = {key for key in extra if not _is_pefts_surplus(key, tensors[key], injection, state)}
+    extra = {key for key in sorted(extra) if not _is_pefts_surplus(key, tensors[key], injection, state)}
     if missing or extra:
         key, what = (min(missing), "missing") if missing else (min(extra), "in the file but not expected")
         raise AdapterFormatError(
@@ -192,7 +203,7 @@ def _is_pefts_surplus(key: str, tensor: Tensor, injection: Injection, state: dic
     path = name.removesuffix(".base_layer.weight")
     if path == name or path not in injection.adapted:
         return False
-    weight = state[f"{path}.weight"].cpu()
+    weight = whole(state[f"{path}.weight"]).cpu()
     return tensor.dtype == weight.dtype and torch.equal(tensor, weight)
 
 

@@ -6,6 +6,7 @@ import warnings
 
 from torch import nn
 
+from lora_kernels.adapters.sharded import is_sharded
 from lora_kernels.errors import ConfigError, MergeError
 from lora_kernels.layers import LoRALinear
 from lora_kernels.report import unwrap
@@ -17,8 +18,12 @@ def merge_lora(model: nn.Module) -> nn.Module:
     Each sum is rounded once to W's dtype, in which it is then used. The base weights are kept aside (their memory is
     needed twice) for unmerge_lora. Layers that are merged already stay as they are. A weight tied to another module
     becomes the layer's own while merged.
-    Raises MergeError naming the layer if a sum is not finite, with nothing merged; ConfigError without LoRA layers.
+    Raises MergeError naming the layer if a sum is not finite, with nothing merged, and for a model that is sharded
+    over processes; ConfigError without LoRA layers.
     """
+    for name, parameter in unwrap(model).named_parameters():
+        if is_sharded(parameter):
+            raise MergeError(f"{name} is sharded over processes; save_adapter, and merge it in one process")
     layers = {path: layer for path, layer in _layers(model).items() if not layer.merged}
     for path, layer in layers.items():
         try:

@@ -23,9 +23,10 @@ def as_one(W: Sequence[Tensor]) -> Tensor | None:
 def put_side_by_side(W: Sequence[nn.Parameter]) -> None:
     """Move the W_p (N_p, K) into one buffer, each a view of its own part; whoever holds a Parameter keeps it.
 
-    While it is filled the weights exist twice. Parameters that lie so already, or of which two are one, stay.
+    While it is filled the weights exist twice. Parameters that lie so already, or of which two are one, stay; so do
+    those that are no plain tensors, such as the pieces of a sharded model.
     """
-    if len({id(w) for w in W}) < len(W) or as_one(W) is not None:
+    if any(type(w) is not nn.Parameter for w in W) or len({id(w) for w in W}) < len(W) or as_one(W) is not None:
         return
     with torch.no_grad():
         buffer = torch.cat([w.detach() for w in W])
