@@ -1,4 +1,4 @@
-"""Every way in which PEFT starts an adapter: the accelerated model equals plain PEFT, forward and gradients, by the rule."""
+"""Every way in which PEFT starts an adapter: the accelerated model equals plain PEFT, forward and gradients."""
 
 import copy
 
