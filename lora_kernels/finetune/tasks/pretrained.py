@@ -89,9 +89,14 @@ def load_config(name: str) -> Any:
 def load_pretrained(auto_class: str, name: str, dtype: str = "float32", **arguments: Any) -> nn.Module:
     """``transformers.<auto_class>`` with pretrained weights, in ``dtype`` ("auto": as they are stored).
 
+    A GGUF file's weights are dequantized, and the model is not marked as quantized: Trainer would refuse it.
     Only safetensors are read and no code of the model's repository is run. ConfigError when it cannot be loaded.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    return _load(auto_class, name, dtype=wanted, use_safetensors=True, trust_remote_code=False, **arguments)
+    model = _load(auto_class, name, dtype=wanted, use_safetensors=True, trust_remote_code=False, **arguments)
+    if locate(name).endswith(".gguf"):
+        model.is_quantized, model.hf_quantizer = False, None
+        vars(model.config).pop("quantization_config", None)
+    return model
