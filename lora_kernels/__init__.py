@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lora_kernels.finetune.loraplus import loraplus_groups
     from lora_kernels.inject import apply_lora, explain
     from lora_kernels.integrations.peft.accelerate import accelerate, decelerate
-    from lora_kernels.layers import LoRAGateUp, LoRALinear, LoRAMLP, LoRAQKV
+    from lora_kernels.layers import DoRALinear, LoRAGateUp, LoRALinear, LoRAMLP, LoRAQKV
     from lora_kernels.plan import use_backend
 
 __version__ = "0.1.0"
@@ -40,6 +40,7 @@ _HOME = {
     "lora_linear_stacked": "lora_kernels.autograd.lora_linear_stacked",
     "lora_mlp": "lora_kernels.autograd.lora_mlp",
     "Projection": "lora_kernels.autograd.lora_linear_stacked",
+    "DoRALinear": "lora_kernels.layers",
     "LoRALinear": "lora_kernels.layers",
     "LoRAQKV": "lora_kernels.layers",
     "LoRAGateUp": "lora_kernels.layers",
@@ -69,6 +70,7 @@ __all__ = [
     "AdapterFormatError",
     "BackendUnavailableError",
     "ConfigError",
+    "DoRALinear",
     "FrozenWeightError",
     "LoRA",
     "LoRAConfig",

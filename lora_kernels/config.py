@@ -25,6 +25,7 @@ class LoRAConfig:
 
     r, lora_alpha: rank, and numerator of the scaling: lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
     lora_dropout: probability with which an element of the LoRA branch's input is dropped in training.
+    use_dora: the adapted weight's rows get a trained magnitude (lora_kernels.DoRALinear).
     target_modules: names (a module matches if its dotted path is the name or ends in ``.name``), a regular expression
         for the whole path, or "all-linear" (every nn.Linear but the output head). None: the query and value
         projections, see lora_kernels.targets.
@@ -49,6 +50,7 @@ class LoRAConfig:
     target_modules: str | list[str] | None = None
     exclude_modules: str | list[str] | None = None
     use_rslora: bool = False
+    use_dora: bool = False
     bias: str = "none"
     modules_to_save: list[str] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -71,7 +73,6 @@ class LoRAConfig:
     eva_config: InitVar[Any] = None
     corda_config: InitVar[Any] = None
     lora_ga_config: InitVar[Any] = None
-    use_dora: InitVar[Any] = False
     velora_config: InitVar[Any] = None
     kasa_config: InitVar[Any] = None
     alora_invocation_tokens: InitVar[Any] = None
@@ -92,7 +93,7 @@ class LoRAConfig:
         drops = _is_number(self.lora_dropout) and 0 <= self.lora_dropout <= 1
         _check(drops, "lora_dropout", self.lora_dropout, "a probability from 0 to 1")
         _check(self.bias in ("none", "all", "lora_only"), "bias", self.bias, '"none", "all" or "lora_only"')
-        for name in ("use_rslora", "inference_mode"):
+        for name in ("use_rslora", "use_dora", "inference_mode"):
             _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
         for name in ("base_model_name_or_path", "revision"):
             _check(isinstance(getattr(self, name), str | None), name, getattr(self, name), "a string or None")

@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_kernels.config import ALL_LINEAR, BASE_CHANGING_INITS, LoRAConfig
 from lora_kernels.errors import ConfigError
-from lora_kernels.layers import LoRALinear
+from lora_kernels.layers import DoRALinear, LoRALinear
 from lora_kernels.report import REMEMBERED_AS, Injection, LayerPlan, explain, injection_of, unwrap
 from lora_kernels.targets import Matcher, is_conv1d, left_out, resolve, uncalled
 
@@ -117,6 +117,7 @@ def build_layers(model: nn.Module, injection: Injection) -> dict[str, LoRALinear
     Raises ConfigError where an initialisation fails; call it inside rollback.
     """
     init, owners, made = injection.config.init_lora_weights, _owners(model), {}
+    kind = DoRALinear if injection.config.use_dora else LoRALinear
     for path, layer in injection.adapted.items():
         linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
@@ -129,7 +130,7 @@ def build_layers(model: nn.Module, injection: Injection) -> dict[str, LoRALinear
         if elsewhere:
             warnings.warn(f"{path}.weight is tied to {elsewhere[0]}; only {path} is adapted", stacklevel=4)
         try:
-            made[path] = LoRALinear.from_linear(linear, injection.config, r=layer.r, lora_alpha=layer.lora_alpha)
+            made[path] = kind.from_linear(linear, injection.config, r=layer.r, lora_alpha=layer.lora_alpha)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
     return made
@@ -151,7 +152,7 @@ def inject(model: nn.Module, injection: Injection, layers: dict[str, LoRALinear]
             owner, _, kind = name.rpartition(".")
             adapted = owner in layers
             is_bias = kind == "bias" and (config.bias == "all" or (config.bias == "lora_only" and adapted))
-            if is_bias or (adapted and kind in ("lora_A", "lora_B")):
+            if is_bias or (adapted and kind in layers[owner].adapter_parameters):
                 parameter.requires_grad_(True)
     else:
         for layer in layers.values():

@@ -141,7 +141,7 @@ def _columns(module: nn.Module, why_not: str, tokens: int, chip: Chip | None) ->
         runs = "merged: one GEMM" if module.merged else _phrase(module, tokens, chip)
     except BackendUnavailableError as error:
         runs = f"cannot run: {error}"
-    return shape, str(module.r), f"{module.scaling:g}", runs
+    return shape, str(module.r), f"{module.scaling:g}", f"DoRA: {runs}" if module.use_dora else runs
 
 
 def _kind(module: LoRALinear, chip: Chip | None) -> tuple[str, str | None]:

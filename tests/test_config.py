@@ -103,7 +103,6 @@ UNSUPPORTED = {
     "eva_config": {"rho": 2.0},
     "corda_config": {"verbose": True},
     "lora_ga_config": {"direction": "random"},
-    "use_dora": True,
     "velora_config": {"scale": 1.0},
     "kasa_config": {"beta": 1.0},
     "alora_invocation_tokens": [1],

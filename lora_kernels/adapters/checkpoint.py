@@ -15,7 +15,7 @@ from lora_kernels.adapters.sharded import is_sharded, placed_like, whole, write_
 from lora_kernels.config import BASE_CHANGING_INITS, LoRAConfig, refuse_unsupported
 from lora_kernels.errors import AdapterFormatError, ConfigError, MergeError
 from lora_kernels.inject import build_layers, inject, plan_injection, rollback
-from lora_kernels.layers import LoRALinear
+from lora_kernels.layers import DoRALinear, LoRALinear
 from lora_kernels.report import Injection, injection_of, unwrap
 
 PREFIX = "base_model.model."
@@ -37,6 +37,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         live, scaling = model.get_submodule(path), injection.config.scaling(layer.r, layer.lora_alpha)
         if (
             not isinstance(live, LoRALinear)
+            or live.use_dora != injection.config.use_dora
             or live.r != layer.r
             or not math.isclose(live.scaling, scaling, rel_tol=1e-6)
         ):
@@ -93,7 +94,7 @@ def load_adapter(
         layers = _new_layers(inner, injection) if present is None else {}
         state = dict(inner.state_dict())
         for path, layer in layers.items():
-            state |= {f"{path}.lora_A": layer.lora_A, f"{path}.lora_B": layer.lora_B}
+            state |= {f"{path}.{name}": getattr(layer, name) for name in layer.adapter_parameters}
         values = {name: _converted(key, tensors[key], state[name]) for key, name in names.items()}
         if present is None:
             inject(inner, injection, layers)
@@ -134,6 +135,8 @@ def _names(model: nn.Module, injection: Injection) -> dict[str, str]:
     for path in adapted:
         names[f"{PREFIX}{path}.lora_A.weight"] = f"{path}.lora_A"
         names[f"{PREFIX}{path}.lora_B.weight"] = f"{path}.lora_B"
+        if injection.config.use_dora:
+            names[f"{PREFIX}{path}.lora_magnitude_vector"] = f"{path}.lora_magnitude_vector"
     for name in state:
         owner, _, last = name.rpartition(".")
         if name.startswith(inside):
@@ -160,6 +163,8 @@ def _check_same(model: nn.Module, present: Injection, file: Injection) -> None:
             )
     ours, theirs = present.config, file.config
     changing = {c.init_lora_weights if c.init_lora_weights in BASE_CHANGING_INITS else None for c in (ours, theirs)}
+    if ours.use_dora != theirs.use_dora:
+        raise AdapterFormatError(f"the adapter has use_dora={theirs.use_dora}; the model {ours.use_dora}")
     if ours.bias != theirs.bias or set(present.saved) != set(file.saved) or len(changing) > 1:
         raise AdapterFormatError(
             f"the adapter has bias={theirs.bias!r}, modules_to_save={list(file.saved)}, init_lora_weights="
@@ -178,9 +183,9 @@ def _check_tensors(model: nn.Module, injection: Injection, names: dict[str, str]
         )
     for key, name in names.items():
         path, _, last = name.rpartition(".")
-        if path in adapted and last in ("lora_A", "lora_B"):
+        if path in adapted and last in DoRALinear.adapter_parameters:
             (N, K), r = state[f"{path}.weight"].shape, adapted[path].r
-            shape, dtype = ((r, K) if last == "lora_A" else (N, r)), torch.float32
+            shape, dtype = {"lora_A": (r, K), "lora_B": (N, r)}.get(last, (N,)), torch.float32
         else:
             shape, dtype = tuple(state[name].shape), state[name].dtype
         tensor = tensors[key]

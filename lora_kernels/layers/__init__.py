@@ -1,7 +1,8 @@
 """nn.Module drop-ins."""
 
+from lora_kernels.layers.dora import DoRALinear
 from lora_kernels.layers.linear import LoRALinear
 from lora_kernels.layers.mlp import LoRAMLP
 from lora_kernels.layers.qkv import LoRAGateUp, LoRAQKV
 
-__all__ = ["LoRAGateUp", "LoRALinear", "LoRAMLP", "LoRAQKV"]
+__all__ = ["DoRALinear", "LoRAGateUp", "LoRALinear", "LoRAMLP", "LoRAQKV"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ class LoRALinear(nn.Module):
         ConfigError: r below 1, or a dropout outside [0, 1].
     """
 
+    use_dora: ClassVar[bool] = False
+    adapter_parameters: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
     weight: Tensor
     bias: Tensor | None
 
@@ -70,8 +72,13 @@ class LoRALinear(nn.Module):
         adapter_dtype: torch.dtype | None = None,
         backend: str = "auto",
     ) -> LoRALinear:
-        """A layer over ``linear``'s own Parameters, shared and frozen; r and lora_alpha go before config's."""
+        """A layer over ``linear``'s own Parameters, shared and frozen; r and lora_alpha go before config's.
+
+        Raises ConfigError if ``config`` asks for DoRA and this is LoRALinear.
+        """
         config = LoRAConfig() if config is None else config
+        if config.use_dora and not cls.use_dora:
+            raise ConfigError(f"config.use_dora is set, and {cls.__name__} is plain LoRA; make a DoRALinear")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._build(

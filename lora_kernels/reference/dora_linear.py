@@ -55,7 +55,7 @@ def column_dots(P: Tensor, Q: Tensor) -> Tensor:
     dtype = wide(P)
     total = P.new_zeros(P.shape[1], dtype=dtype)
     M, N = P.shape
-    for block in row_blocks(M, N, elements=1 << (18 if P.device.type == "cpu" else 22)):
+    for block in row_blocks(M, N, elements=1 << (16 if P.device.type == "cpu" else 22)):
         total += (P[block].to(dtype) * Q[block]).sum(0)
     return total
 
