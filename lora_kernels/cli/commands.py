@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from lora_kernels import __version__
-from lora_kernels.cli import check, demo, doctor, explain, merge, train, tune
+from lora_kernels.cli import advise, check, demo, doctor, explain, merge, train, tune
 from lora_kernels.errors import LoRAKernelsError
 
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in (doctor, demo):
         command.add_parser(subparsers)
     train.add_parser(subparsers, train.chosen_task(arguments))
-    for command in (explain, tune, merge, check):
+    for command in (explain, advise, tune, merge, check):
         command.add_parser(subparsers)
     parsed = parser.parse_args(arguments)
     try:

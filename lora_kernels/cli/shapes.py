@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -41,6 +41,24 @@ MODELS = {
 }  # fmt: skip
 
 
+# What transformers needs to build the same models without a network; all else is its default for the type.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "bert-base": {"model_type": "bert"},
+    "llama-3-8b": {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+    },
+    "llama-3-70b": {
+        "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
+    },
+    "qwen2.5-7b": {
+        "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
+    },
+}  # fmt: skip
+
+
 def shapes_from(source: str) -> dict[Shape, int]:
     """The linear layers of a model and how many of each: a name of MODELS, a folder, a config.json, or a hub id.
 
@@ -53,7 +71,7 @@ def shapes_from(source: str) -> dict[Shape, int]:
     """
     if source in MODELS:
         return dict(MODELS[source])
-    model = _on_meta(source)
+    model = on_meta(source)
     found: Counter[Shape] = Counter(
         Shape(module.out_features, module.in_features, module.bias is not None)
         for module in model.modules()
@@ -64,23 +82,38 @@ def shapes_from(source: str) -> dict[Shape, int]:
     return dict(found)
 
 
-def _on_meta(source: str) -> nn.Module:
-    transformers = require("transformers")
+def configuration(source: str) -> Any:
+    """The transformers configuration that a name of CONFIGS, a folder, a config.json or a hub id gives.
+
+    Raises ConfigError where there is none, MissingLibraryError without transformers.
+    """
+    auto = require("transformers").AutoConfig
     path = Path(locate(source)).expanduser()
     if source.startswith((".", "/", "~")) and not path.exists():
         raise ConfigError(f"{source!r}: there is no such file or folder")
     try:
-        if path.is_file():
-            fields = json.loads(path.read_text())
-            config = transformers.AutoConfig.for_model(**fields)
-        else:
-            config = transformers.AutoConfig.from_pretrained(locate(source), trust_remote_code=False)
-        with torch.device("meta"):
-            return transformers.AutoModel.from_config(config, trust_remote_code=False)
+        if source in CONFIGS or path.is_file():
+            return auto.for_model(**(CONFIGS.get(source) or json.loads(path.read_text())))
+        return auto.from_pretrained(locate(source), trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        accepted = f"a folder, a config.json, a hub id, or {', '.join(MODELS)}"
-        raise ConfigError(f"{source!r} gives no model: {first} (give {accepted})") from error
+        raise _no_model(source, error) from error
+
+
+def on_meta(source: str, auto_class: str = "AutoModel", config: Any = None, **arguments: Any) -> nn.Module:
+    """``transformers.<auto_class>`` of ``config`` (by default ``configuration(source)``) on the meta device."""
+    config = configuration(source) if config is None else config
+    try:
+        with torch.device("meta"):
+            made = getattr(require("transformers"), auto_class)
+            return made.from_config(config, trust_remote_code=False, **arguments)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _no_model(source, error) from error
+
+
+def _no_model(source: str, error: Exception) -> ConfigError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    accepted = f"a folder, a config.json, a hub id, or {', '.join(MODELS)}"
+    return ConfigError(f"{source!r} gives no model: {first} (give {accepted})")
 
 
 def problems_of(

@@ -1,9 +1,10 @@
 import json
+from collections import Counter
 
 import pytest
 import torch
 
-from lora_kernels.cli.shapes import MODELS, Shape, problems_of, shapes_from
+from lora_kernels.cli.shapes import MODELS, Shape, on_meta, problems_of, shapes_from
 from lora_kernels.errors import ConfigError
 from lora_kernels.kernels.chip import CHIPS
 
@@ -53,3 +54,11 @@ def test_listed_models_add_up():
     for name, expected in parameters.items():
         total = sum(count * shape.N * shape.K for shape, count in MODELS[name].items())
         assert total == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_the_listed_configurations_give_the_listed_layers(name):
+    found = Counter(type(module).__name__ for module in on_meta(name).modules())
+    assert found["Linear"] == sum(MODELS[name].values()) + (name == "bert-base")  # its pooler
+    assert all(Shape(m.out_features, m.in_features, m.bias is not None) in MODELS[name]
+               for m in on_meta(name).modules() if type(m).__name__ == "Linear")  # fmt: skip
