@@ -66,7 +66,7 @@ def dora_forward(layer: Linear, adapter: str, x: Tensor) -> Tensor:
         scaling=layer.scaling[adapter],
         dropout_p=dropout.p if dropped else 0.0,
         norms=None if torch.compiler.is_compiling() else _norms_of(magnitude),
-        trust=dora.ENABLE_DORA_CACHING and not layer.training,
+        trust=not layer.training and getattr(dora, "ENABLE_DORA_CACHING", False),  # since PEFT 0.19
     )
 
 
