@@ -13,6 +13,7 @@ import torch
 from lora_kernels.adapters.files import write_whole
 from lora_kernels.config import LoRAConfig
 from lora_kernels.errors import ConfigError
+from lora_kernels.finetune import processes
 from lora_kernels.finetune.checkpoint import checkpoints
 from lora_kernels.finetune.options import TrainOptions
 from lora_kernels.finetune.recipe import Recipe, run
@@ -45,13 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser, task: type[Task]) -> None:
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     add("--overwrite", action="store_true", help="delete the checkpoints of an earlier run in --out")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    add("--timeout", type=float, default=600, help="seconds to wait for another process (default: %(default)s)")
     add("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
     add("--backend", default="auto", help="auto, reference, triton or triton:PLAN (default: auto)")
     add("--beside-peft", action="store_true", help="measure the same steps in PEFT")
     add("--quiet", action="store_true", help="no progress bar")
 
     lora = parser.add_argument_group("LoRA").add_argument
-    lora("--r", type=int, default=16, help="rank (default: %(default)s)")
+    # torchrun takes --r for the beginning of options of its own and gives up
+    lora("--r", "--rank", type=int, dest="r", default=16, help="rank; --rank under torchrun (default: %(default)s)")
     lora("--alpha", type=number, default=32, help="numerator of the scaling (default: %(default)s)")
     lora("--dropout", type=float, default=0.0, help="on the adapter's input (default: %(default)s)")
     lora("--targets", default="all-linear", help="all-linear, a regular expression, or names with commas between")
@@ -61,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser, task: type[Task]) -> None:
 
     training = parser.add_argument_group("training").add_argument
     training("--epochs", type=int, default=1)
-    training("--batch-size", type=int, default=32)
+    training("--batch-size", type=int, default=32, help="of each process (default: %(default)s)")
     training("--accumulate", type=int, default=1, help="batches per optimizer step (default: %(default)s)")
     training("--lr", type=float, default=1e-3, help="learning rate (default: %(default)s)")
     training("--weight-decay", type=float, default=0.01, help="default: %(default)s")
@@ -79,7 +82,17 @@ def add_arguments(parser: argparse.ArgumentParser, task: type[Task]) -> None:
 
 
 def run_command(arguments: argparse.Namespace) -> int:
-    """Trains as ``arguments`` say, and leaves the command to reproduce it in --out."""
+    """Trains as ``arguments`` say, and leaves the command to reproduce it in --out.
+
+    Under torchrun all its processes train together, and the first one writes; one that fails or dies ends them all.
+    """
+    if not arguments.timeout > 0:
+        raise ConfigError(f"--timeout is {arguments.timeout}; give seconds, more than 0")
+    with processes.joined(find_device(arguments.device), arguments.timeout):
+        return _train(arguments)
+
+
+def _train(arguments: argparse.Namespace) -> int:
     out = arguments.out or Path("out") / arguments.task
     if arguments.threads < 0:
         raise ConfigError(f"--threads is {arguments.threads}; give 1 or more, or 0 for torch's choice")
@@ -90,16 +103,18 @@ def run_command(arguments: argparse.Namespace) -> int:
     if arguments.resume and folder is None:
         raise ConfigError("--resume needs checkpoints; leave out --no-checkpoints")
     recipe = recipe_of(arguments, TASKS[arguments.task], folder)
-    if arguments.overwrite and not arguments.resume and folder is not None:
+    first = processes.rank() == 0
+    if arguments.overwrite and not arguments.resume and folder is not None and first:
         for path in checkpoints(folder):
             path.unlink()
-    if arguments.resume and folder is not None:
+    if arguments.resume and folder is not None and first:
         found = checkpoints(folder)
         print(f"resuming from {found[0]}" if found else f"no checkpoint in {folder}: starting from the beginning")
     run(task, recipe, out, resume=arguments.resume)
-    command = reproduce(arguments)
-    write_whole(out / "reproduce.sh", f"{command}\n".encode())
-    print(f"results: {out}/adapter, {out}/metrics.json, {out}/training.png\nto reproduce: {command}")
+    if first:
+        command = reproduce(arguments)
+        write_whole(out / "reproduce.sh", f"{command}\n".encode())
+        print(f"results: {out}/adapter, {out}/metrics.json, {out}/training.png\nto reproduce: {command}")
     return 0
 
 
@@ -168,12 +183,15 @@ def names_or_pattern(text: str | None) -> str | list[str] | None:
 
 def reproduce(arguments: argparse.Namespace) -> str:
     """The command line with every option spelled out, defaults and what "auto" found included."""
-    words = ["lora-kernels", "train"]
+    words, spelled = ["lora-kernels", "train"], {}
+    if processes.count() > 1:
+        words = ["torchrun", "--nproc-per-node", str(processes.count()), "-m", "lora_kernels.cli", "train"]
+        spelled = {"r": "rank"}
     found = {"device": find_device(arguments.device), "threads": torch.get_num_threads()}
     for name, value in sorted({**vars(arguments), **found}.items()):
         if name in ("command", "run", "resume", "overwrite") or value is None or value is False:
             continue
-        words.append(f"--{name.replace('_', '-')}")
+        words.append(f"--{spelled.get(name, name).replace('_', '-')}")
         if value is not True:
             words.append(str(value))
     return shlex.join(words)

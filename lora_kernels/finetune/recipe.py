@@ -18,6 +18,7 @@ from lora_kernels.adapters import load_adapter, merge_lora, save_adapter
 from lora_kernels.adapters.files import write_whole
 from lora_kernels.config import LoRAConfig
 from lora_kernels.errors import ConfigError
+from lora_kernels.finetune import processes
 from lora_kernels.finetune.batch import split_batch, to_device
 from lora_kernels.finetune.compare import interleaved, peft_model
 from lora_kernels.finetune.extras import require
@@ -37,7 +38,7 @@ _CHECKED = 8  # batches on which the reloaded and the merged model are compared
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a task is trained; with the task's own settings it decides the result."""
+    """How a task is trained; with the task's own settings it decides the result. batch_size is each process's."""
 
     lora: LoRAConfig
     options: TrainOptions
@@ -67,6 +68,8 @@ def run(task: Task, recipe: Recipe, out: Path, say: Say = print, resume: bool = 
     """Trains, tests and saves; returns the figures, which also lie in ``out/metrics.json``.
 
     Writes out/adapter, out/metrics.json, out/training.png, and out/checkpoints if the options ask for them.
+    In a process group all take part in the training; then the first one tests, saves and talks alone, and the others
+    return {}.
     """
     with use_backend(recipe.backend):
         return _run(task, recipe, out, say, resume)
@@ -76,6 +79,7 @@ def _run(task: Task, recipe: Recipe, out: Path, say: Say, resume: bool) -> dict[
     started = time.perf_counter()
     for library in (*task.libraries, "matplotlib", *(("peft",) if recipe.beside_peft else ())):
         require(library)  # now, not after the training
+    say = _silent if processes.rank() > 0 else say
     out.mkdir(parents=True, exist_ok=True)
     say(task.describe_data())
     seed_all(recipe.seed)
@@ -84,10 +88,14 @@ def _run(task: Task, recipe: Recipe, out: Path, say: Say, resume: bool) -> dict[
     optimizer = torch.optim.AdamW(model.get_params(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     trainer = Trainer(model, optimizer, task.criterion, recipe.device, options, metrics=task.metrics)
     loaders = {part: task.loader(part, recipe.batch_size) for part in ("train", "validation", "test")}
+    together = processes.count() * recipe.batch_size
+    everybodys = loaders["train"] if processes.count() == 1 else task.loader("train", together)
     trainable, total = model.get_num_params(), model.get_num_params(total=True)
     say(f"parameters: {trainable:,} trainable of {total:,} ({100 * trainable / total:.2f} %)")
 
-    history = trainer.train(loaders["train"], loaders["validation"], recipe.epochs, resume)
+    history = trainer.train(everybodys, loaders["validation"], recipe.epochs, resume)
+    if processes.rank() > 0:
+        return {}
     rate = history.tokens / history.seconds
     say(f"trained {len(history.steps)} steps in {history.seconds:.1f} s, {rate:,.0f} tokens/s")
     report = task.report(trainer, loaders["test"])
@@ -102,6 +110,7 @@ def _run(task: Task, recipe: Recipe, out: Path, say: Say, resume: bool) -> dict[
             "python": platform.python_version(),
             "machine": platform.machine(),
             "threads": torch.get_num_threads(),
+            "processes": processes.count(),
         },
         "parameters": {"trainable": trainable, "total": total},
         "training": _training_figures(history),
@@ -115,6 +124,10 @@ def _run(task: Task, recipe: Recipe, out: Path, say: Say, resume: bool) -> dict[
     figures["seconds"] = time.perf_counter() - started
     write_whole(out / "metrics.json", (json.dumps(figures, indent=2) + "\n").encode())
     return figures
+
+
+def _silent(line: str) -> None:
+    pass
 
 
 def _training_figures(history: History) -> dict[str, Any]:

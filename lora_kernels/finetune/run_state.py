@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_kernels.finetune import processes
 from lora_kernels.finetune.checkpoint import CheckpointError, checkpoints, load_newest, save_checkpoint
 from lora_kernels.finetune.options import History, TrainOptions
 from lora_kernels.finetune.rng import loader_state, seed_all, set_loader_state
@@ -60,17 +61,23 @@ class RunState:
         self._now: dict[str, Any] | None = None
 
     def begin(self, resume: bool) -> None:
-        """Starts afresh, or from the newest checkpoint."""
+        """Starts afresh, or from the newest checkpoint, which the first process reads for all.
+
+        Each process has random states of its own, so that no two drop the same elements: from seed, seed + 1, ...
+        """
+        state = processes.from_first(lambda: self._found(resume))
+        if state is not None:
+            self._restore(state)
+        elif self.options.seed is not None:
+            seed_all(self.options.seed + processes.rank())
+
+    def _found(self, resume: bool) -> dict[str, Any] | None:
         folder = self.options.checkpoint_dir
         if resume and folder is None:
             raise CheckpointError("resume=True needs options.checkpoint_dir, the folder with the checkpoints")
         if folder is not None and not resume and checkpoints(folder):
             raise CheckpointError(f"{folder} holds checkpoints of an earlier run: resume it, or delete them")
-        state = load_newest(folder) if folder is not None and resume else None
-        if state is not None:
-            self._restore(state)
-        elif self.options.seed is not None:
-            seed_all(self.options.seed)
+        return load_newest(folder) if folder is not None and resume else None
 
     def batches(self, dataloader: Any) -> Iterator[Any]:
         """The epoch's batches from ``position`` on, the same as in an uninterrupted run.
@@ -98,8 +105,11 @@ class RunState:
         return batches
 
     def save(self, dataloader: Any) -> None:
-        """Writes a checkpoint, if the options name a folder for them."""
+        """Writes a checkpoint, if the options name a folder for them: the first process, for all."""
         if self.options.checkpoint_dir is None:
+            return
+        (epoch_start, now), *others = processes.gathered((self._epoch_start, loader_state(dataloader)))
+        if processes.rank() > 0:
             return
         state = {
             "version": _VERSION,
@@ -111,8 +121,9 @@ class RunState:
             "epoch": self.epoch,
             "position": self.position,
             "best": self.best,
-            "epoch_start": self._epoch_start,
-            "now": loader_state(dataloader),
+            "epoch_start": epoch_start,
+            "now": now,
+            "others": others,
         }
         save_checkpoint(self.options.checkpoint_dir, len(self.history.steps), state, self.options.keep)
 
@@ -132,4 +143,5 @@ class RunState:
         self.schedule.load_state_dict(state["schedule"])
         self.history = History(**state["history"])
         self.epoch, self.position, self.best = state["epoch"], state["position"], state["best"]
-        self._epoch_start, self._now = state["epoch_start"], state["now"]
+        here = [(state["epoch_start"], state["now"]), *state.get("others", [])]
+        self._epoch_start, self._now = here[processes.rank()]

@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 from lora_kernels.errors import ConfigError, LoRAKernelsError
+from lora_kernels.finetune import processes
 from lora_kernels.finetune.bar import ProgressBar
 from lora_kernels.finetune.batch import call_model, count_tokens, loss_weight, split_batch, to_device
 from lora_kernels.finetune.options import History, TrainOptions
 from lora_kernels.finetune.rng import rng_state, set_rng_state
 from lora_kernels.finetune.run_state import RunState, changing_weights, load_weights
 from lora_kernels.finetune.schedule import make_schedule
+from lora_kernels.report import unwrap
 
 Metric = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | float]
 
@@ -38,6 +40,10 @@ class Trainer:
     With ``options.checkpoint_dir`` a run can be killed at any moment and goes on by ``train(..., resume=True)`` to the
     result it would have had, bit for bit on one machine: trainable parameters, buffers, optimizer, schedule, random
     states, the place in the data and the history are kept. The frozen weights are not: build the same model first.
+
+    In a process group (torchrun) each batch of ``dataloader`` is divided among the processes, and a step is that of the
+    whole batch in one process, whatever each one's share weighs; gradients are averaged by DistributedDataParallel,
+    into which ``model`` may be wrapped already. The first process draws the order of the data and writes.
     """
 
     def __init__(
@@ -52,7 +58,9 @@ class Trainer:
         scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     ) -> None:
         self.device = torch.device(device)
-        self.model = model.to(self.device)
+        self._replica = model.to(self.device)
+        self._idle: set[int] = set()  # numbers of the epoch's batches of which other processes have all rows
+        self.model = unwrap(model) if isinstance(model, nn.parallel.DistributedDataParallel) else model
         self.optimizer = optimizer
         self.criterion = criterion.to(self.device) if isinstance(criterion, nn.Module) else criterion
         self.options = options or TrainOptions()
@@ -72,9 +80,12 @@ class Trainer:
             raise ConfigError(f"nothing to train on: {epochs} epochs of a dataloader that is empty or has no length")
         if options.patience is not None and validation is None:
             raise ConfigError("early stopping (patience) needs validation data")
+        dataloader, self._replica = processes.divided(dataloader), processes.replicated(self._replica)
         steps = epochs * math.ceil(len(dataloader) / options.accumulate)
         schedule = self.scheduler or make_schedule(self.optimizer, options.schedule, options.warmup, steps)
         facts = options.decisive(epochs, len(dataloader))
+        if processes.count() > 1:
+            facts["processes"] = processes.count()
         run = RunState(self.model, self.optimizer, schedule, options, facts)
         run.begin(resume)
         while run.epoch < epochs and not run.history.stopped_early:
@@ -102,29 +113,43 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, dataloader: Any) -> dict[str, float]:
-        """Mean loss and metrics over ``dataloader``: {"loss": ..., **metrics}."""
-        totals = dict.fromkeys(("loss", *self.metrics), 0.0)
-        counted = 0.0
+        """Mean loss and metrics over ``dataloader``, in this process alone: {"loss": ..., **metrics}."""
+        return self._means(self._sums(dataloader))
+
+    def _means(self, sums: list[float]) -> dict[str, float]:
+        counted, *totals = sums
+        means = [total / counted if counted else math.nan for total in totals]
+        return dict(zip(("loss", *self.metrics), means, strict=True))
+
+    @torch.no_grad()
+    def _sums(self, dataloader: Any) -> list[float]:
+        """What was counted, and by how much the loss and each metric weigh in all."""
+        sums = [0.0] * (2 + len(self.metrics))
         for logits, targets in self.predict(dataloader):
             weight = loss_weight(self.criterion, targets)
             if not weight:
                 continue
-            counted += weight
-            totals["loss"] += float(self.criterion(logits, targets)) * weight
-            for name, metric in self.metrics.items():
-                totals[name] += float(metric(logits, targets)) * weight
-        return {name: total / counted if counted else math.nan for name, total in totals.items()}
+            values = [self.criterion(logits, targets), *(metric(logits, targets) for metric in self.metrics.values())]
+            sums[0] += weight
+            for i, value in enumerate(values, start=1):
+                sums[i] += float(value) * weight
+        return sums
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.options.bf16)
 
+    @property
+    def _talks(self) -> bool:
+        return self.options.shows_progress and processes.rank() == 0
+
     def _train_epoch(self, run: RunState, dataloader: Any, epochs: int) -> None:
         """Trains from the run's position to the epoch's end."""
         options, history = self.options, run.history
-        self.model.train()
+        self._replica.train()
         batches = run.batches(dataloader)
+        self._idle = getattr(getattr(dataloader, "batch_sampler", None), "idle", self._idle)
         title = f"epoch {run.epoch + 1}/{epochs}"
-        with ProgressBar(title, len(dataloader), run.position, options.shows_progress) as bar:
+        with ProgressBar(title, len(dataloader), run.position, self._talks) as bar:
             begun = time.perf_counter()
             while group := list(islice(batches, options.accumulate)):
                 record, tokens = self._step(run, group)
@@ -145,18 +170,28 @@ class Trainer:
         step = len(run.history.steps) + 1
         rate = self.optimizer.param_groups[0]["lr"]
         parts = [split_batch(to_device(batch, self.device)) for batch in group]
-        weights = [loss_weight(self.criterion, targets) for _, targets in parts]
+        mine = [run.position + i not in self._idle for i in range(len(group))]
+        weights = [loss_weight(self.criterion, y) if here else 0.0 for (_, y), here in zip(parts, mine, strict=True)]
+        everywhere = processes.total(weights, self.device)
         summed = getattr(self.criterion, "reduction", "mean") == "sum"
-        divisor = 1.0 if summed else sum(weights)
+        divisor = 1.0 if summed else sum(everywhere)
+        share = processes.count()  # the average over the processes shall be their sum
         loss_sum = torch.zeros((), device=self.device)
-        for (inputs, targets), weight in zip(parts, weights, strict=True):
-            if not weight:
-                continue  # every target is ignored: the mean over nothing would be NaN
-            with self._autocast():
-                loss = self.criterion(call_model(self.model, inputs), targets) * (weight / divisor)
-            loss.backward()
+        live = [i for i, weight in enumerate(everywhere) if weight]
+        for i in live:  # in the others every target is ignored: the mean over nothing would be NaN
+            inputs, targets = parts[i]
+            with processes.averaging(self._replica, i == live[-1]):
+                with self._autocast():
+                    logits = call_model(self._replica, inputs)
+                    if weights[i]:
+                        loss = self.criterion(logits, targets) * (weights[i] * share / divisor)
+                    else:
+                        loss = logits.sum() * 0.0  # the other processes wait for this one's gradients
+                loss.backward()
             loss_sum += loss.detach()
-        value = float(loss_sum)  # the step's only wait for the device
+        value = float(loss_sum) / share  # waits for the device
+        here_tokens = sum(count_tokens(*part) for part, here in zip(parts, mine, strict=True) if here)
+        value, tokens = processes.total([value, here_tokens], self.device)
         if not math.isfinite(value):
             raise TrainingError(f"the loss is {value} at step {step}; lower the learning rate or clip the gradients")
         if self.options.clip_norm is not None:
@@ -165,8 +200,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         run.schedule.step()
-        record = {"step": step, "epoch": run.epoch, "loss": value, "weight": sum(weights), "lr": rate}
-        return record, sum(count_tokens(inputs, targets) for inputs, targets in parts)
+        record = {"step": step, "epoch": run.epoch, "loss": value, "weight": sum(everywhere), "lr": rate}
+        return record, int(tokens)
 
     def _finish_epoch(self, run: RunState, validation: Any) -> None:
         """Records the epoch and, where early stopping is on, the best epoch's weights."""
@@ -176,10 +211,11 @@ class Trainer:
         loss = sum(record["loss"] * record["weight"] for record in steps) / total if total else math.nan
         record = {"epoch": run.epoch, "loss": loss}
         if validation is not None:
-            record |= {f"val_{name}": value for name, value in self.evaluate(validation).items()}
+            sums = processes.total(self._sums(processes.every_other(validation)), self.device)
+            record |= {f"val_{name}": value for name, value in self._means(sums).items()}
         history.epochs.append(record)
         run.epoch, run.position = run.epoch + 1, 0
-        if options.shows_progress:
+        if self._talks:
             figures = ", ".join(f"{name} {value:.4f}" for name, value in record.items() if name != "epoch")
             ProgressBar.write(f"epoch {run.epoch}: {figures}")
         if options.patience is None:
