@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_kernels.autograd.call import fold_scaling
 from lora_kernels.autograd.lora_linear import _check, _rows, dropout_seed
 from lora_kernels.errors import ConfigError, ShapeError
 from lora_kernels.ops import lora_linear_stacked as ops
@@ -170,6 +171,8 @@ def lora_linear_stacked(
     backend = resolve_backend(backend, X.device.type, X.dtype)
     state = dropout_seed(seed, X.device) if training and dropout_p > 0.0 else None
     W, A, B, bias, scaling = zip(*projections, strict=True)
+    if torch.compiler.is_compiling():
+        A, scaling = zip(*map(fold_scaling, A, scaling), strict=True)
     if torch.is_grad_enabled():
         keep_bits = state is not None and dropout_mask == "bits" and backend.startswith("triton") and X.numel() > 0
         Y = _LoRALinearStacked.apply(X, scaling, dropout_p, state, backend, keep_bits, *W, *A, *B, *bias)

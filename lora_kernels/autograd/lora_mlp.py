@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_kernels.autograd.call import fold_scaling
 from lora_kernels.autograd.lora_linear import _rows, dropout_seed
 from lora_kernels.autograd.lora_linear_stacked import Projection, check_mask, prepare
 from lora_kernels.errors import ShapeError
@@ -132,6 +133,8 @@ def lora_mlp(
     backend = resolve_backend(backend, X.device.type, X.dtype)
     seeds = _two_seeds(seed, X.device) if training and dropout_p > 0.0 else None
     W, A, B, bias, scaling = zip(gate, up, down, strict=True)
+    if torch.compiler.is_compiling():
+        A, scaling = zip(*map(fold_scaling, A, scaling), strict=True)
     if torch.is_grad_enabled():
         keep_bits = seeds is not None and dropout_mask == "bits" and backend.startswith("triton") and X.numel() > 0
         return _LoRAMLP.apply(X, scaling, dropout_p, seeds, backend, keep_bits, *W, *A, *B, *bias)
