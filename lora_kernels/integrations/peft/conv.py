@@ -165,6 +165,12 @@ class _Told:
         """Shape, r, scaling and what runs, as lora_kernels.explain shows them."""
         return described(self, self.why_not())
 
+    def _get_name(self) -> str:
+        return type(self).__name__.removeprefix("Fused")
+
+    def extra_repr(self) -> str:
+        return "lora_kernels"
+
 
 class FusedConv1d(_Told, Conv1d):
     """peft.tuners.lora.layer.Conv1d whose forward is lora_conv wherever that computes the same. Never built."""

@@ -122,3 +122,9 @@ class FusedEmbedding(Embedding):
     def describe(self) -> tuple[str, str, str, str]:
         """Shape, r, scaling and what runs, as lora_kernels.explain shows them."""
         return described(self, self.why_not())
+
+    def _get_name(self) -> str:
+        return "Embedding"
+
+    def extra_repr(self) -> str:
+        return "lora_kernels"

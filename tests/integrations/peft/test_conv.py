@@ -273,6 +273,7 @@ def test_accelerate_and_decelerate(name):
     conv = CONVS[name]()
     model, twin = pair(conv)
     accelerate(model, strict=True, verbose=False)
+    assert f"lora.{type(conv).__name__}(" in repr(layer(model))
     assert type(layer(model)) is CLASSES[type(conv)]
     x = example(model)
     assert torch.equal(layer(model)(x), layer(twin)(x))

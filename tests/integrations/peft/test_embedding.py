@@ -175,6 +175,7 @@ def test_states_that_stay_pefts_and_come_back(change):
 def test_accelerate_and_decelerate():
     model, twin = pair()
     accelerate(model, strict=True, verbose=False)
+    assert "lora.Embedding(lora_kernels" in repr(embedding(model)).replace("\n", "").replace(" ", "")
     assert type(embedding(model)) is FusedEmbedding
     assert torch.equal(embedding(model)(IDS), embedding(twin)(IDS))
     assert type(embedding(decelerate(model))) is peft.tuners.lora.layer.Embedding
