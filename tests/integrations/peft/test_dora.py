@@ -21,6 +21,8 @@ from lora_kernels.reference import generator_keep_mask
 from lora_kernels.reference import weight_norm as norms
 from lora_kernels.testing import Pool, assert_close
 
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # PEFT sets it for Conv1D, and says so
+
 
 class Fused(Linear):
     """Nothing but the fused forward."""
@@ -272,6 +274,16 @@ def test_norms_are_computed_once_where_nothing_changes(monkeypatch):
     model.train()
     model(x)
     assert len(computed) == 3
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("on", [False, True])
+def test_pefts_caching_switch_vouches_for_the_contents_in_eval_mode(on, training, monkeypatch):
+    monkeypatch.setattr("peft.tuners.lora.dora.ENABLE_DORA_CACHING", on, raising=False)
+    seen = []
+    monkeypatch.setattr(dora, "dora_linear", lambda x, W, *_, trust, **__: seen.append(trust) or x @ W.t())
+    fuse(net()).train(training)(torch.randn(4, 96))
+    assert seen == [on and not training] * 3
 
 
 def test_nothing_of_ours_is_left_on_the_model():
