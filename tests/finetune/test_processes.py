@@ -51,7 +51,7 @@ def test_the_shares_make_up_the_batches(monkeypatch, rows, count):
         assert all(mine)
         parts.append([[] if i in shares.idle else batch for i, batch in enumerate(mine)])
         assert list(shares) == mine
-    assert [sorted(sum(batches, [])) for batches in zip(*parts, strict=True)] == whole
+    assert [sorted(row for part in batches for row in part) for batches in zip(*parts, strict=True)] == whole
 
 
 def test_whole_batches_take_turns(monkeypatch):
