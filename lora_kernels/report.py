@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
@@ -25,6 +26,10 @@ from lora_kernels.plan import (
 from lora_kernels.targets import is_conv1d
 
 REMEMBERED_AS = "lora_injection"
+Columns = tuple[str, str, str, str]  # shape, r, scaling, what runs
+
+# Asked first for the columns of a module; None: it is none of theirs. Integrations that are loaded add theirs.
+DESCRIBERS: list[Callable[[nn.Module], Columns | None]] = []
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ def injection_of(model: nn.Module) -> Injection | None:
 
 def explain(model: nn.Module, tokens: int = 2048, layer: str | None = None, chip: str | None = None) -> str:
     """A table of the model's linear layers: adapted or not and why, rank, scaling, and what runs them at `tokens` rows.
+    LoRA layers of PEFT are told whole: fused by lora_kernels.accelerate, or PEFT's own forward and why.
 
     Layers that differ in nothing but numbers in their paths share a line. The last line counts parameters. For a lone
     LoRALinear, or the one whose path is `layer`, every plan follows, forward and backward: predicted and measured
@@ -88,13 +94,18 @@ def explain(model: nn.Module, tokens: int = 2048, layer: str | None = None, chip
     injection = injection_of(model)
     reasons = {layer.path: layer.why_not for layer in injection.layers} if injection else {}
     groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    foreign = {path: columns for path, module in model.named_modules() if (columns := _foreign(module)) is not None}
+    inside = tuple(path and f"{path}." for path in foreign)  # where such a layer keeps its base and its adapters
+    untouched = "PEFT has no adapter for it" if foreign else "apply_lora was not called"
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear | LoRALinear) or is_conv1d(module):
-            why_not = reasons.get(path) or "apply_lora was not called"
+        if path in foreign:
+            groups[re.sub(_NUMBER, "*", path), *foreign[path]].append(path)
+        elif not path.startswith(inside) and (isinstance(module, nn.Linear | LoRALinear) or is_conv1d(module)):
+            why_not = reasons.get(path) or untouched
             groups[re.sub(_NUMBER, "*", path), *_columns(module, why_not, tokens, asked)].append(path)
     rows = [["layer", "count", "shape", "r", "scaling", "what runs"]]
-    for (_, *columns), paths in groups.items():
-        rows.append([_together(paths) or type(model).__name__, str(len(paths)), *columns])
+    for (_, *told), paths in groups.items():
+        rows.append([_together(paths) or type(model).__name__, str(len(paths)), *told])
     lines = _aligned(rows)
     lines += [f"{path}: trained whole and saved with the adapter" for path in (injection.saved if injection else ())]
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -103,6 +114,17 @@ def explain(model: nn.Module, tokens: int = 2048, layer: str | None = None, chip
     if isinstance(model, LoRALinear):
         lines.append(_plans(model, tokens, asked))
     return "\n".join(lines)
+
+
+def _foreign(module: nn.Module) -> Columns | None:
+    """The columns of another library's LoRA layer; of one of PEFT's also where no integration is loaded."""
+    for describe in DESCRIBERS:
+        columns = describe(module)
+        if columns is not None:
+            return columns
+    if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+        return "-", "-", "-", "PEFT's own forward: lora_kernels.accelerate was not called"
+    return None
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:

@@ -9,21 +9,26 @@ from __future__ import annotations
 import os
 import re
 import warnings
+import weakref
 from typing import Any
 
 import peft
-from peft.tuners.lora.layer import Embedding, Linear
+from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.mixed.model import MixedModel
 from torch import nn
 
 from lora_kernels.errors import ConfigError
+from lora_kernels.integrations.peft.conv import FusedConv1d, FusedConv2d, FusedConv3d
 from lora_kernels.integrations.peft.embedding import FusedEmbedding
-from lora_kernels.integrations.peft.linear import CALLS, FusedLinear
-from lora_kernels.integrations.peft.report import report
+from lora_kernels.integrations.peft.groups import dissolve, form_groups
+from lora_kernels.integrations.peft.linear import CALLS, ROOT, FusedLinear
+from lora_kernels.integrations.peft.report import report, row
+from lora_kernels.report import DESCRIBERS, Columns, unwrap
 
 SWITCH = "LORA_KERNELS_ACCELERATE"
 KNOWN = ((0, 17), (0, 21))  # PEFT's versions that were tried, first and last
+GROUP = "_lora_grouped"  # in a tuner's __dict__: whether accelerate was to form groups
 _warned: set[str] = set()
 
 
@@ -33,7 +38,7 @@ class FusedLoraModel(LoraModel):
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, then a walk over the model."""
         super().inject_adapter(model, *args, **kwargs)
-        swap(model)
+        refresh(model, self.__dict__.get(GROUP, True))
 
 
 class FusedMixedModel(MixedModel):
@@ -42,11 +47,35 @@ class FusedMixedModel(MixedModel):
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, then a walk over the model."""
         super().inject_adapter(model, *args, **kwargs)
-        swap(model)
+        refresh(model, self.__dict__.get(GROUP, True))
 
 
 FUSED: dict[type, type] = {Linear: FusedLinear, Embedding: FusedEmbedding}
+FUSED |= {Conv1d: FusedConv1d, Conv2d: FusedConv2d, Conv3d: FusedConv3d}
 TUNERS: dict[type, type] = {LoraModel: FusedLoraModel, MixedModel: FusedMixedModel}
+
+
+class Root:
+    """The model that accelerate was given, kept by one of its layers where PEFT keeps no tuner with the model.
+
+    A copy of the model has one of its own; in a pickle it is empty, so that a layer does not drag its model along.
+    """
+
+    def __init__(self, model: nn.Module | None = None, group: bool = True) -> None:
+        self.model = None if model is None else weakref.ref(model)
+        self.group = group
+
+    def refresh(self) -> None:
+        """Fuse what is new in the model."""
+        model = None if self.model is None else self.model()
+        if model is not None:
+            refresh(model, self.group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Root:
+        return Root(None if self.model is None else memo.get(id(self.model())), self.group)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Root, ()
 
 
 def accelerate(model: nn.Module, *, strict: bool = False, group: bool = True, verbose: bool = True) -> nn.Module:
@@ -57,13 +86,13 @@ def accelerate(model: nn.Module, *, strict: bool = False, group: bool = True, ve
 
     Args:
         model: a PeftModel, or any model that PEFT injected layers into; wrapped by torch.compile or DDP or not.
-        strict: raise if a layer is not fused in its present state.
-        group: let layers that read one input (q, k, v; gate, up) compute together, where structure allows it.
+        strict: raise if a layer is not fused in its present state, or if there is none.
+        group: let layers that read one input (q, k, v; gate, up) compute together, where they turn out to.
         verbose: print "n of m layers fused, the others because ...".
 
     Returns:
-        The same model. A second call changes nothing but picks up layers that are new. With LORA_KERNELS_ACCELERATE=0
-        in the environment nothing is changed, and that is printed.
+        The same model. A second call changes nothing but picks up layers that are new, and ``group``. With
+        LORA_KERNELS_ACCELERATE=0 in the environment nothing is changed, and that is printed.
 
     Raises:
         ConfigError: ``strict`` and layers that are not fused; the model is then as it was before.
@@ -73,11 +102,13 @@ def accelerate(model: nn.Module, *, strict: bool = False, group: bool = True, ve
         return model
     _check_version(peft.__version__)
     changed = swap(model)
-    told = report(model)
+    told = report(model, FUSED)
     if strict and (told.others or not told.layers):
         for module in changed:
             module.__class__ = _restored(type(module))
         raise ConfigError(f"strict=True, and {told}")
+    (form_groups if group else dissolve)(model)
+    _remember(unwrap(model), group)
     if verbose:
         print(f"lora_kernels: {told}")
     return model
@@ -85,10 +116,20 @@ def accelerate(model: nn.Module, *, strict: bool = False, group: bool = True, ve
 
 def decelerate(model: nn.Module) -> nn.Module:
     """Give PEFT's own classes back to every layer that accelerate changed, in place; returns the same model."""
+    dissolve(model)
     for module in model.modules():
-        module.__class__ = _restored(type(module))
-        module.__dict__.pop(CALLS, None)
+        kind = _restored(type(module))
+        if kind is not type(module):
+            module.__class__ = kind
+        for name in (CALLS, ROOT, GROUP):
+            module.__dict__.pop(name, None)
     return model
+
+
+def refresh(model: nn.Module, group: bool = True) -> None:
+    """Fuse the layers that are new in an accelerated model."""
+    if swap(model) and group:
+        form_groups(model)
 
 
 def swap(model: nn.Module) -> list[nn.Module]:
@@ -100,6 +141,27 @@ def swap(model: nn.Module) -> list[nn.Module]:
             module.__class__ = fused
             changed.append(module)
     return changed
+
+
+def _remember(model: nn.Module, group: bool) -> None:
+    """Have layers that come later picked up: by the tuner, or where PEFT threw that away by a layer that knows."""
+    tuners = [module for module in model.modules() if type(module) in TUNERS.values()]
+    for tuner in tuners:
+        tuner.__dict__[GROUP] = group
+    if not tuners:
+        layers = [module for module in model.modules() if isinstance(module, FusedLinear)]
+        for layer in layers:
+            layer.__dict__.pop(ROOT, None)
+        for layer in layers[:1]:
+            layer.__dict__[ROOT] = Root(model, group)
+
+
+def describe(module: nn.Module) -> Columns | None:
+    """The row of a PEFT LoRA layer in lora_kernels.explain; None for any other module."""
+    return row(module, FUSED) if isinstance(module, LoraLayer) else None
+
+
+DESCRIBERS.append(describe)
 
 
 def _restored(kind: type) -> type:

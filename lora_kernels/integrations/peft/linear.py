@@ -8,7 +8,6 @@ x A^T B^T. That needs one x for all, so not several dropout masks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,12 +19,15 @@ from transformers.pytorch_utils import Conv1D
 from lora_kernels.autograd.lora_linear import run as run_lora_linear
 from lora_kernels.autograd.lora_linear_stacked import Projection
 from lora_kernels.integrations.peft import why_not as conditions
+from lora_kernels.integrations.peft.dora import dora_forward, is_dora, why_not_dora
 
+ROOT = "_lora_root"  # in one layer's __dict__, where PEFT keeps no tuner with the model: see accelerate.Root
 CALLS = "_peft_forward_calls"  # in a layer's __dict__: reason -> how many calls PEFT's own forward took
 
 
 class Operands(NamedTuple):
-    """What one fused call reads: W (N, K), A (r, K), B (N, r), bias (N,) or None, scaling, and dropout's p now."""
+    """What one fused call reads: W (N, K), A (r, K), B (N, r), bias (N,) or None, scaling, dropout's p now, and the
+    name of the adapter where dora_linear is to run it."""
 
     W: Tensor
     A: Tensor
@@ -33,6 +35,7 @@ class Operands(NamedTuple):
     bias: Tensor | None
     scaling: float
     dropout_p: float
+    dora: str | None = None
 
 
 def operands(layer: Linear, x: Tensor | None = None) -> Operands | str:
@@ -56,14 +59,16 @@ def operands(layer: Linear, x: Tensor | None = None) -> Operands | str:
         return reason
     assert W is not None
     if W.requires_grad:
-        return "its base weight requires a gradient"
+        if torch.is_grad_enabled() or layer.lora_variant:
+            return "its base weight requires a gradient"
+        W = W.detach()
     if x is not None:
         reason = conditions.input_reason(x, W) or conditions.call_reason()
         if reason is not None:
             return reason
     if type(base) is Conv1D:
         W = W.t()
-    bias = conditions.weight_of(base, "bias")
+    bias = base._parameters["bias"] if "bias" in base._parameters else conditions.weight_of(base, "bias")
     parts = []
     for name in names:
         part = _adapter(layer, name, W.dtype if x is None else x.dtype)
@@ -72,23 +77,25 @@ def operands(layer: Linear, x: Tensor | None = None) -> Operands | str:
         parts.append(part)
     if len(parts) == 1:
         A, B, lora_bias, scaling, dropout_p = parts[0]
+        if layer.lora_variant and names[0] in layer.lora_variant:
+            return Operands(W, A, B, bias, scaling, dropout_p, names[0])
     elif any(p > 0.0 for *_, p in parts):
         return "several adapters are active with a dropout each"
     else:
         A = torch.cat([a for a, *_ in parts])
         B = torch.cat([b * scaling for _, b, _, scaling, _ in parts], 1)
         lora_biases = [b * scaling for _, _, b, scaling, _ in parts if b is not None]
-        lora_bias = torch.stack(lora_biases).sum(0) if lora_biases else None
+        lora_bias = sum(lora_biases[1:], lora_biases[0]) if lora_biases else None
         scaling, dropout_p = 1.0, 0.0
     if lora_bias is not None:
-        added = lora_bias if len(parts) > 1 else lora_bias * scaling
-        bias = (added if bias is None else bias + added).to(W.dtype)
+        lora_bias = lora_bias * scaling
+        bias = (lora_bias if bias is None else bias + lora_bias).to(W.dtype)
     return Operands(W, A, B, bias, scaling, dropout_p)
 
 
 def _adapter(layer: Linear, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, float, float] | str:
     """A (r, K), B (N, r), lora_bias (N,) or None, scaling and dropout's present p of one adapter, or a reason."""
-    if name in layer.lora_variant:
+    if name in layer.lora_variant and not is_dora(layer, name):
         return f"{type(layer.lora_variant[name]).__name__} has no fused path"
     modules: Any = layer._modules
     lora_A, lora_B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
@@ -115,7 +122,11 @@ def _adapter(layer: Linear, name: str, dtype: torch.dtype) -> tuple[Tensor, Tens
         p = 0.0
     else:
         return f"its dropout is a {type(dropout).__name__}"
-    return A, B, conditions.weight_of(lora_B, "bias"), layer.scaling[name], p
+    if name in layer.lora_variant:
+        reason = why_not_dora(layer, name)
+        if reason is not None:
+            return reason
+    return A, B, lora_B._parameters["bias"], layer.scaling[name], p
 
 
 def projection_of(layer: Linear, x: Tensor | None = None) -> tuple[Projection, float] | None:
@@ -123,7 +134,7 @@ def projection_of(layer: Linear, x: Tensor | None = None) -> tuple[Projection, f
     if not isinstance(layer, FusedLinear):
         return None
     found = operands(layer, x)
-    return None if isinstance(found, str) else (Projection(*found[:5]), found.dropout_p)
+    return None if isinstance(found, str) or found.dora else (Projection(*found[:5]), found.dropout_p)
 
 
 def count_peft_call(layer: nn.Module, reason: str) -> None:
@@ -151,11 +162,20 @@ class FusedLinear(Linear):
                     return y
             found = operands(self, x)
             if not isinstance(found, str):
-                W, A, B, bias, scaling, p = found
+                W, A, B, bias, scaling, p, dora = found
+                if dora is not None:
+                    return dora_forward(self, dora, x)
                 return run_lora_linear(x, W, A, B, bias, scaling, p, None, "auto", True)
             reason = found
         count_peft_call(self, reason)
         return super().forward(x, *args, **kwargs)
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, which calls it on every layer when an adapter was added anywhere: new layers are looked for."""
+        super().set_adapter(*args, **kwargs)
+        root = self.__dict__.get(ROOT)
+        if root is not None:
+            root.refresh()
 
     def why_not(self) -> str | None:
         """Why the layer takes PEFT's own forward in its present state; None where it is fused."""
@@ -166,15 +186,20 @@ class FusedLinear(Linear):
         """Shape, r, scaling and what runs, as lora_kernels.explain shows them."""
         return described(self, self.why_not())
 
+    def _get_name(self) -> str:
+        return "Linear"
+
+    def extra_repr(self) -> str:
+        return "lora_kernels"
+
 
 def described(layer: Any, reason: str | None) -> tuple[str, str, str, str]:
-    """A row of explain for a PEFT layer of any kind: shape, r and scaling of the active adapters, and what runs."""
-    shape = f"{layer.out_features}x{layer.in_features}"
-    names: Sequence[str] = [name for name in layer.active_adapters if name in layer.r]
-    r = "+".join(str(layer.r[name]) for name in names) or "-"
-    scaling = "+".join(f"{layer.scaling[name]:g}" for name in names) or "-"
-    calls = layer.__dict__.get(CALLS, {})
+    """A row of explain for a PEFT layer of any kind: shape, r and scaling of its active adapters, and what runs."""
+    sizes = [getattr(layer, name, None) for name in ("out_features", "in_features")]
+    names = [name for name in layer.active_adapters if name in layer.r]
     runs = "fused" if reason is None else f"PEFT's own forward: {reason}"
+    calls: dict[str, int] = layer.__dict__.get(CALLS, {})
     if reason is None and calls:
-        runs += "; by PEFT's own forward " + ", ".join(f"{n} calls ({why})" for why, n in calls.items())
-    return shape, r, scaling, runs
+        runs += "; PEFT's own forward took " + ", ".join(f"{n} calls ({why})" for why, n in calls.items())
+    r, scaling = [str(layer.r[name]) for name in names], [f"{layer.scaling[name]:g}" for name in names]
+    return "-" if None in sizes else "x".join(map(str, sizes)), "+".join(r) or "-", "+".join(scaling) or "-", runs

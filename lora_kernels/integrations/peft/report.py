@@ -1,16 +1,19 @@
 """How many of a model's PEFT LoRA layers are fused, and why the others are not.
 
-Every fused class has ``why_not() -> str | None``, the reason that holds in its present state, and ``describe() ->
-(shape, r, scaling, what runs)``, its row in lora_kernels.explain.
+Every fused class has ``why_not() -> str | None``: the reason that holds in its present state, None where it is fused.
+Calls that took PEFT's own forward are counted in the layer, by reason.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
+
+from lora_kernels.integrations.peft.linear import described
 
 SHOWN = 3  # paths named for one reason
 
@@ -45,17 +48,28 @@ class Report:
         return "\n".join([f"{told}; PEFT's own forward runs the others, because", *lines])
 
 
-def why_not(module: LoraLayer) -> str | None:
-    """None for a fused layer in a state that is fused, else the reason."""
+def why_not(module: LoraLayer, fused: Mapping[type, type]) -> str | None:
+    """None for a fused layer in a state that is fused, else the reason; ``fused``: PEFT's classes and ours for them."""
     if "forward" in module.__dict__:
         return "its forward is patched"
     asked = getattr(module, "why_not", None)
     if asked is not None:
         return asked()
     kind = type(module)
-    return f"{kind.__module__}.{kind.__name__} has no fused path"
+    if kind in fused:
+        return "lora_kernels.accelerate(model) was not called since PEFT made it"
+    if isinstance(module, tuple(fused)) and not kind.__module__.startswith("peft."):
+        return f"its class was changed to {kind.__module__}.{kind.__name__}: call accelerate before that"
+    base = type(getattr(module, "base_layer", module))
+    return f"{kind.__module__}.{kind.__name__} over {base.__module__}.{base.__name__} has no fused path"
 
 
-def report(model: nn.Module) -> Report:
+def report(model: nn.Module, fused: Mapping[type, type]) -> Report:
     """Every LoRA layer that PEFT made in the model."""
-    return Report({path: why_not(module) for path, module in model.named_modules() if isinstance(module, LoraLayer)})
+    layers = ((path, module) for path, module in model.named_modules() if isinstance(module, LoraLayer))
+    return Report({path: why_not(module, fused) for path, module in layers})
+
+
+def row(module: LoraLayer, fused: Mapping[type, type]) -> tuple[str, str, str, str]:
+    """The layer's row in lora_kernels.explain: shape, r and scaling of its active adapters, and what runs it."""
+    return described(module, why_not(module, fused))

@@ -13,12 +13,15 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules import module as nn_module
+from torch.nn.modules import module as any_module
 from torch.nn.parameter import Parameter
 from transformers.pytorch_utils import Conv1D
 
 FLOATS = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 PLAIN = frozenset((Tensor, Parameter))
+LINEAR = (nn.Linear, Conv1D)
+
+_transforms_active, _tracing_state = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
 
 
 def state_reason(layer: LoraLayer) -> str | None:
@@ -38,17 +41,16 @@ def active_in(layer: LoraLayer, held: dict[str, Any]) -> list[str]:
 
 def module_reason(module: nn.Module, name: str) -> str | None:
     """Why ``module`` has to be called as a module instead of having its weight read: hooks or a patched forward."""
-    if module._forward_hooks or module._forward_pre_hooks:
+    held = module.__dict__
+    if held["_forward_hooks"] or held["_forward_pre_hooks"]:
         return f"{name} has forward hooks"
-    if module._backward_hooks or module._backward_pre_hooks:
+    if held["_backward_hooks"] or held["_backward_pre_hooks"]:
         return f"{name} has backward hooks"
-    if "forward" in module.__dict__:
-        patched = module.__dict__["forward"]  # left behind as it was by hooks that were taken off again
+    if "forward" in held:
+        patched = held["forward"]  # left behind as it was by hooks that were taken off again
         if getattr(patched, "__func__", None) is not type(module).forward or patched.__self__ is not module:
             return f"the forward of {name} is patched"
-    if "_hf_hook" in module.__dict__:
-        return f"{name} has a hook of accelerate"
-    return None
+    return f"{name} has a hook of accelerate" if "_hf_hook" in held else None
 
 
 def weight_of(module: nn.Module, name: str = "weight") -> Tensor | None:
@@ -74,17 +76,15 @@ def call_reason() -> str | None:
     """Why this call, on any layer, needs operations that torch can trace or transform."""
     if torch.compiler.is_compiling():
         return "torch.export is tracing it" if torch.compiler.is_exporting() else None
-    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+    if any_module._global_forward_hooks or any_module._global_forward_pre_hooks:
         return "hooks are registered on all modules"
-    if nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks:
+    if any_module._global_backward_hooks or any_module._global_backward_pre_hooks:
         return "hooks are registered on all modules"
-    if torch._C._are_functorch_transforms_active():
+    if _transforms_active():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit is tracing it"
-    return None
+    return "torch.jit is tracing it" if _tracing_state() is not None else None
 
 
 def input_reason(x: Tensor, weight: Tensor) -> str | None:
@@ -101,7 +101,7 @@ def input_reason(x: Tensor, weight: Tensor) -> str | None:
 
 def linear_reason(base: nn.Module) -> str | None:
     """Why a base layer is neither nn.Linear nor transformers' Conv1D, to the letter."""
-    if type(base) in (nn.Linear, Conv1D):
+    if type(base) in LINEAR:
         return None
     if nn.utils.parametrize.is_parametrized(base):
         return "its base layer is parametrized"
