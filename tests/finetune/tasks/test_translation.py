@@ -48,12 +48,29 @@ def test_batches_are_what_the_model_trains_on(task):
     torch.testing.assert_close(task.criterion(model(**inputs).logits, labels), loss)
 
 
-def test_translations_come_in_order_and_do_not_depend_on_the_batch(task):
-    model = task.load_model().train()
-    model.generation_config.max_length = None
-    sources = task.splits.test.sources[:5]
-    together = task.translate(model, sources, batch_size=2)
+class Echo(torch.nn.Module):
+    """Translates a sentence into itself."""
+
+    device = "cpu"
+
+    def generate(self, input_ids, attention_mask, max_new_tokens, **greedy):
+        assert not self.training
+        assert greedy == {"num_beams": 1, "do_sample": False}
+        return input_ids[:, :max_new_tokens]
+
+
+def test_translations_come_in_order(task):
+    sources = ["we know that the dog sees the house", "the cat", "the old dog knows the garden", "the horse"]
+    assert task.translate(Echo(), sources, batch_size=2) == sources
+    assert Translation(model=task.model, prefix="now ").translate(Echo(), sources[1:2]) == ["now the cat"]
+    model = Echo()
+    task.translate(model, sources)
     assert model.training
+
+
+def test_padding_changes_no_translation(task):
+    model, sources = task.load_model(), task.splits.test.sources[:5]
+    together = task.translate(model, sources, batch_size=5)
     assert together == [task.translate(model, [source])[0] for source in sources]
 
 
