@@ -10,6 +10,7 @@ from torch import nn
 
 import lora_kernels as lk
 from lora_kernels.integrations.families import fill_adapters
+from lora_kernels.reference import weight_norm as norms
 from lora_kernels.testing import Pool, assert_close
 
 X = torch.randn(300, 48, generator=torch.Generator().manual_seed(0))
@@ -171,6 +172,27 @@ def test_kinds_are_not_mixed_up(tmp_path):
     with pytest.raises(lk.AdapterFormatError, match="use_dora=True"):
         lk.load_adapter(plain, tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
+
+
+def test_a_layer_that_was_exchanged_is_not_saved_as_dora(tmp_path):
+    model = ours()
+    model.first = lk.LoRALinear.from_linear(nn.Linear(48, 64), r=4, lora_alpha=6)
+    with pytest.raises(lk.ConfigError, match="first is no longer the layer"):
+        lk.save_adapter(model, tmp_path)
+
+
+def test_norms_are_kept_while_nothing_changes(monkeypatch):
+    layer, computed, whole = stir(lk.DoRALinear(8, 6, r=2)), [], norms.weight_norm
+    monkeypatch.setattr(norms, "weight_norm", lambda *args: computed.append(1) or whole(*args))
+    for _ in range(3):
+        layer(torch.randn(4, 8))
+    assert len(computed) == 1
+    stir(layer)
+    layer(torch.randn(4, 8))
+    assert len(computed) == 1  # the same numbers again
+    stir(layer, seed=1)
+    layer(torch.randn(4, 8))
+    assert len(computed) == 2
 
 
 def test_together_with_others_each_runs_its_own_forward():

@@ -91,6 +91,11 @@ STARTS = {
     "LoftQ": (Net, simply("loftq", loftq_config=LoftQConfig(loftq_bits=4)), False),
     "LoftQ, three iterations": (Net, simply("loftq", loftq_config=LoftQConfig(loftq_bits=4, loftq_iter=3)), False),
     "EVA": (Net, eva, True),
+    "DoRA": (Net, simply(use_dora=True), True),
+    "DoRA, Conv1D": (ConvNet, simply(use_dora=True), True),
+    "DoRA with rsLoRA": (Net, simply(use_dora=True, use_rslora=True), True),
+    "DoRA from PiSSA": (Net, simply("pissa", use_dora=True), False),
+    "DoRA from OLoRA": (Net, simply("olora", use_dora=True), False),
 }
 
 
