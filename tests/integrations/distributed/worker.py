@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import sys
 import traceback
 import warnings
@@ -16,6 +17,8 @@ def main(folder: Path, rank: int, world: int, module: str, names: list[str]) -> 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     cases = importlib.import_module(module)
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}  # as torchrun sets them; Accelerator reads them
+    os.environ.update({name: str(number) for name, number in numbers.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     limit = timedelta(seconds=60)
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", limit, world, rank)
     for name in names:
