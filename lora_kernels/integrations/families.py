@@ -166,7 +166,7 @@ FAMILIES: dict[str, Family] = {
         _decoder(
             "GPT-2", "GPT2", ("c_attn",), ("c_attn", "c_proj", "c_fc"), "GPT2LMHeadModel", vocab_size=VOCABULARY,
             n_embd=48, n_inner=64, n_layer=2, n_head=4, n_positions=64, initializer_range=SPREAD, resid_pdrop=0.0,
-            embd_pdrop=0.0, attn_pdrop=0.0, pad_token_id=PAD, bos_token_id=START, eos_token_id=None,
+            embd_pdrop=0.0, attn_pdrop=0.0, loss_type="ForCausalLM", pad_token_id=PAD, bos_token_id=START, eos_token_id=None,
         ),
         _decoder("Llama", "Llama", _QKVO, _GATED, **_DECODER),
         _decoder("Qwen2", "Qwen2", _QKVO, _GATED, **_DECODER),
@@ -187,7 +187,8 @@ FAMILIES: dict[str, Family] = {
             word_embed_proj_dim=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64, dropout=0.0,
             init_std=SPREAD, pad_token_id=PAD, bos_token_id=START, eos_token_id=None,
         ),
-        _decoder("Mixtral", "Mixtral", _QKVO, _QKVO, **_DECODER, num_local_experts=4, num_experts_per_tok=2),
+        _decoder("Mixtral", "Mixtral", _QKVO, _QKVO, **_DECODER, num_local_experts=4, num_experts_per_tok=2,
+                 experts_implementation="eager"),
         Family(
             "T5", "SEQ_2_SEQ_LM", "T5Config", "T5ForConditionalGeneration", ("q", "v"),
             ("q", "k", "v", "o", "wi_0", "wi_1", "wo"), _pairs,

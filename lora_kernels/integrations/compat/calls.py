@@ -1,0 +1,70 @@
+"""Which calls of a model's LoRA layers were fused, counted where they happen and not where they are reported."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from lora_kernels.integrations.peft.accelerate import FUSED
+from lora_kernels.integrations.peft.linear import CALLS
+from lora_kernels.integrations.peft.report import report
+
+
+@dataclass
+class Calls:
+    """Calls of PEFT's LoRA layers: how many began in a fused class, how many of these ended in PEFT's own forward, and
+    the reasons of these with those of layers that have no fused class."""
+
+    begun: int = 0
+    peft: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def fused(self) -> int:
+        return self.begun - self.peft
+
+    def note(self, model: nn.Module) -> None:
+        """Add what the layers of ``model`` remember, and layers that are not of a fused class at all."""
+        classes = tuple(FUSED.values())
+        told = report(model, FUSED).layers
+        modules = dict(model.named_modules())
+        for path, reason in told.items():
+            layer = modules[path]
+            self.reasons.update(layer.__dict__.get(CALLS, {}))
+            if not isinstance(layer, classes) and reason is not None:
+                self.reasons[reason] += 1
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Calls]:
+    """Counts calls of every fused class, and those that its instances hand on to PEFT's forward, while inside."""
+    calls = Calls()
+    fused = tuple(FUSED.values())
+    owners = {_owner(own): "peft" for own in FUSED} | {_owner(kind): "begun" for kind in fused}
+    originals = {owner: owner.__dict__["forward"] for owner in owners}
+
+    def counting(forward: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def count(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(self, fused):
+                setattr(calls, name, getattr(calls, name) + 1)
+            return forward(self, *args, **kwargs)
+
+        return count
+
+    for owner, name in owners.items():
+        owner.forward = counting(originals[owner], name)  # type: ignore[attr-defined]
+    try:
+        yield calls
+    finally:
+        for owner, forward in originals.items():
+            owner.forward = forward  # type: ignore[attr-defined]
+
+
+def _owner(kind: type) -> type:
+    """The class that a class has its forward from."""
+    return next(each for each in kind.__mro__ if "forward" in each.__dict__)

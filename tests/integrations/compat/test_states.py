@@ -1,0 +1,34 @@
+import pytest
+
+from lora_kernels.integrations.compat.cells import FUSED, PARTLY, try_cell
+from lora_kernels.integrations.compat.features import FEATURES
+from lora_kernels.integrations.families import FAMILIES
+
+
+@pytest.mark.parametrize(
+    ("feature", "family"),
+    [
+        ("several active adapters", "BERT"), ("set_adapter, delete_adapter", "Phi-3"),
+        ("add_adapter on other targets later", "OPT"), ("add_weighted_adapter", "Llama"), ("merge_and_unload", "GPT-2"),
+        ("hotswap", "DistilBERT"),
+    ],
+)  # fmt: skip
+def test_fused(feature, family):
+    cell = try_cell(FEATURES[feature], FAMILIES[family])
+    assert (cell.status, cell.reasons) == (FUSED, ())
+
+
+@pytest.mark.parametrize(
+    ("feature", "family", "reason"),
+    [
+        ("adapter_names, a mixed batch", "RoBERTa", "adapter_names was passed"),
+        ("disable_adapter", "Llama", "its adapters are disabled"),
+        ("merge_adapter, unmerge_adapter", "GPT-2", "its adapters are merged"),
+        ("hooks on base_layer, lora_A, lora_B", "Llama", "lora_A has forward hooks"),
+    ],
+)
+def test_partly(feature, family, reason):
+    cell = try_cell(FEATURES[feature], FAMILIES[family])
+    assert cell.status == PARTLY
+    assert any(reason in each for each in cell.reasons)
+    assert 0 < cell.fused < cell.calls
