@@ -166,7 +166,8 @@ FAMILIES: dict[str, Family] = {
         _decoder(
             "GPT-2", "GPT2", ("c_attn",), ("c_attn", "c_proj", "c_fc"), "GPT2LMHeadModel", vocab_size=VOCABULARY,
             n_embd=48, n_inner=64, n_layer=2, n_head=4, n_positions=64, initializer_range=SPREAD, resid_pdrop=0.0,
-            embd_pdrop=0.0, attn_pdrop=0.0, loss_type="ForCausalLM", pad_token_id=PAD, bos_token_id=START, eos_token_id=None,
+            embd_pdrop=0.0, attn_pdrop=0.0, loss_type="ForCausalLM", pad_token_id=PAD, bos_token_id=START,
+            eos_token_id=None,
         ),
         _decoder("Llama", "Llama", _QKVO, _GATED, **_DECODER),
         _decoder("Qwen2", "Qwen2", _QKVO, _GATED, **_DECODER),
