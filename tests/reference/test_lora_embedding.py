@@ -82,3 +82,10 @@ def test_makes_only_what_is_needed_and_in_the_layout_of_the_parameters():
     assert dA.stride() == A.stride()
     assert dB.is_contiguous()
     assert Y.is_contiguous()
+
+
+@pytest.mark.parametrize("base", [torch.bfloat16, torch.float16], ids=str)
+def test_a_float32_update_of_a_16_bit_base_is_rounded_once(base):
+    given = problem(base=base, adapter=torch.float32)
+    true = autograd(*given, dtype=torch.float64)[0].to(base)
+    assert (run(*given)[0] == true).double().mean() > 0.98
