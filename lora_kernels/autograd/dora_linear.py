@@ -16,6 +16,8 @@ from lora_kernels.ops.weight_norm import NormCache, weight_norm
 from lora_kernels.plan import resolve_backend
 from lora_kernels.reference.dora_linear import DoRANeeds
 
+__all__ = ["NormCache", "dora_linear", "weight_norm"]
+
 Call = tuple[float, float, str, bool]  # scaling, p, backend, keep_z: whether Z stays for the backward
 
 

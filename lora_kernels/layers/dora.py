@@ -7,11 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.autograd.dora_linear import dora_linear
+from lora_kernels.autograd.dora_linear import NormCache, dora_linear, weight_norm
 from lora_kernels.errors import MergeError
 from lora_kernels.layers.init import Init
 from lora_kernels.layers.linear import LoRALinear
-from lora_kernels.ops.weight_norm import NormCache, weight_norm
 
 
 class DoRALinear(LoRALinear):

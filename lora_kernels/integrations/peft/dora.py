@@ -12,9 +12,8 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_kernels.autograd.dora_linear import dora_linear
+from lora_kernels.autograd.dora_linear import NormCache, dora_linear
 from lora_kernels.integrations.peft import why_not as conditions
-from lora_kernels.ops.weight_norm import NormCache
 
 _norms: WeakKeyDictionary[nn.Module, NormCache] = WeakKeyDictionary()  # by lora_magnitude_vector[adapter]
 
