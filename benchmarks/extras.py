@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.accelerate import Setting, measure_steps
 from benchmarks.cases import DTYPE_NAMES, FEW_ROWS, TARGET_CASES, Case, distinct, tiny
 from benchmarks.end_to_end import train
 from benchmarks.measure import Bench, Found
@@ -73,6 +74,20 @@ def training_units(rehearse: bool) -> Iterator[tuple[str, Unit]]:
     for model in ("bert",) if rehearse else tuple(SIZES):
         size = "rehearsal" if rehearse else "gpu"
         yield f"speed {model}", partial(_trained, model, size, torch.bfloat16, 3 if rehearse else 20, rehearse)
+
+
+def step_units(rehearse: bool) -> Iterator[tuple[str, Unit]]:
+    """Whole steps of PEFT's models beside the accelerated ones: LoRA everywhere, then on the attention alone."""
+    kinds = [("bert", "all-linear"), ("llama", "all-linear"), ("bert", "attention"), ("llama", "attention")]
+    for model, targets in kinds[:1] if rehearse else kinds:
+        for dropout in (0.0, 0.1):
+            size, dtype = ("rehearsal", torch.float32) if rehearse else ("gpu", torch.bfloat16)
+            setting = Setting(model, SIZES[model][size], targets, dropout, dtype)
+            yield str(setting.case), partial(_stepped, setting, rehearse)
+
+
+def _stepped(setting: Setting, rehearse: bool, bench: Bench) -> Found:
+    return measure_steps(setting, bench.device, bench.clock, bench.rounds, rehearse)
 
 
 def _trained(model: str, size: str, dtype: torch.dtype, steps: int, rehearse: bool, bench: Bench) -> Found:

@@ -10,6 +10,12 @@ from benchmarks.figures import Drawn
 from benchmarks.rows import Record
 from benchmarks.style import GREY, legend, look_of, new_figure, ordered
 
+TRAINED = {
+    "llama": "a Llama-shaped model with random weights",
+    "bert": "a BERT with random weights",
+    "demo": "the demo's MiniLM on film reviews",
+}
+
 
 def host_overhead(rows: Sequence[Record]) -> Drawn:
     """Microseconds the host spends on a call, by mode and dropout."""
@@ -36,6 +42,37 @@ def host_overhead(rows: Sequence[Record]) -> Drawn:
     axes.grid(visible=False, axis="x")
     legend(axes, loc="upper left")
     return figure, "What the host spends on a call (tensors of 4 x 16)"
+
+
+def whole_steps(rows: Sequence[Record]) -> Drawn:
+    """Time of a whole step and MiB saved for its backward in times of PEFT's, by model, targets and dropout."""
+    rows = [row for row in rows if str(row["op"]).startswith("step_")]
+    theirs = {(row["op"], row["dtype"], row["dropout"]): row for row in rows if row["implementation"] == "peft"}
+    rows = [
+        row for row in rows if row["implementation"] != "peft" and (row["op"], row["dtype"], row["dropout"]) in theirs
+    ]
+    if not rows:
+        return None
+    groups = list(dict.fromkeys((row["op"], row["dtype"], row["dropout"]) for row in rows))
+    names = ordered([row["implementation"] for row in rows])
+    figure, grid = new_figure(10, 1.6 + 0.45 * len(groups), 1, 2, sharey=True)
+    for axes, column, words in ((grid[0, 0], "ms_p50", "time"), (grid[0, 1], "saved_mib", "saved for backward")):
+        for row in rows:
+            key = row["op"], row["dtype"], row["dropout"]
+            one, name = theirs[key], row["implementation"]
+            where = groups.index(key) + 0.8 * ((names.index(name) + 0.5) / len(names) - 0.5)
+            ratio = row[column] / one[column]
+            axes.barh(where, ratio, 0.75 / len(names), color=look_of(name).color, label=name)
+            axes.annotate(f"{ratio:.3f}", (ratio, where), xytext=(-3, 0), color="white", ha="right", va="center",
+                          textcoords="offset points", fontsize=7)  # fmt: skip
+        axes.axvline(1, color=GREY, linewidth=1, linestyle=":")
+        axes.set_xlabel(f"{words}, in PEFT's", fontsize=8)
+        axes.grid(visible=False, axis="y")
+    labels = [f"{op.removeprefix('step_').replace('_', ', ')} {dtype}\ndropout {p:g}" for op, dtype, p in groups]
+    grid[0, 0].set_yticks(range(len(groups)), labels, fontsize=7)
+    grid[0, 0].invert_yaxis()
+    legend(grid[0, 1], loc="lower right")
+    return figure, "A whole step of PEFT's model, accelerated"
 
 
 def training(points: Sequence[Record], rows: Sequence[Record], model: str) -> Drawn:
@@ -75,7 +112,7 @@ def training(points: Sequence[Record], rows: Sequence[Record], model: str) -> Dr
     for axes in grid.flat:
         axes.xaxis.label.set_size(8)
         axes.yaxis.label.set_size(8)
-    return figure, f"Training a {'Llama-shaped model' if model == 'llama' else 'BERT'} with random weights"
+    return figure, f"Training {TRAINED[model]}"
 
 
 def _smooth(losses: Iterable[float]) -> list[float]:

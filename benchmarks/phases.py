@@ -191,6 +191,9 @@ class Round:
     def _step(self) -> Units:
         yield from extras.training_units(self.rehearse)
 
+    def _accelerate(self) -> Units:
+        yield from extras.step_units(self.rehearse)
+
     def _grid(self) -> Units:
         yield from self._timed([*RANKS, *GRID], ("fwd_bwd", "fwd"))
 

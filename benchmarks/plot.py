@@ -5,6 +5,7 @@
                       the same over the rows of X and over the rank, where a shape was measured at several
     roofline_MODE     rate over arithmetic intensity     memory    bytes kept and held     overhead   the host's time
     waterfall         where the time over the frozen layer goes: predicted, and measured where rows exist
+    whole_steps       PEFT's models accelerated: time of a step and bytes kept for its backward, in PEFT's
     training_MODEL    loss curves, their distance from PEFT's, tokens a second
 
 What the rows hold nothing of is left out, and said. Rows of one machine at a time.
@@ -52,7 +53,8 @@ def drawings(
     yield "memory", figures.memory(rows)
     yield "overhead", figures_runs.host_overhead(rows)
     yield "waterfall", waterfall(rows)
-    for model in ("llama", "bert"):
+    yield "whole_steps", figures_runs.whole_steps(rows)
+    for model in ("llama", "bert", "demo"):
         yield f"training_{model}", figures_runs.training(points, rows, model)
 
 

@@ -34,6 +34,7 @@ PHASES = (
     Phase("blocks", 60, 200, patience=90),
     Phase("tune", 150, 500, patience=240, retries=4),
     Phase("step", 60, 240, patience=200),
+    Phase("accelerate", 90, 240, patience=120),
     Phase("grid", 90, 300, patience=90),
     Phase("compile", 60, 150, patience=120),
     Phase("tools", 60, 200, patience=120),

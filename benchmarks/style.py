@@ -33,6 +33,8 @@ LOOKS = {
     "frozen linear": Look(BLACK, "_", ":"),
     "frozen stacked linear": Look(GREY, "_", ":"),
     "lora_kernels": Look(BLUE, "o", "-", front=True),
+    "lora_kernels accelerated": Look(BLUE, "o", "-", front=True),
+    "lora_kernels accelerated, group=False": Look(SKY, "h", "--"),
     "lora_kernels fp32 adapters": Look(BLUE, "h", ":"),
     "lora_kernels separate layers": Look(SKY, "h", "--"),
     "lora_kernels eager": Look(SKY, "v", "--"),

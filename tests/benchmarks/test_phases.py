@@ -21,12 +21,13 @@ def test_every_phase_has_units_of_its_own(tmp_path: Path, rehearse: bool) -> Non
 
 
 def test_a_rehearsal_knows_every_kind_of_unit(tmp_path: Path) -> None:
-    """Of a mode on few rows or many there is one; of training, one model's speed."""
+    """Of a mode on few rows or many there is one; of training, one model's speed and steps."""
 
     def kinds(rehearse: bool) -> set[str]:
         return {name.split(" M")[0] for phase in PHASES for name in Round(tmp_path, rehearse).units(phase.name)}
 
     left_out = {"step/speed llama", "blocks/fwd lora_linear_stacked", "blocks/fwd lora_mlp"}
+    left_out |= {f"accelerate/step_{model}" for model in ("llama", "bert_attention", "llama_attention")}
     assert kinds(False) - kinds(True) == left_out
     assert kinds(True) <= kinds(False)
 

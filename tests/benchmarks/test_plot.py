@@ -35,6 +35,9 @@ def _folder(path: Path, machine: Machine = MACHINE) -> Path:
         row | {"op": "overhead", "mode": mode} for mode in ("fwd_no_grad", "fwd") for row in _rows(cases[0], "fwd")
     ]
     rows += [row | {"op": "train_llama", "mode": "train", "plan": ""} for row in _rows(cases[0], "fwd", machine)]
+    steps = [row for row in _rows(cases[0], "fwd_bwd", machine) if row["implementation"] == "peft"]
+    steps += [row | {"implementation": "lora_kernels accelerated"} for row in steps]
+    rows += [row | {"op": "step_bert", "plan": ""} for row in steps]
     rows += [record(row, machine) for row in ceiling_rows(Ceilings({"bf16": 600.0}, 3000.0), 8192)]
     rows = [row | dataclasses.asdict(machine) for row in rows]
     path.mkdir(exist_ok=True)
@@ -51,7 +54,7 @@ def _folder(path: Path, machine: Machine = MACHINE) -> Path:
 
 EXPECTED = {f"{kind}_{mode}{tail}" for mode in ("fwd", "fwd_bwd") for kind, tail in
             (("ratio", ""), ("ratio", "_over_M"), ("ratio", "_over_r"), ("roofline", ""))}  # fmt: skip
-EXPECTED |= {"memory", "overhead", "waterfall", "training_llama"}
+EXPECTED |= {"memory", "overhead", "waterfall", "training_llama", "whole_steps"}
 
 
 @pytest.fixture(scope="module")

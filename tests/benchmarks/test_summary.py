@@ -32,6 +32,16 @@ def test_a_loss_to_a_rival_is_printed() -> None:
     assert "slower on 1 of 1 cases, worst 1.200" in summary([_row("lora_kernels", "auto (eager)", 1.5, 1.2)], [])
 
 
+def test_whole_steps_are_in_units_of_pefts() -> None:
+    kinds = {"peft": (1.0, 200.0), "lora_kernels accelerated": (0.9, 150.0)}
+    rows = [
+        _row(name, "", ratio, ratio, "fwd_bwd") | {"op": "step_bert", "saved_mib": saved}
+        for name, (ratio, saved) in kinds.items()
+    ]
+    line = "lora_kernels accelerated 0.900 of PEFT's time, 0.750 of what it saves for the backward"
+    assert line in summary(rows, [])
+
+
 def test_failures_are_printed() -> None:
     check = Check("rule", "bf16", 1, 2, 3, 4, 0.0, "triton:eager", "dA", "failed", message="off by a term")
     text = summary(ROWS, [record(check, MACHINE)] * 10)
