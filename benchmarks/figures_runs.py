@@ -71,7 +71,7 @@ def whole_steps(rows: Sequence[Record]) -> Drawn:
     labels = [f"{op.removeprefix('step_').replace('_', ', ')} {dtype}\ndropout {p:g}" for op, dtype, p in groups]
     grid[0, 0].set_yticks(range(len(groups)), labels, fontsize=7)
     grid[0, 0].invert_yaxis()
-    legend(grid[0, 1], loc="lower right")
+    legend(grid[0, 1], loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     return figure, "A whole step of PEFT's model, accelerated"
 
 

@@ -37,11 +37,13 @@ def run(arguments: argparse.Namespace) -> int:
     for cell in table.cells(families, features):
         found.append(cell)
         print(table.line(cell), flush=True)
+    written = arguments.markdown or arguments.readme
+    groups = {family: table.together(family) for family in families} if written else {}
     if arguments.markdown:
-        arguments.markdown.write_text(table.page(found))
+        arguments.markdown.write_text(table.page(found, groups))
     if arguments.readme:
         before, _, rest = page.partition(BEGIN)
-        arguments.readme.write_text(f"{before}{BEGIN}\n{table.short(found)}\n{END}{rest.partition(END)[2]}")
+        arguments.readme.write_text(f"{before}{BEGIN}\n{table.short(found, groups)}\n{END}{rest.partition(END)[2]}")
     wrong = sum(cell.status == "WRONG" for cell in found)
     print(f"{len(found)} cells, {wrong} wrong")
     if wrong:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from lora_kernels.errors import ConfigError
 from lora_kernels.integrations.compat.cells import ABSENT, FUSED, PARTLY, PEFT, REFUSED, WRONG, Cell, try_cell
 from lora_kernels.integrations.compat.features import FEATURES
+from lora_kernels.integrations.compat.stage import Stage
 from lora_kernels.integrations.families import FAMILIES
+from lora_kernels.integrations.peft.groups import groups_of
 
 LIBRARIES = ("torch", "peft", "transformers")
 WORDS = {
@@ -51,6 +53,14 @@ def cells(families: Sequence[str], features: Sequence[str]) -> Iterator[Cell]:
             yield try_cell(FEATURES[feature], FAMILIES[family])
 
 
+def together(family: str) -> tuple[str, ...]:
+    """Which layers of the family compute together once a step has shown that they read one input: "q + k + v"."""
+    model, inputs = (stage := Stage(FAMILIES[family], accelerated=True)).build()
+    stage.step(model, inputs)
+    runs = dict.fromkeys(run for group in groups_of(model) for run in group.together())
+    return tuple(" + ".join(run) for run in runs)
+
+
 def line(cell: Cell) -> str:
     """A cell as a line of a terminal."""
     count = f" {cell.fused}/{cell.calls}" if cell.calls else ""
@@ -63,8 +73,8 @@ def versions() -> str:
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
 
 
-def page(found: Sequence[Cell]) -> str:
-    """docs/compatibility.md: a row a feature, a column a family, the reasons as notes."""
+def page(found: Sequence[Cell], groups: Mapping[str, Sequence[str]]) -> str:
+    """docs/compatibility.md: a row a feature, a column a family, the reasons as notes; ``groups`` by family."""
     families, rows = _columns(found), _rows(found)
     notes: dict[str, str] = {}
     body = []
@@ -86,6 +96,7 @@ def page(found: Sequence[Cell]) -> str:
         f"| | {' | '.join(families)} |",
         f"|---|{'---|' * len(families)}",
         *body,
+        f"| layers of one input, in one call | {' | '.join(', '.join(groups.get(f, ())) or '-' for f in families)} |",
         "",
         *(f"- {letter}: {reason}" for reason, letter in notes.items()),
     ]
@@ -103,7 +114,7 @@ def _letter(number: int) -> str:
     return (letters[number // len(letters) - 1] if number >= len(letters) else "") + letters[number % len(letters)]
 
 
-def short(found: Sequence[Cell]) -> str:
+def short(found: Sequence[Cell], groups: Mapping[str, Sequence[str]]) -> str:
     """The table in short: a row a feature, families of one outcome together, in words."""
     families, rows = _columns(found), _rows(found)
     lines = ["| PEFT feature | fused | otherwise |", "|---|---|---|"]
@@ -121,6 +132,12 @@ def short(found: Sequence[Cell]) -> str:
             text if _all(who, families) == "all" else f"{_all(who, families)}: {text}" for text, who in others.items()
         ]
         lines.append(f"| {feature} | {_all(fused, families)} | {'. '.join(told)} |")
+    runs: dict[str, list[str]] = {}
+    for family in families:
+        runs.setdefault(", ".join(groups.get(family, ())), []).append(family)
+    said = [f"{', '.join(who)}: {run}" for run, who in runs.items() if run]
+    lines.append(f"| layers of one input compute together | {_all([f for f in families if groups.get(f)], families)} | "
+                 f"{'. '.join(said)} |")  # fmt: skip
     return "\n".join([*lines, "", f"{len(found)} cells; {versions()}."])
 
 

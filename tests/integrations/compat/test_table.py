@@ -13,24 +13,32 @@ FOUND = [
     Cell("4-bit", "GPT-2", "-", ("PEFT: TypeError: no",)),
 ]
 
+GROUPS = {"BERT": ("query + key + value",), "GPT-2": ()}
+
 
 def test_the_page_has_every_cell_and_its_reasons_as_notes():
-    lines = table.page(FOUND).splitlines()
+    lines = table.page(FOUND, GROUPS).splitlines()
     assert "| | BERT | GPT-2 |" in lines
     assert "| train | fused | fused |" in lines
     assert "| merge | partly a | **WRONG** b |" in lines
     assert "| 4-bit | PEFT c a | - d |" in lines
+    assert "| layers of one input, in one call | query + key + value | - |" in lines
     assert lines[-4:] == ["- a: merged", "- b: error is 5x", "- c: no fused path", "- d: PEFT: TypeError: no"]
     assert "- **WRONG**, 1 cells: the result is not PEFT's" in lines
 
 
 def test_in_short_families_of_one_outcome_stand_together():
-    lines = table.short(FOUND).splitlines()
+    lines = table.short(FOUND, GROUPS).splitlines()
     assert lines[2] == "| train | all |  |"
     assert lines[3] == (
         "| merge | BERT | BERT: PEFT's own forward in part: merged. GPT-2: WRONG: error is 5x |"
     )  # fmt: skip
     assert lines[4].startswith("| 4-bit | none | BERT: PEFT's own forward: no fused path; merged. GPT-2: not there")
+
+
+def test_layers_of_one_input_are_named_once():
+    assert table.together("Llama") == ("q_proj + k_proj + v_proj", "gate_proj + up_proj")
+    assert table.together("GPT-2") == ()
 
 
 def test_names_or_parts_of_them_are_enough():
