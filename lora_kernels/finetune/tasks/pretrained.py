@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,7 +64,7 @@ def _load(auto_class: str, name: str, **arguments: Any) -> Any:
     if (source.startswith((".", "/", "~"))) and not Path(source).expanduser().is_dir():
         raise ConfigError(f"model {name!r}: there is no such folder")
     try:
-        with quiet():
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # the bar of a GGUF file asks nobody
             return getattr(transformers, auto_class).from_pretrained(source, **arguments)
     except (OSError, ValueError, KeyError, struct.error) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -58,13 +58,14 @@ def test_gguf_files(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_packaged_language_model_loads_offline(monkeypatch):
+def test_the_packaged_language_model_loads_offline(monkeypatch, capfd):
     from transformers.trainer_utils import validate_quantization_for_training
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model = load_pretrained("AutoModelForCausalLM", SMOLLM2)
     assert type(model).__name__ == "LlamaForCausalLM"
     assert model.dtype == torch.float32
+    assert capfd.readouterr() == ("", "")
     validate_quantization_for_training(model)  # transformers.Trainer asks this
     ids = load_tokenizer(SMOLLM2)("The capital of France is")["input_ids"]
     with torch.no_grad():
