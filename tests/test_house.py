@@ -47,7 +47,7 @@ ALLOWED["cli"] = ALLOWED["finetune"] | {
     "variants",
 }
 # The optional dependencies and the files that may name them at import time or inside a function.
-OPTIONAL = {"triton", "transformers", "peft", "matplotlib", "sklearn", "tqdm", "accelerate", "datasets"}
+OPTIONAL = {"triton", "transformers", "peft", "matplotlib", "sklearn", "tqdm", "accelerate", "datasets", "optuna"}
 
 
 def part_of(path: Path) -> str:
@@ -148,6 +148,7 @@ TESTED_ELSEWHERE = {
     "testing/gluon_emulator_language.py": "testing/test_gluon_emulator.py",
     "testing/gluon_emulator_machine.py": "testing/test_gluon_emulator.py",
     "testing/gluon_emulator_memory.py": "testing/test_gluon_emulator.py",
+    "finetune/fake_step.py": "finetune/test_advise.py",
     "errors.py": "autograd/test_lora_linear.py",
 }
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from lora_kernels import __version__
-from lora_kernels.cli import advise, check, demo, doctor, explain, merge, train, tune
+from lora_kernels.cli import advise, check, demo, doctor, explain, merge, sweep, train, tune
 from lora_kernels.errors import LoRAKernelsError
 
 
@@ -21,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     for command in (doctor, demo):
         command.add_parser(subparsers)
-    train.add_parser(subparsers, train.chosen_task(arguments))
+    for command in (train, sweep):
+        command.add_parser(subparsers, train.chosen_task(arguments))
     for command in (explain, advise, tune, merge, check):
         command.add_parser(subparsers)
     parsed = parser.parse_args(arguments)

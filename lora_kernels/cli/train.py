@@ -67,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser, task: type[Task]) -> None:
     training("--batch-size", type=int, default=32, help="of each process (default: %(default)s)")
     training("--accumulate", type=int, default=1, help="batches per optimizer step (default: %(default)s)")
     training("--lr", type=float, default=1e-3, help="learning rate (default: %(default)s)")
+    training("--loraplus", type=float, metavar="RATIO", help="B's learning rate over A's (default: the same)")
     training("--weight-decay", type=float, default=0.01, help="default: %(default)s")
     training("--schedule", choices=SCHEDULES, default="cosine", help="default: %(default)s")
     training("--warmup", type=float, default=0.1, help="steps, or a share of them below 1 (default: %(default)s)")
@@ -149,6 +150,7 @@ def recipe_of(arguments: argparse.Namespace, task: type[Task], checkpoint_dir: P
         batch_size=arguments.batch_size,
         lr=arguments.lr,
         weight_decay=arguments.weight_decay,
+        loraplus=arguments.loraplus,
         seed=arguments.seed,
         device=find_device(arguments.device),
         backend=arguments.backend,

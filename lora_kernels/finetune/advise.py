@@ -12,26 +12,25 @@ import contextlib
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from lora_kernels.adapters.checkpoint import PREFIX
 from lora_kernels.adapters.files import CONFIG_METADATA
 from lora_kernels.config import ALL_LINEAR, LoRAConfig
 from lora_kernels.errors import ConfigError
-from lora_kernels.finetune.batch import call_model
+from lora_kernels.finetune.fake_step import fake_step
 from lora_kernels.inject import apply_lora, plan_injection
 from lora_kernels.report import injection_of
 from lora_kernels.targets import TASK_HEADS
 
 Targets = str | list[str]
 _SAFETENSORS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_MAGNITUDE = "lora_magnitude_vector"
 HEAD_ONLY = "head only"
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
@@ -116,6 +115,8 @@ def adapter_bytes(model: nn.Module) -> int:
         for path in injection.adapted
         for name in ("lora_A", "lora_B")
     }
+    if injection.config.use_dora:
+        tensors |= {f"{PREFIX}{path}.{_MAGNITUDE}": state[f"{path}.{_MAGNITUDE}"] for path in injection.adapted}
     saved = tuple(f"{path}." for path in injection.saved)
     tensors |= {PREFIX + name: tensor for name, tensor in state.items() if name.startswith(saved)}
     text = json.dumps(replace(injection.config, inference_mode=True).to_peft_dict(), indent=2, sort_keys=True)
@@ -128,89 +129,6 @@ def adapter_bytes(model: nn.Module) -> int:
         header[key] = {"dtype": _SAFETENSORS[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
     length = len(json.dumps(header, separators=(",", ":")).encode())
     return 8 + length + -length % 8 + end + len(text.encode())
-
-
-class _NoDropoutInAttention(TorchFunctionMode):
-    """Attention as a GPU's fused kernel does it: dropout keeps nothing, where the CPU's fallback keeps every score."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is nn.functional.scaled_dot_product_attention:
-            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
-            kwargs |= {"dropout_p": 0.0} if len(args) <= 4 else {}
-        return func(*args, **kwargs)
-
-
-def _update_flops(total: Any, left: Any, right: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * left[0] * left[1] * right[1]
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
-
-
-MORE_FLOPS = {  # of operators that torch's counter passes over
-    torch.ops.aten.addmm_: _update_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-}
-
-
-def fake_step(model: nn.Module, batch: int, tokens: int) -> tuple[int, int]:
-    """(FLOPs, bytes saved for backward) of one training step on ``batch`` rows of ``tokens`` tokens without padding.
-
-    The model may be on any device, meta included, and is not changed; nothing is computed. Cross-entropy is the loss.
-    A causal attention is counted whole, as torch's own counter does.
-    """
-    config: Any = getattr(model, "config", None)
-    with FakeTensorMode(allow_non_fake_inputs=True), _NoDropoutInAttention():
-        state = {name: torch.empty_like(p, device="cpu").requires_grad_(p.requires_grad)
-                 for name, p in model.named_parameters()}  # fmt: skip
-        state |= {name: torch.empty_like(buffer, device="cpu") for name, buffer in model.named_buffers()}
-        inputs = {"input_ids": torch.zeros(batch, tokens, dtype=torch.long)}
-        if getattr(config, "is_encoder_decoder", False):
-            inputs["decoder_input_ids"] = torch.zeros(batch, tokens, dtype=torch.long)
-        weights = {tensor.untyped_storage()._cdata for tensor in state.values()}
-        kept: dict[int, torch.UntypedStorage] = {}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in weights:
-                kept[storage._cdata] = storage  # held, so that no other takes its address
-            return tensor
-
-        training = model.training
-        model.train()
-        try:
-            with FlopCounterMode(display=False, custom_mapping=MORE_FLOPS) as counter:
-                with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                    logits = torch.func.functional_call(_Called(model), _prefixed(state), (inputs,))
-                    rows = logits.flatten(0, -2)
-                    targets = torch.zeros(rows.shape[0], dtype=torch.long)
-                    loss = nn.functional.cross_entropy(rows, targets)
-                loss.backward()
-        finally:
-            model.train(training)
-        return counter.get_total_flops(), sum(storage.nbytes() for storage in kept.values())
-
-
-class _Called(nn.Module):
-    """A model as the Trainer calls it: inputs in, logits out."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: Any) -> torch.Tensor:
-        return call_model(self.model, inputs)
-
-
-def _prefixed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {f"model.{name}": tensor for name, tensor in state.items()}
 
 
 def train_only(model: nn.Module, task_type: str | None) -> nn.Module:
@@ -247,32 +165,48 @@ def cost_of(model: nn.Module, strategy: str, targets: str, r: int, batch: int, t
 def advise(
     build: Callable[[], nn.Module], task_type: str | None, ranks: Sequence[int], batch: int, tokens: int
 ) -> list[Cost]:
-    """The cost of LoRA on every target set at every rank, of training the head alone and of full fine-tuning.
+    """The cost of LoRA on every target set at every rank, of DoRA on all linear layers, of the head alone, of all.
 
     build: a fresh model on the meta device, at every call. Where a model has no head of its own, that row is missing.
     """
     rows = []
     for name, targets in target_sets(build(), task_type).items():
-        ends = {}
-        for r in {min(ranks), max(ranks)}:
-            model = apply_lora(build(), LoRAConfig(r=r, target_modules=targets, task_type=task_type))
-            ends[r] = cost_of(model, "LoRA", name, r, batch, tokens)
-        for r in ranks:
-            if r in ends:
-                rows.append(ends[r])
-                continue
-            model = apply_lora(build(), LoRAConfig(r=r, target_modules=targets, task_type=task_type))
-            rows.append(_between(ends[min(ranks)], ends[max(ranks)], r, adapter_bytes(model)))
+        kinds = ("LoRA", "DoRA") if name == ALL_LINEAR else ("LoRA",)
+        for kind in kinds:
+            make = partial(_adapted, build, targets, task_type, kind == "DoRA")
+            rows += _at_ranks(make, kind, name, ranks, batch, tokens)
     with contextlib.suppress(ConfigError):  # a language model's head is not fresh
         rows.append(cost_of(train_only(build(), task_type), HEAD_ONLY, "", 0, batch, tokens))
     return [*rows, cost_of(build().requires_grad_(True), "full", "", 0, batch, tokens)]
 
 
-def _between(low: Cost, high: Cost, r: int, disk: int) -> Cost:
-    """The cost at rank ``r`` from those at two others: all is affine in r but the digits in the file's header."""
-    share = (r - low.r) / (high.r - low.r)
-    one, other = asdict(low), asdict(high)
-    values = {name: value if isinstance(value, str) else round(value + share * (other[name] - value))
-              for name, value in one.items()}  # fmt: skip
-    values["flops"] = low.flops + share * (high.flops - low.flops)
-    return Cost(**values | {"disk": disk})
+def _adapted(build: Callable[[], nn.Module], targets: Targets, task_type: str | None, dora: bool, r: int) -> nn.Module:
+    return apply_lora(build(), LoRAConfig(r=r, target_modules=targets, task_type=task_type, use_dora=dora))
+
+
+def _at_ranks(
+    make: Callable[[int], nn.Module], kind: str, targets: str, ranks: Sequence[int], batch: int, tokens: int
+) -> list[Cost]:
+    """The cost at every rank, from those at two: all is affine in r but the digits in the file's header."""
+    ends = {r: cost_of(make(r), kind, targets, r, batch, tokens) for r in sorted({min(ranks), max(ranks)})}
+    low, high = ends[min(ranks)], ends[max(ranks)]
+
+    def between(r: int) -> Cost:
+        share = (r - low.r) / (high.r - low.r)
+
+        def at(one: float, other: float) -> float:
+            return one + share * (other - one)
+
+        return replace(
+            low,
+            r=r,
+            trainable=round(at(low.trainable, high.trainable)),
+            disk=adapter_bytes(make(r)),
+            flops=at(low.flops, high.flops),
+            weights=round(at(low.weights, high.weights)),
+            gradients=round(at(low.gradients, high.gradients)),
+            optimizer=round(at(low.optimizer, high.optimizer)),
+            activations=round(at(low.activations, high.activations)),
+        )
+
+    return [ends[r] if r in ends else between(r) for r in ranks]

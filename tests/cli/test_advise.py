@@ -13,7 +13,7 @@ def test_tells_what_fits(tiny_model, tmp_path, capsys):
     shown = capsys.readouterr().out
     rows = json.loads((tmp_path / "rows.json").read_text())
     told = {(row["strategy"], row["targets"], row["r"]): row for row in rows}
-    assert len(told) == 4 * 2 + 2
+    assert len(told) == 5 * 2 + 2
     assert told["LoRA", "q,v", 2]["trainable"] == 2 * 2 * 2 * (16 + 16) + 2 * 16 + 2
     lines = [line.split() for line in shown.splitlines()]
     assert lines[0][5:9] == ["SEQ_CLS;", "batches", "of", "2"]

@@ -10,16 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lora_kernels import LoRAConfig, apply_lora, save_adapter
 from lora_kernels.errors import ConfigError
-from lora_kernels.finetune.advise import (
-    MORE_FLOPS,
-    adapter_bytes,
-    advise,
-    cost_of,
-    fake_step,
-    select,
-    target_sets,
-    train_only,
-)
+from lora_kernels.finetune.advise import adapter_bytes, advise, cost_of, select, target_sets, train_only
+from lora_kernels.finetune.fake_step import MORE_FLOPS, fake_step
 from lora_kernels.finetune.memory import saved_for_backward
 
 BATCH, TOKENS, HIDDEN, HEADS, LAYERS = 3, 10, 16, 2, 2
@@ -43,15 +35,18 @@ def llama(device="cpu"):
         return LlamaForCausalLM(LlamaConfig(vocab_size=50, num_key_value_heads=1, **sizes))
 
 
-def lora(model, r=4, targets="all-linear", task_type="SEQ_CLS"):
-    return apply_lora(model, LoRAConfig(r=r, target_modules=targets, task_type=task_type))
+def lora(model, r=4, targets="all-linear", task_type="SEQ_CLS", dora=False):
+    return apply_lora(model, LoRAConfig(r=r, target_modules=targets, task_type=task_type, use_dora=dora))
 
 
-@pytest.mark.parametrize(("r", "dtype"), [(1, torch.float32), (40, torch.float32), (7, torch.bfloat16)])
-def test_bytes_on_disk_are_those_of_the_files(tmp_path, r, dtype):
-    save_adapter(lora(bert(dtype=dtype), r), tmp_path)
+@pytest.mark.parametrize(
+    ("r", "dtype", "dora"),
+    [(1, torch.float32, False), (40, torch.float32, False), (7, torch.bfloat16, False), (4, torch.float32, True)],
+)
+def test_bytes_on_disk_are_those_of_the_files(tmp_path, r, dtype, dora):
+    save_adapter(lora(bert(dtype=dtype), r, dora=dora), tmp_path)
     written = sum(path.stat().st_size for path in tmp_path.iterdir() if not path.name.startswith("."))
-    assert adapter_bytes(lora(bert("meta", dtype), r)) == written
+    assert adapter_bytes(lora(bert("meta", dtype), r, dora=dora)) == written
 
 
 def test_bytes_are_only_counted_of_what_is_known():
@@ -86,6 +81,18 @@ def test_a_fake_step_counts_what_a_real_one_does(strategy):
     before = trained("meta")
     assert fake_step(before, BATCH, TOKENS) == (flops, saved + loss)
     assert all(p.device.type == "meta" and p.grad is None for p in before.parameters())
+
+
+def test_dora_keeps_what_it_keeps_and_its_norms_cost_a_product():
+    _, saved, logits = real_step(lora(bert(), dora=True))
+    model = lora(bert("meta"), dora=True)
+    caches = [module._norms for module in model.modules() if hasattr(module, "_norms")]
+    got = fake_step(model, BATCH, TOKENS)
+    assert got[1] == saved + logits.numel() * 4 + len(logits) * 8 + 4
+    assert caches == [module._norms for module in model.modules() if hasattr(module, "_norms")]
+    per_token = [fake_step(lora(bert("meta"), dora=True), batch, TOKENS)[0] for batch in (1, 2)]
+    norms = 2 * per_token[0] - per_token[1]  # what does not grow with the batch
+    assert norms == 2 * 4 * LAYERS * (4 * HIDDEN * HIDDEN + 2 * HIDDEN * 32) + 2 * 4 * HIDDEN * HIDDEN  # and the pooler
 
 
 def test_a_causal_language_model_too():
@@ -136,12 +143,14 @@ def test_ranks_between_are_as_if_they_had_been_run():
     rows = advise(lambda: bert("meta"), "SEQ_CLS", ranks, BATCH, TOKENS)
     assert [(row.strategy, row.targets, row.r) for row in rows] == [
         *[("LoRA", name, r) for name in ("q,v", "attention", "mlp", "all-linear") for r in ranks],
+        *[("DoRA", "all-linear", r) for r in ranks],
         ("head only", "", 0),
         ("full", "", 0),
     ]
-    for row in rows[1:12:3]:
+    for row in rows[1:15:3]:
         targets = target_sets(bert("meta"), "SEQ_CLS")[row.targets]
-        run = cost_of(lora(bert("meta"), 5, targets), "LoRA", row.targets, 5, BATCH, TOKENS)
+        model = lora(bert("meta"), 5, targets, dora=row.strategy == "DoRA")
+        run = cost_of(model, row.strategy, row.targets, 5, BATCH, TOKENS)
         assert row == replace(run, flops=row.flops)
         assert row.flops == pytest.approx(run.flops, rel=1e-12)
     full = rows[-1]
@@ -149,7 +158,7 @@ def test_ranks_between_are_as_if_they_had_been_run():
     assert full.rows_in(full.memory, BATCH) == BATCH
     assert full.rows_in(full.memory - 1, BATCH) == BATCH - 1
     assert full.rows_in(0, BATCH) == 0
-    assert [row.strategy for row in advise(lambda: llama("meta"), "CAUSAL_LM", [4], 1, 4)][-2:] == ["LoRA", "full"]
+    assert [row.strategy for row in advise(lambda: llama("meta"), "CAUSAL_LM", [4], 1, 4)][-2:] == ["DoRA", "full"]
 
 
 @pytest.mark.parametrize(("build", "task_type"), [(bert, "SEQ_CLS"), (llama, "CAUSAL_LM")])

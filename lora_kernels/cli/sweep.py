@@ -1,0 +1,219 @@
+"""``lora-kernels sweep``: which strategy and which parameters are best for this model and this data."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_kernels.adapters.files import write_whole
+from lora_kernels.cli import train
+from lora_kernels.cli.advise import aligned
+from lora_kernels.cli.train import INITS, number
+from lora_kernels.errors import ConfigError
+from lora_kernels.finetune.advise import HEAD_ONLY, target_sets
+from lora_kernels.finetune.recipe import Recipe
+from lora_kernels.finetune.sweep import DATABASE, Axis, Params, Plan, Record, Sweep, show
+from lora_kernels.finetune.sweep_report import chance, plot, write_csv
+from lora_kernels.finetune.sweep_trial import FULL, LORA
+from lora_kernels.finetune.tasks import TASKS, Task
+from lora_kernels.targets import TASK_HEADS
+
+RSLORA = "rslora"
+# Of a command line that are not train's, or mean nothing to a search.
+_OWN = ("budget", "trials", "repeats", "baselines", "full_lr", "head_lr", "command", "run")
+_AXES = ("r", "alpha", "dropout", "targets", "init", "lr", "loraplus")
+_OUTPUT = ("resume", "overwrite", "out", "quiet", "beside_peft", "checkpoint_every", "no_checkpoints")
+
+
+def add_parser(subparsers: Any, task: type[Task]) -> None:
+    """Declares the command: train's options, with several values where one is searched for."""
+    told = "search for the best rank, targets, learning rate and more"
+    parser = subparsers.add_parser("sweep", help=told, allow_abbrev=False, conflict_handler="resolve")
+    train.add_arguments(parser, task)
+    add = parser.add_argument
+    add("--out", type=Path, help="folder for the results (default: out/sweep)")
+    add("--resume", action="store_true", help="go on with the study in --out, for another --budget")
+    add("--overwrite", action="store_true", help="delete the study in --out")
+    space = parser.add_argument_group("search space, one or more values each").add_argument
+    space("--r", "--rank", dest="r", type=int, nargs="+", default=[4, 8, 16, 32], help="ranks (default: 4 8 16 32)")
+    space("--alpha", nargs="+", default=["1r", "2r", "4r"], help="numbers, or multiples of r (default: 1r 2r 4r)")
+    space("--dropout", type=float, nargs="+", default=[0.0, 0.1], help="default: 0 0.1")
+    space("--targets", nargs="+", metavar="SET",
+          help="q,v, attention, mlp, all-linear, or as train takes it (default: q,v attention all-linear)")  # fmt: skip
+    space("--init", nargs="+", choices=[*sorted(INITS), RSLORA], default=["default", "pissa", "olora", RSLORA],
+          help="of A and B; rslora: default with alpha / sqrt(r) (default: default pissa olora rslora)")  # fmt: skip
+    space("--lr", "--learning-rate", nargs="+", default=["1e-4:1e-2"], metavar="RATE", dest="lr",
+          help="learning rates, or LOW:HIGH (default: 1e-4:1e-2)")  # fmt: skip
+    space("--loraplus", type=float, nargs="+", default=[1.0], metavar="RATIO", help="B's rate over A's (default: 1)")
+    search = parser.add_argument_group("search").add_argument
+    search("--budget", type=float, default=600.0, metavar="SECONDS", help="begin nothing that would end later "
+           "(default: 600)")  # fmt: skip
+    search("--trials", type=int, default=100, help="at most (default: %(default)s)")
+    search("--repeats", type=int, default=2, help="the best again with so many other seeds (default: %(default)s)")
+    search("--baselines", action="store_true", help="also full fine-tuning, and the head alone")
+    search("--full-lr", type=float, nargs="+", default=[3e-5, 1e-4, 3e-4], help="of full fine-tuning")
+    search("--head-lr", type=float, nargs="+", default=[1e-3, 1e-2], help="of the head alone")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Searches, and leaves sweep.csv, sweep.png, sweep.svg, the study and the best command in --out."""
+    out = arguments.out or Path("out/sweep")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    task_type = TASKS[arguments.task]
+    task = task_type.from_arguments(arguments)
+    if (out / DATABASE).exists() and not arguments.resume:
+        if not arguments.overwrite:
+            raise ConfigError(f"{out} holds the study of an earlier sweep: --resume it, or --overwrite it")
+        (out / DATABASE).unlink()
+    sets = {name: _line(targets) for name, targets in target_sets(task.load_model(), task_type.task_type).items()}
+    base = train_defaults(arguments, task_type)
+    space = space_of(arguments, sets)
+
+    def settings(params: Params, seed: int) -> argparse.Namespace:
+        return settings_of(base, params, seed)
+
+    def recipe_for(params: Params, seed: int) -> Recipe:
+        return train.recipe_of(settings(params, seed), task_type, None)
+
+    decisive = {name: value for name, value in vars(arguments).items() if name not in (*_OWN, *_AXES, *_OUTPUT)}
+    decisive |= {"threads": torch.get_num_threads(), "device": train.find_device(arguments.device)}
+    plan = Plan(
+        space=space,
+        first=first_of(space),
+        budget=arguments.budget,
+        trials=arguments.trials,
+        seed=arguments.seed,
+        repeats=arguments.repeats,
+        baselines=baselines_of(arguments, task_type.task_type),
+        settings=task.settings() | decisive,
+    )
+    for name in sorted(space):  # what makes no sense is said now, not in the middle
+        for value in space[name].choices:
+            recipe_for({**plan.first, name: value}, plan.seed)
+    print(task.describe_data())
+    sweep = Sweep(task, plan, recipe_for, out)
+    sweep.run()
+    records, best = sweep.records(), sweep.best()
+    commands = {i: train.reproduce(_in(settings(r.params, r.seed), out / f"trial-{i + 1}"))
+                for i, r in enumerate(records) if r.kind.startswith(LORA)}  # fmt: skip
+    named = {targets: name for name, targets in sets.items()}
+    write_csv(records, out / "sweep.csv", commands)
+    plot(records, [out / "sweep.png", out / "sweep.svg"], sweep.monitor, sweep.lower,
+         lambda record: named.get(record.params.get("targets", ""), str(record.params.get("targets"))))  # fmt: skip
+    print(f"\n{table(sorted(records, key=_order(sweep)), sweep.monitor, named)}\n")
+    if best is None:
+        raise ConfigError("no trial was completed: lower the learning rates, or give a larger budget")
+    print("\n".join(chance(best, records, sweep.monitor, sweep.lower)))
+    print(f"by the validation data of {best.outcome.rows:,} rows; the test data has not been looked at")
+    command = train.reproduce(_in(settings(best.params, best.seed), out / "best"))
+    write_whole(out / "best.sh", f"{command}\n".encode())
+    print(f"results: {out}/sweep.csv, {out}/sweep.png, {out}/sweep.svg\nthe best again, and its test: {command}")
+    return 0
+
+
+def train_defaults(arguments: argparse.Namespace, task: type[Task]) -> argparse.Namespace:
+    """train's own options: its defaults, and what this command line sets beside the search space."""
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser, task)
+    settings = parser.parse_args([])
+    kept = {name: value for name, value in vars(arguments).items() if name in vars(settings) and name not in _AXES}
+    vars(settings).update(kept | {"resume": False, "overwrite": False, "no_checkpoints": True, "quiet": False})
+    return settings
+
+
+def settings_of(base: argparse.Namespace, params: Params, seed: int) -> argparse.Namespace:
+    """train's options for the parameters of a trial."""
+    settings = copy.copy(base)
+    values = dict(params)
+    if "alpha" in values:
+        alpha = str(values["alpha"])
+        values["alpha"] = number(alpha[:-1] or "1") * values["r"] if alpha.endswith("r") else number(alpha)
+    if values.get("init") == RSLORA:
+        values |= {"init": "default", "rslora": True}
+    if values.get("loraplus") == 1:
+        values["loraplus"] = None
+    vars(settings).update(values, seed=seed)
+    return settings
+
+
+def space_of(arguments: argparse.Namespace, sets: dict[str, str]) -> dict[str, Axis]:
+    """The axes that a command line describes; ``sets``: names of target sets -> as train takes them."""
+    chosen = arguments.targets or [name for name in ("q,v", "attention", "all-linear") if name in sets]
+    for alpha in arguments.alpha:
+        _float(alpha.removesuffix("r") or "1", "--alpha")
+    return {
+        "r": Axis(tuple(arguments.r)),
+        "alpha": Axis(tuple(arguments.alpha)),
+        "dropout": Axis(tuple(arguments.dropout)),
+        "targets": Axis(tuple(dict.fromkeys(sets.get(name, name) for name in chosen))),
+        "init": Axis(tuple(arguments.init)),
+        "lr": _rates(arguments.lr),
+        "loraplus": Axis(tuple(arguments.loraplus)),
+    }
+
+
+def first_of(space: dict[str, Axis]) -> Params:
+    """The first trial's parameters: train's defaults where the space has them, else what comes first there."""
+    usual = dict(zip(_AXES, (16, "2r", 0.0, "all-linear", "default", 1e-3, 1.0), strict=True))
+    middle = {name: math.sqrt(axis.low * axis.high) for name, axis in space.items() if not axis.choices}
+    return {
+        name: usual[name] if axis.holds(usual[name]) else axis.choices[0] if axis.choices else middle[name]
+        for name, axis in space.items()
+    }
+
+
+def baselines_of(arguments: argparse.Namespace, task_type: str) -> dict[str, Sequence[float]]:
+    """Strategy -> learning rates, if asked for; the head alone where the task has a fresh one."""
+    if not arguments.baselines:
+        return {}
+    return {FULL: arguments.full_lr} | ({HEAD_ONLY: arguments.head_lr} if task_type in TASK_HEADS else {})
+
+
+def table(records: Sequence[Record], monitor: str, named: dict[str, str]) -> str:
+    """The trainings as text, one line each; ``named``: targets -> the name of their set."""
+    trials = [record.params for record in records if record.kind == LORA]
+    names = [name for name in _AXES if name == "lr" or len({str(params[name]) for params in trials}) > 1]
+    rows = [["", monitor, "trainable", "seconds", "seed", *names]]
+    for record in records:
+        outcome, params = record.outcome, record.params
+        value = "diverged" if outcome.state == "diverged" else f"{outcome.value:.4f}"
+        value += " given up" if outcome.state == "pruned" else ""
+        cells = [named.get(params.get(name, ""), show(params.get(name, ""))) for name in names]
+        rows.append([record.kind, value, f"{outcome.trainable:,}", f"{outcome.seconds:.1f}", str(record.seed), *cells])
+    return aligned(rows, {0, 1})
+
+
+def _order(sweep: Sweep) -> Any:
+    places = {"complete": 0, "pruned": 1, "diverged": 2}
+    return lambda r: (places[r.outcome.state], sweep.badness(r) if math.isfinite(r.outcome.value) else 0.0)
+
+
+def _in(settings: argparse.Namespace, out: Path) -> argparse.Namespace:
+    vars(settings)["out"] = out
+    return settings
+
+
+def _line(targets: str | list[str]) -> str:
+    return targets if isinstance(targets, str) else ",".join(targets)
+
+
+def _rates(words: Sequence[str]) -> Axis:
+    if len(words) == 1 and ":" in words[0]:
+        low, _, high = words[0].partition(":")
+        return Axis(low=_float(low, "--lr"), high=_float(high, "--lr"))
+    return Axis(tuple(_float(word, "--lr") for word in words))
+
+
+def _float(text: str, option: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{option}: {text!r} is no number") from None

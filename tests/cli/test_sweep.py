@@ -1,0 +1,94 @@
+import csv
+import json
+import shlex
+
+import pytest
+
+from lora_kernels.cli import main
+from lora_kernels.finetune import sweep as module
+
+
+@pytest.fixture
+def options(tiny_model, tiny_data, tmp_path):
+    text = f"sweep --model {tiny_model} --data {tiny_data} --batch-size 32 --quiet --warmup 0 --out {tmp_path}/out"
+    return shlex.split(f"{text} --budget 1000 --r 2 4 --lr 1e-3:1e-2 --threads 1")
+
+
+def rows(out):
+    with (out / "sweep.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def trained(command, out):
+    """Validation accuracy and adapter of a command's training, in another folder."""
+    words = shlex.split(command)
+    words[words.index("--out") + 1] = str(out)
+    assert main(words[1:]) == 0
+    figures = json.loads((out / "metrics.json").read_text())
+    return figures["training"]["epochs"][-1]["val_accuracy"], figures["parameters"]["trainable"]
+
+
+def test_the_best_command_and_any_other_repeat_the_numbers(options, tmp_path, capsys):
+    more = "--trials 4 --repeats 1 --baselines --full-lr 0.01 --head-lr 0.1 --loraplus 4 --dropout 0.1 --alpha 2r 8"
+    assert main([*options, *more.split()]) == 0
+    shown, out = capsys.readouterr().out, tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {"best.sh", "sweep.csv", "sweep.db", "sweep.png", "sweep.svg"}
+    told = rows(out)
+    assert [row["kind"] for row in told] == ["LoRA"] * 4 + ["full", "head only", "LoRA, repeated"]
+    assert told[0]["r"] == "2"  # the usual 16 is not in the space
+    best = max((row for row in told[:4] if row["state"] == "complete"), key=lambda row: float(row["value"]))
+    figures = trained((out / "best.sh").read_text(), tmp_path / "best")
+    assert figures == (float(best["value"]), int(best["trainable"]))
+    other = told[-1]
+    assert other["seed"] == "1"
+    assert trained(other["command"], tmp_path / "other") == (float(other["value"]), int(other["trainable"]))
+    assert "(seed 0), " in shown
+    assert "standard error of an accuracy measured on 32 rows" in shown
+    assert "the test data has not been looked at" in shown
+    assert "test accuracy" not in shown
+    assert shown.splitlines()[-1].endswith((out / "best.sh").read_text().strip())
+
+
+def test_resumed_and_overwritten(options, tmp_path, monkeypatch, capsys):
+    options += ["--repeats", "0", "--targets", "q,v", "key", "--init", "default", "rslora"]
+    assert main([*options, "--trials", "3"]) == 0
+    whole = rows(tmp_path / "out")
+    assert main([*options, "--trials", "3"]) == 2
+    assert "--resume it, or --overwrite it" in capsys.readouterr().err
+    run, calls = module.run_trial, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run(*args)
+
+    monkeypatch.setattr(module, "run_trial", interrupted)
+    assert main([*options, "--trials", "3", "--overwrite"]) == 130
+    assert main([*options, "--trials", "3", "--resume"]) == 0
+    for one, other in zip(rows(tmp_path / "out"), whole, strict=True):
+        assert {**one, "seconds": "", "wall": ""} == {**other, "seconds": "", "wall": ""}
+    assert {row["targets"] for row in whole} <= {"query,value", "key"}
+    assert main([*options, "--trials", "3", "--resume", "--epochs", "2"]) == 2
+    assert "other settings: epochs differ" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--alpha 2x", "--alpha: '2x' is no number"),
+        ("--lr 1e-2:1e-3", "it must rise"),
+        ("--lr fast", "--lr: 'fast' is no number"),
+        ("--r 4 0", "r = 0: accepted is an integer of at least 1"),
+        ("--dropout 2", "lora_dropout"),
+        ("--budget 0", "nothing can be learnt"),
+        ("--monitor f1", "monitor is 'f1'"),
+        ("--targets nothing", "no layer of BertForSequenceClassification matches"),
+        ("--data missing.csv", "missing.csv"),
+    ],
+)
+def test_mistakes_are_one_clear_line(options, capsys, change, message):
+    assert main([*options, "--trials", "1", "--repeats", "0", *change.split()]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.count("\n") == 1
