@@ -142,6 +142,13 @@ def test_what_stays_pefts(settings, config, reason):
     assert [reason in why for why in counted(twin)] == [True]
 
 
+def test_a_scaled_embedding_derived_from_transformers_own_stays_pefts():
+    _, twin = pair(Gemma3TextScaledWordEmbedding, padding_idx=0, embed_scale=2.0)
+    base = embedding(twin).base_layer
+    base.__class__ = type("NewScaledWordEmbedding", (type(base),), {"__module__": "transformers.models.new"})
+    assert "NewScaledWordEmbedding" in embedding(twin).why_not()
+
+
 def trainable_base(layer):
     layer.base_layer.weight.requires_grad_(True)
 
