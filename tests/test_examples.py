@@ -1,0 +1,84 @@
+"""Each example runs as a user would run it, in a few steps and without a network, and prints what its page claims."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_kernels.finetune.movies import TEXT, cache_folder
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+PAGE = Path(__file__).parent.parent / "docs" / "examples.md"
+FILM = pytest.mark.skipif(not (cache_folder() / TEXT).exists(), reason="the film reviews are not in the cache")
+
+
+def run(name, out, *arguments):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--out", str(out), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def numbers(pattern, text):
+    found = re.search(pattern, text)
+    assert found, f"{pattern!r} is not in:\n{text}"
+    return [float(group) for group in found.groups()]
+
+
+@pytest.mark.slow
+def test_text_classification(tmp_path):
+    said = run("text_classification", tmp_path, "--steps", "25", "--per-class", "60")
+    (before,), (after,) = (numbers(rf"accuracy {when} the training ([\d.]+)", said) for when in ("before", "after"))
+    assert after > before + 0.1
+    assert "classifier: trained whole and saved with the adapter" in said
+    assert len(re.findall(r" -> \w+ \(it is \w+\)", said)) == 4
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+@FILM
+@pytest.mark.slow
+def test_sentiment_analysis(tmp_path):
+    said = run("sentiment_analysis", tmp_path, "--steps", "20", "--test-rows", "200")
+    (before,), (after,) = (numbers(rf"accuracy {when} the training ([\d.]+)", said) for when in ("before", "after"))
+    assert after > before + 0.1
+    assert "37 of 37 PEFT LoRA layers fused" in said
+    assert "'I love programming' -> positive" in said
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_machine_translation(tmp_path):
+    said = run("machine_translation", tmp_path, "--pretrain-steps", "150", "--steps", "60", "--test-rows", "50")
+    (before,) = numbers(r"BLEU of subordinate clauses ([\d.]+)", said)
+    (after,) = numbers(r"BLEU of subordinate clauses after LoRA ([\d.]+)", said)
+    assert after > before + 10
+    (main,), (again,) = numbers(r"BLEU of new main clauses ([\d.]+)", said), numbers(r"as before ([\d.]+)", said)
+    assert main == again
+    assert "32 of 32 PEFT LoRA layers fused" in said
+
+
+@FILM
+@pytest.mark.slow
+def test_causal_lm(tmp_path):
+    said = run("causal_lm", tmp_path, "--steps", "4", "--test-blocks", "8", "--batch-size", "2")
+    (before,), (after,) = (numbers(rf"perplexity {when} ([\d.]+)", said) for when in ("before", "after"))
+    assert after < before
+    assert "210 of 210 PEFT LoRA layers fused" in said
+    assert "sample after: 'the film is" in said
+
+
+def test_examples_are_short_and_have_their_output_on_the_page():
+    names = sorted(path.stem for path in EXAMPLES.glob("*.py"))
+    assert names == ["causal_lm", "machine_translation", "sentiment_analysis", "text_classification"]
+    page = PAGE.read_text()
+    for name in names:
+        source = (EXAMPLES / f"{name}.py").read_text()
+        assert len(source.splitlines()) <= 120
+        assert f"examples/{name}.py" in page
+        claim = re.search(r"print\(f\"((?:accuracy|perplexity|BLEU)[^{]*after[^{]*)\{", source)
+        assert claim, name
+        assert claim[1] in page, name
