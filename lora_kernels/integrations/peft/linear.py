@@ -89,7 +89,9 @@ def operands(layer: Linear, x: Tensor | None = None) -> Operands | str:
         scaling, dropout_p = 1.0, 0.0
     if lora_bias is not None:
         lora_bias = lora_bias * scaling
-        bias = (lora_bias if bias is None else bias + lora_bias).to(W.dtype)
+        bias = lora_bias if bias is None else bias + lora_bias
+        if not torch.is_autocast_enabled(W.device.type):
+            bias = bias.to(W.dtype)
     return Operands(W, A, B, bias, scaling, dropout_p)
 
 

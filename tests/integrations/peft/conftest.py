@@ -1,0 +1,124 @@
+"""A small network with every base that FusedLinear takes, and a comparison of accelerated layers with PEFT's own."""
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_kernels.integrations.families import fill_adapters
+from lora_kernels.integrations.peft import accelerate
+from lora_kernels.integrations.peft import linear as fused_linear
+from lora_kernels.testing import Pool
+
+TARGETS = ["first", "second", "third"]
+
+
+class Net(nn.Module):
+    """first has a bias, second none, third is transformers' Conv1D; head stays without an adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 40), nn.Linear(40, 24, bias=False)
+        self.third, self.head = Conv1D(32, 24), nn.Linear(32, 3)
+        nn.init.normal_(self.third.weight, std=0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.third(self.second(self.first(x).tanh()).tanh()).tanh())
+
+
+def _adapted(**config: object) -> PeftModel:
+    """Net with an adapter as large as the base, the same weights at every call."""
+    torch.manual_seed(0)
+    model = get_peft_model(Net(), LoraConfig(**{"r": 4, "target_modules": TARGETS, **config}))
+    fill_adapters(model)
+    return model.eval()
+
+
+def _example(rows: int = 16, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(rows, 12, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    """How often each way of a FusedLinear was taken: "fused", "dora", or the reason for PEFT's own forward."""
+    seen = Counter[str]()
+
+    def counting(name: str, key: Callable[..., str]) -> None:
+        real = getattr(fused_linear, name)
+
+        def call(*args: object, **kwargs: object) -> object:
+            seen[key(*args)] += 1
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(fused_linear, name, call)
+
+    counting("run_lora_linear", lambda *_: "fused")
+    counting("dora_forward", lambda *_: "dora")
+    counting("count_peft_call", lambda layer, reason: reason)
+    return seen
+
+
+def _run(model: nn.Module, x: Tensor, autocast: torch.dtype | None = None, **kwargs: object) -> dict[str, Tensor]:
+    """The output and every gradient of sum(y * c) for a fixed c."""
+    x = x.detach().requires_grad_(x.requires_grad)
+    model.zero_grad()
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        y = model(x, **kwargs)
+    if not y.requires_grad:
+        return {"y": y}
+    c = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
+    (y * c).sum().backward()
+    grads = {f"d {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), **grads, **({} if x.grad is None else {"d x": x.grad})}
+
+
+def _assert_equal_peft(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    autocast: torch.dtype | None = None,
+    plain_autocast: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs: object,
+) -> None:
+    """Output and gradients of ``model`` accelerated, against PEFT's own by the error rule; the same ones exist.
+
+    plain_autocast: PEFT's own runs under this autocast. dtype: of the arithmetic, where it isn't the result's.
+    """
+    ours = accelerate(copy.deepcopy(model), verbose=False, group=False)
+    got, plain = _run(ours, x, autocast, **kwargs), _run(model, x, autocast or plain_autocast, **kwargs)
+    truth = _run(copy.deepcopy(model).double(), x.detach().double().requires_grad_(x.requires_grad), **kwargs)
+    assert got.keys() == plain.keys() == truth.keys()
+    pool, dtype = Pool(), dtype or autocast or plain_autocast
+    for name, value in got.items():
+        pool.assert_close(value, plain[name], truth[name].double(), what=name, dtype=dtype)
+    pool.close()
+
+
+@pytest.fixture
+def adapted() -> Callable[..., PeftModel]:
+    """adapted(**LoraConfig's fields) -> Net with an adapter as large as the base, equal at every call, in eval mode."""
+    return _adapted
+
+
+@pytest.fixture
+def example() -> Callable[..., Tensor]:
+    """example(rows, dtype) -> an input of Net that wants a gradient."""
+    return _example
+
+
+@pytest.fixture
+def run() -> Callable[..., dict[str, Tensor]]:
+    """run(model, x, autocast, **kwargs) -> the output and every gradient."""
+    return _run
+
+
+@pytest.fixture
+def same() -> Callable[..., None]:
+    """same(model, x): accelerated, the model equals PEFT's own forward and backward by the error rule."""
+    return _assert_equal_peft
