@@ -36,6 +36,7 @@ ALLOWED["inject"] = ALLOWED["adapters"] = ALLOWED["layers"] | {"layers", "target
 ALLOWED["trial"] = ALLOWED["ops"] | {"ops", "testing", "variants"}
 ALLOWED["tune"] = ALLOWED["trial"] | {"trial", "tuned", "adapters"}
 ALLOWED["integrations"] = ALLOWED["finetune"] = ALLOWED["inject"] | {"integrations", "finetune"}
+ALLOWED["integrations"] = ALLOWED["integrations"] | {"reference", "testing"}  # the compatibility table judges
 ALLOWED["cli"] = ALLOWED["finetune"] | {
     "cli",
     "testing",
