@@ -53,8 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser, task: type[Task]) -> None:
     add("--quiet", action="store_true", help="no progress bar")
 
     lora = parser.add_argument_group("LoRA").add_argument
-    # torchrun takes --r for the beginning of options of its own and gives up
-    lora("--r", "--rank", type=int, dest="r", default=16, help="rank; --rank under torchrun (default: %(default)s)")
+    lora("--r", type=int, default=16, help="rank (default: %(default)s)")
     lora("--alpha", type=number, default=32, help="numerator of the scaling (default: %(default)s)")
     lora("--dropout", type=float, default=0.0, help="on the adapter's input (default: %(default)s)")
     lora("--targets", default="all-linear", help="all-linear, a regular expression, or names with commas between")
@@ -185,15 +184,14 @@ def names_or_pattern(text: str | None) -> str | list[str] | None:
 
 def reproduce(arguments: argparse.Namespace) -> str:
     """The command line with every option spelled out, defaults and what "auto" found included."""
-    words, spelled = ["lora-kernels", "train"], {}
-    if processes.count() > 1:
-        words = ["torchrun", "--nproc-per-node", str(processes.count()), "-m", "lora_kernels.cli", "train"]
-        spelled = {"r": "rank"}
+    words = ["lora-kernels", "train"]
+    if processes.count() > 1:  # without the -- torchrun takes --r and --monitor for options of its own, cut short
+        words = ["torchrun", "--nproc-per-node", str(processes.count()), "-m", "--", "lora_kernels.cli", "train"]
     found = {"device": find_device(arguments.device), "threads": torch.get_num_threads()}
     for name, value in sorted({**vars(arguments), **found}.items()):
         if name in ("command", "run", "resume", "overwrite") or value is None or value is False:
             continue
-        words.append(f"--{spelled.get(name, name).replace('_', '-')}")
+        words.append(f"--{name.replace('_', '-')}")
         if value is not True:
             words.append(str(value))
     return shlex.join(words)

@@ -5,9 +5,5 @@ import pytest
 
 @pytest.mark.slow
 def test_trains_and_saves_as_in_one_process(processes):
-    processes("peft_models", "under_ddp", "under_fsdp", "saving", "mixed_precision", "by_accelerator", timeout=240)
-
-
-@pytest.mark.slow
-def test_adapters_as_units_of_their_own(processes):
-    processes("peft_models", "adapters_as_units_of_their_own", timeout=240)
+    cases = ("under_ddp", "under_fsdp", "saving", "adapters_as_units_of_their_own", "mixed_precision", "by_accelerator")
+    processes("peft_models", *cases, timeout=240)
