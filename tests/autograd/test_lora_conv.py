@@ -211,3 +211,13 @@ def test_a_second_derivative_is_refused():
     (dB,) = torch.autograd.grad(lora_conv(X, W, A, B).square().sum(), B, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dB.sum().backward()
+
+
+def test_writes_into_nothing_it_was_given_or_saved():
+    X, W, A, B, bias, _ = operands()
+    leaves, dY = (X, A, B, bias), torch.ones(2, 6, 3, 4, dtype=X.dtype)
+    before = [t.detach().clone() for t in (*leaves, W, dY)]
+    Y = lora_conv(X, W, A, B, bias, scaling=3.0, dropout_p=0.5)
+    first, second = (torch.autograd.grad(Y, leaves, dY, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, (*leaves, W, dY), strict=True))

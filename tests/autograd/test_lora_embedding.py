@@ -172,3 +172,12 @@ def test_a_second_derivative_is_refused():
     (dB,) = torch.autograd.grad(lora_embedding(IDS, W, A, B).square().sum(), B, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dB.sum().backward()
+
+
+def test_writes_into_nothing_it_was_given_or_saved():
+    W, A, B = operands()
+    before = [t.detach().clone() for t in (W, A, B, IDS)]
+    Y = lora_embedding(IDS, W, A, B, scaling=3.0, base_scale=2.0)
+    first, second = (torch.autograd.grad(Y, (A, B), torch.ones_like(Y), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, (W, A, B, IDS), strict=True))

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lora_kernels.reference import lora_conv
 from lora_kernels.reference.lora_conv import (
     ConvNeeds,
     Geometry,
@@ -182,3 +183,13 @@ def test_makes_only_what_is_needed():
         needs = ConvNeeds(*(j == i for j in range(5)))
         grads = lora_conv_bwd(dY, X, W, A, B, XA, 1.7, case.geometry, None, needs)
         assert [grad is not None for grad in grads] == list(needs)
+
+
+def test_an_output_in_a_layout_of_its_own_still_gets_its_update(monkeypatch):
+    """No layout that a convolution may choose lets the update go into a copy."""
+    case = CASES["2d"]
+    given = problem(case)
+    straight, conv = run(case, given), lora_conv._conv
+    monkeypatch.setattr(lora_conv, "_conv", lambda *args: conv(*args).mT.contiguous().mT)
+    for got, expected in zip(run(case, given), straight, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
