@@ -47,8 +47,8 @@ def simply(init=True, **settings):
 
 
 def eva(net):
-    batches = [{"x": X[i : i + 100]} for i in range(0, 300, 100)]
-    model = get_peft_model(net, config("eva", eva_config=EvaConfig(rho=1.5)))
+    batches = [{"x": X * torch.linspace(2, 0.1, 96)}]  # goes through it until the directions stand still
+    model = get_peft_model(net, config("eva", eva_config=EvaConfig(rho=1.5, tau=0.9)))
     initialize_lora_eva_weights(
         model,
         batches,
