@@ -74,12 +74,9 @@ def _padding(
     """Padding in numbers; "valid", and "same" where that is as wide on both sides."""
     if given == "valid":
         return (0,) * len(kernel)
-    if (
-        given == "same"
-        and set(stride) == {1}
-        and not any(d * (k - 1) % 2 for d, k in zip(dilation, kernel, strict=True))
-    ):
-        return tuple(d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True))
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if given == "same" and set(stride) == {1} and not any(n % 2 for n in reach):
+        return tuple(n // 2 for n in reach)
     if isinstance(given, str):
         raise ConfigError(
             f"padding={given!r} with a kernel of {tuple(kernel)}, stride {stride}; accepted are whole numbers, "
