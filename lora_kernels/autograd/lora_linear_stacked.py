@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_kernels.autograd.call import fold_scaling
+from lora_kernels.autograd.call import direct_apply, fold_scaling, transformed
 from lora_kernels.autograd.lora_linear import _check, _rows, dropout_seed
 from lora_kernels.errors import ConfigError, ShapeError
 from lora_kernels.ops import lora_linear_stacked as ops
@@ -75,6 +75,9 @@ class _LoRALinearStacked(torch.autograd.Function):
                 dA[i], dB[i], dbias[i] = da if need_a[i] else None, db, dbias_i
             dX = dX if dX is None or len(ctx.shape) == 2 else dX.view(ctx.shape)
         return dX, None, None, None, None, None, *[None] * P, *dA, *dB, *dbias
+
+
+_apply = direct_apply(_LoRALinearStacked)
 
 
 def _forward(X: Tensor, *args: Any) -> tuple[Sequence[Tensor], Tensor, Tensor | None]:
@@ -166,16 +169,39 @@ def lora_linear_stacked(
 
     Source: Hu et al., LoRA, arXiv 2106.09685.
     """
-    X, projections = prepare(X, projections, dropout_p)
     check_mask(dropout_mask)
-    backend = resolve_backend(backend, X.device.type, X.dtype)
-    state = dropout_seed(seed, X.device) if training and dropout_p > 0.0 else None
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ConfigError(f"dropout_p={dropout_p}; accepted is a probability from 0 to 1")
+    p = dropout_p if training else 0.0
+    return run_stacked(X, projections, p, seed, backend, dropout_mask == "bits", trusted=False)
+
+
+def run_stacked(
+    X: Tensor,
+    projections: Sequence[Projection],
+    p: float,
+    seed: int | Tensor | None = None,
+    backend: str = "auto",
+    keep_bits: bool = True,
+    trusted: bool = True,
+) -> tuple[Tensor, ...]:
+    """lora_linear_stacked for layers, p 0 where nothing is dropped; ``trusted`` as in autograd.lora_linear.run."""
+    device_type = "cpu" if X.is_cpu else X.device.type
+    checked = not trusted or torch.is_autocast_enabled(device_type)
+    if checked:
+        X, projections = prepare(X, projections, p)
+    backend = resolve_backend(backend, device_type, X.dtype)
+    if not checked and backend != "reference":  # kernels have no checks of their own
+        prepare(X, projections, p)
+    state = dropout_seed(seed, X.device) if p > 0.0 else None
     W, A, B, bias, scaling = zip(*projections, strict=True)
-    if torch.compiler.is_compiling():
-        A, scaling = zip(*map(fold_scaling, A, scaling), strict=True)
+    apply = _apply
+    if transformed():
+        A, scaling = zip(*(fold_scaling(q.A, q.scaling) for q in projections), strict=True)
+        apply = _LoRALinearStacked.apply
     if torch.is_grad_enabled():
-        keep_bits = state is not None and dropout_mask == "bits" and backend.startswith("triton") and X.numel() > 0
-        Y = _LoRALinearStacked.apply(X, scaling, dropout_p, state, backend, keep_bits, *W, *A, *B, *bias)
+        kept = keep_bits and state is not None and backend != "reference" and X.numel() > 0
+        Y = apply(X, scaling, p, state, backend, kept, *W, *A, *B, *bias)
     else:
-        Y, _, _ = _forward(_rows(X), W, A, B, bias, scaling, dropout_p, state, backend, False)
+        Y, _, _ = _forward(X if X.dim() == 2 else _rows(X), W, A, B, bias, scaling, p, state, backend, False)
     return tuple(Y) if X.dim() == 2 else tuple(y.view(*X.shape[:-1], y.shape[-1]) for y in Y)

@@ -134,7 +134,7 @@ def lora_mlp(
     seeds = _two_seeds(seed, X.device) if training and dropout_p > 0.0 else None
     W, A, B, bias, scaling = zip(gate, up, down, strict=True)
     if torch.compiler.is_compiling():
-        A, scaling = zip(*map(fold_scaling, A, scaling), strict=True)
+        A, scaling = zip(*(fold_scaling(q.A, q.scaling) for q in (gate, up, down)), strict=True)
     if torch.is_grad_enabled():
         keep_bits = seeds is not None and dropout_mask == "bits" and backend.startswith("triton") and X.numel() > 0
         return _LoRAMLP.apply(X, scaling, dropout_p, seeds, backend, keep_bits, *W, *A, *B, *bias)

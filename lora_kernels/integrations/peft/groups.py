@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.autograd.lora_linear_stacked import Projection, lora_linear_stacked
+from lora_kernels.autograd.lora_linear_stacked import Projection, run_stacked
 from lora_kernels.integrations.peft import why_not as conditions
 from lora_kernels.integrations.peft.linear import FusedLinear, projection_of
 from lora_kernels.integrations.peft.reads import Partners, Reads, in_backward
 
 SEAT = "_lora_group"  # in a layer's __dict__: its Seat
-Mode = tuple[bool, torch.dtype | None]
-State = tuple[Any, ...]
+Mode = tuple[bool, bool, torch.dtype | None]
+State = list[Any]
 
 
 class _Made(NamedTuple):
@@ -43,8 +43,7 @@ class _Made(NamedTuple):
 
 
 class _Aside(threading.local):
-    """What one thread has set aside. One for all groups: siblings are called one after the other, so that whatever is
-    left of a sibling that is not called goes when the next group begins."""
+    """What a thread has set aside. One for all groups: what is left of siblings not called goes as the next begins."""
 
     made: _Made | None = None
 
@@ -60,23 +59,26 @@ def _leave() -> None:
 
 
 def _mode(x: Tensor) -> Mode:
-    """What an output depends on beside its operands: gradients or none, autocast."""
-    kind = x.device.type
-    return torch.is_grad_enabled(), torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    """What else an output depends on: gradients or none, autocast."""
+    kind = "cpu" if x.is_cpu else x.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return torch.is_grad_enabled(), x.requires_grad, autocast
 
 
 def _state(layer: FusedLinear) -> State:
     """What makes an output of the layer another one when it changes: the adapters and every weight they have."""
     modules: Any = layer._modules
     active = layer._active_adapter
-    names = (active,) if isinstance(active, str) else tuple(active)
     weights = [modules["base_layer"]._parameters.get("weight")]
-    for part in ("lora_A", "lora_B"):
-        held = modules[part]._modules
-        weights += [held[name]._parameters.get("weight") for name in names if name in held]
-    versions = tuple((id(w), 0 if w.is_inference() else w._version) for w in weights if w is not None)
-    scaling = tuple(layer.scaling.get(name) for name in names)
-    return layer._disable_adapters, len(layer.merged_adapters), layer.training, names, scaling, versions
+    state: State = [layer._disable_adapters, len(layer.merged_adapters), layer.training]
+    lora_A, lora_B, scaling = modules["lora_A"]._modules, modules["lora_B"]._modules, layer.scaling
+    for name in (active,) if isinstance(active, str) else active:
+        if name in lora_A:
+            state += name, scaling[name]
+            weights += lora_A[name]._parameters.get("weight"), lora_B[name]._parameters.get("weight")
+    for weight in filter(torch.is_tensor, weights):
+        state += id(weight), 0 if weight.is_inference() else weight._version
+    return state
 
 
 class Group:
@@ -98,14 +100,15 @@ class Group:
 
     def describe(self) -> str:
         """One line for people."""
+        names = ", ".join(self.names)
         if self.reads.partners is None:
-            return f"{self.path}: {', '.join(self.names)} one by one until a forward has shown which read one input"
+            return f"{self.path}: {names} one by one until a forward has shown which read one input"
         runs = "; ".join(" + ".join(run) for run in self.together())
-        return f"{self.path}: {runs} in one call" if runs else f"{self.path}: {', '.join(self.names)} read inputs apart"
+        return f"{self.path}: {runs} in one call" if runs else f"{self.path}: {names} read inputs apart"
 
-    def start(self, seat: int, seats: tuple[int, ...], x: Tensor) -> tuple[dict[int, Tensor], float] | None:
-        """The outputs of all layers that can run with the one in ``seat`` now, and dropout's p; None: it runs alone."""
-        found: dict[int, tuple[Projection, float]] = {}
+    def start(self, seat: int, seats: tuple[int, ...], x: Tensor) -> dict[int, tuple[Tensor, FusedLinear]] | None:
+        """The outputs of all layers that can run with the one in ``seat`` now; None: it runs alone."""
+        found: dict[int, tuple[FusedLinear, Projection, float]] = {}
         for i in seats:
             ref = self.layers[i]
             layer = None if ref is None else ref()
@@ -113,20 +116,22 @@ class Group:
                 continue  # a hook may have work to do before the layer may run
             one = projection_of(layer, x)
             if one is not None:
-                found[i] = one
+                found[i] = layer, *one
         if seat not in found:
             return None
-        first, p = found[seat]
-        dtype, device = first.A.dtype, first.W.device
+        _, first, p = found[seat]
+        dtypes = first.W.dtype, first.A.dtype, first.A.dtype, first.W.device
         found = {
-            i: (q, dropout)
-            for i, (q, dropout) in found.items()
-            if dropout == p and q.A.dtype is q.B.dtype is dtype and q.W.dtype is first.W.dtype and q.W.device == device
+            i: (layer, q, dropout)
+            for i, (layer, q, dropout) in found.items()
+            if dropout == p and (q.W.dtype, q.A.dtype, q.B.dtype, q.W.device) == dtypes
         }
         if seat not in found or len(found) < 2:
             return None
-        made = lora_linear_stacked(x, [q for q, _ in found.values()], dropout_p=p)
-        return dict(zip(found, made, strict=True)), p
+        made = run_stacked(x, [q for _, q, _ in found.values()], p)
+        if not torch.compiler.is_compiling():
+            self.reads.ran(p > 0.0)
+        return {i: (y, layer) for (i, (layer, _, _)), y in zip(found.items(), made, strict=True)}
 
 
 class Seat:
@@ -137,11 +142,11 @@ class Seat:
         self.group, self.index = group, index
         self.layer = group.layers[index] = weakref.ref(layer)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"group": self.group, "index": self.index, "layer": self.layer()}
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self.group, self.index, self.layer()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
 
     def take(self, layer: FusedLinear, x: Tensor) -> Tensor | None:
         """The layer's output for x (..., K) out of a call for the whole group; None: the layer has to run alone."""
@@ -167,20 +172,18 @@ class Seat:
             if partners is None or not partners[self.index]:
                 return None
             _leave()
-        started = group.start(self.index, partners[self.index], x)
+        pays = mode[0] or not x.is_cpu or _drops(layer)  # else nothing is saved that is worth the group's own 20 us
+        started = group.start(self.index, partners[self.index], x) if pays else None
         if started is None:
             return None
-        ys, p = started
-        group.reads.ran(p > 0.0)
-        y = ys.pop(self.index)
-        outputs = {i: (other, _state(group.layers[i]())) for i, other in ys.items()}  # type: ignore[misc]
+        y, _ = started.pop(self.index)
+        outputs = {i: (other, _state(sibling)) for i, (other, sibling) in started.items()}
         _aside.made = _Made(group, partners, x, x._version, mode, in_backward(), outputs)
         return y
 
     def _traced(self, x: Tensor) -> Tensor | None:
         """take, in a graph: what was learned before it is traced, nothing is noted, and a graph has no versions."""
-        group, mode = self.group, _mode(x)
-        partners = group.reads.partners
+        group, mode, partners = self.group, _mode(x), self.group.reads.partners
         if partners is None or not partners[self.index]:
             return None
         ready = group.traced
@@ -190,7 +193,7 @@ class Seat:
             started = group.start(self.index, partners[self.index], x)
             if started is None:
                 return None
-            left = started[0]
+            left = {i: made for i, (made, _) in started.items()}
         y = left.pop(self.index)
         group.traced = (x, mode, left) if left else None
         return y
@@ -212,7 +215,7 @@ def form_groups(model: nn.Module) -> list[Group]:
         alike = defaultdict[int, dict[str, FusedLinear]](dict)
         for name, child in parent.named_children():
             if isinstance(child, FusedLinear) and child not in seated:
-                alike[child.in_features][name] = child
+                alike[int(child.in_features)][name] = child  # type: ignore[arg-type]
         for layers in alike.values():
             if len(layers) > 1:
                 groups.append(_group(path, layers))

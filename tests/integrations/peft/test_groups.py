@@ -113,16 +113,16 @@ def counted(monkeypatch):
     """How many layers each call of the fused functions served, in order."""
     calls = []
 
-    def stacked(x, projections, **kwargs):
+    def stacked(x, projections, p):
         calls.append(len(projections))
-        return run_stacked(x, projections, **kwargs)
+        return run_stacked(x, projections, p)
 
     def alone(*args):
         calls.append(1)
         return run_alone(*args)
 
-    run_stacked, run_alone = groups.lora_linear_stacked, linear.run_lora_linear
-    monkeypatch.setattr(groups, "lora_linear_stacked", stacked)
+    run_stacked, run_alone = groups.run_stacked, linear.run_lora_linear
+    monkeypatch.setattr(groups, "run_stacked", stacked)
     monkeypatch.setattr(linear, "run_lora_linear", alone)
     return calls
 
@@ -251,21 +251,20 @@ def test_an_input_changed_in_place_between_siblings(counted):
     for m in (model, twin):
         for layer in m.base_model.model.layers:
             layer.between = lambda x: x.mul_(2)
-    with torch.no_grad():
-        for _ in range(5):
-            x = example()
-            expected = twin(x.clone())
-            counted.clear()
-            torch.testing.assert_close(model(x.clone()), expected)
+    for _ in range(5):
+        x = example().detach()
+        expected = twin(x.clone())
+        counted.clear()
+        torch.testing.assert_close(model(x.clone()), expected)
     assert counted == [1, 2, 1, 1, 2, 1]  # q alone and k with v: what it read when it was learned again
 
 
 def test_inference_tensors_have_no_version_and_go_alone(counted):
-    model = learned(adapted())
+    model = learned(adapted(p=0.3))
     counted.clear()
     with torch.inference_mode():
         model(example())
-    assert counted[-4:] == [1, 1, 1, 1]
+    assert set(counted) == {1}
 
 
 def test_a_sibling_that_is_not_called_keeps_nothing_alive_and_is_left_out_in_the_end(counted):
@@ -337,10 +336,9 @@ CHANGES = {
 def test_an_output_made_ahead_is_not_handed_out_once_its_layer_has_changed(name):
     model, twin = twins(with_another)
     for m in (model, twin):
-        attention(m).between = lambda x, m=m: CHANGES[name](m)
-    with torch.no_grad():
-        x = example()
-        torch.testing.assert_close(model(x), twin(x))
+        attention(m).between = lambda x, m=m: torch.no_grad()(CHANGES[name])(m)
+    x = example()
+    torch.testing.assert_close(model(x), twin(x))
 
 
 def with_another(model):
@@ -353,6 +351,9 @@ def test_gradients_on_and_off_and_autocast_between_siblings():
     block, x = attention(model), example()
     with torch.no_grad():
         assert not block.q(x).requires_grad
+    block.q(x)
+    with torch.no_grad():
+        assert not block.v(x).requires_grad
     assert block.k(x).requires_grad
     with torch.autocast("cpu", torch.bfloat16):
         assert block.v(x).dtype == torch.bfloat16
@@ -470,7 +471,7 @@ def test_checkpointing_repeats_what_ran(reentrant, p, counted):
         if p and reentrant and step == 1:  # the last round runs with dropout, as the first one did
             assert groups_of(model)[0].reads.partners is None
         same(gradients(model, x, step), gradients(twin, x, step))
-    assert 3 in counted[:4]
+    assert 3 in counted
     assert groups._aside.made is None
 
 
@@ -627,6 +628,38 @@ def test_two_threads_on_one_model():
     assert groups_of(model)[0].together() == (("q", "k", "v"),)
 
 
+def test_a_thread_between_the_siblings_of_another(counted):
+    model = learned(adapted())
+    block, expected = attention(model), gradients(model, example())
+
+    def meanwhile(x):
+        block.between = lambda x: None
+        thread = threading.Thread(target=lambda: model(example(1)))
+        thread.start()
+        thread.join()
+
+    block.between = meanwhile
+    counted.clear()
+    same(gradients(model, example()), expected, 0)
+    assert counted == [3, 3, 1, 3, 1, 1, 3, 1]  # q k v of the one, all of the other, the rest of the one
+
+
+def test_a_recomputation_that_stops_early_is_no_sign_of_other_readers(counted):
+    model = learned(adapted())
+    block = attention(model)
+
+    def body(x):
+        h = x.tanh()
+        return block.q(h).sin().sum() + block.k(h).sum() + block.v(h).sum()
+
+    for _ in range(4):
+        counted.clear()
+        checkpoint(body, example(), use_reentrant=False).backward()
+        assert counted == [3, 3]
+        checkpoint(lambda x: block(x).sum(), example(), use_reentrant=False).backward()
+    assert groups_of(model)[0].reads.misses == 0
+
+
 def test_generate_with_a_cache(counted):
     for name in ("Llama", "T5"):
         family = FAMILIES[name]
@@ -641,7 +674,11 @@ def test_generate_with_a_cache(counted):
         expected = plain.generate(**inputs, max_new_tokens=6, do_sample=False)
         for _ in range(2):
             assert torch.equal(ours.generate(**inputs, max_new_tokens=6, do_sample=False), expected)
-        assert max(counted) == 3
+        assert set(counted) == {1}  # on a CPU nothing is saved without gradients and without dropout
+        inputs["labels"] = inputs["input_ids"]
+        ours(**inputs)
+        assert 3 in counted
+        counted.clear()
 
 
 def test_formed_again_dissolved_and_late_layers():
