@@ -102,9 +102,8 @@ def main() -> None:
     print(f"BLEU of new main clauses {bleu(translate(model, known.sources), known.targets):.1f}")
     print(f"BLEU of subordinate clauses {bleu(translate(model, held_out.sources), held_out.targets):.1f}")
 
-    lora = peft.LoraConfig(
-        r=16, lora_alpha=32, target_modules=["q", "k", "v", "o", "wi", "wo"], task_type="SEQ_2_SEQ_LM"
-    )
+    targets = ["q", "k", "v", "o", "wi", "wo"]
+    lora = peft.LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="SEQ_2_SEQ_LM")
     model = lk.accelerate(peft.get_peft_model(model, lora))
     model.print_trainable_parameters()
     trainer(model, new, arguments.steps, 3e-3).train()

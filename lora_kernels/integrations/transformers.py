@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import transformers
 from safetensors.torch import save_file
 from torch import nn
+from transformers.trainer_callback import ExportableState
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_NAME
 
 import lora_kernels
@@ -22,7 +25,7 @@ from lora_kernels.report import injection_of, unwrap
 _SLIM = "lora_slim_checkpoints"
 
 
-class AccelerateCallback(transformers.TrainerCallback):
+class AccelerateCallback(transformers.TrainerCallback, ExportableState):
     """Makes the LoRA layers of a Trainer's model ours, says so once, and keeps checkpoints of our own models small.
 
     ``Trainer(model, ..., callbacks=[AccelerateCallback()])``, or TRL's SFTTrainer. A model with PEFT's LoRA layers
@@ -31,13 +34,26 @@ class AccelerateCallback(transformers.TrainerCallback):
     our layers already; its checkpoints become adapters, see slim_checkpoints, unless ``slim`` is False. The checkpoints
     of a model with ``add_adapter``, from which Trainer alone cannot resume, get the trained weights that it misses.
 
+    What groups of layers have learned (q, k, v share a dropout mask once they are known to read one input) is kept in
+    trainer_state.json, so that a resumed run draws the masks of an uninterrupted one.
+
     strict, group: as in lora_kernels.accelerate. verbose: print the report, once, by the first process.
     A model without any LoRA layer when training begins: a warning, ConfigError with ``strict``.
     """
 
     def __init__(self, *, strict: bool = False, group: bool = True, verbose: bool = True, slim: bool = True) -> None:
         self.strict, self.group, self.verbose, self.slim = strict, group, verbose, slim
+        self.groups: list[Any] = []
         self._told = False
+        self._model: weakref.ref[nn.Module] | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What Trainer keeps of the callback in a checkpoint."""
+        model = self._model() if self._model is not None else None
+        if model is not None:
+            self.groups = [[g.path, g.names, g.reads.partners] for g in _groups(model) if g.reads.partners is not None]
+        names = ("strict", "group", "verbose", "slim")
+        return {"args": {name: getattr(self, name) for name in names}, "attributes": {"groups": self.groups}}
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Before a checkpoint is looked for: resuming loads into the layers that train."""
@@ -45,8 +61,13 @@ class AccelerateCallback(transformers.TrainerCallback):
             self._apply(args, model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """For a callback or layers that came after the Trainer was built."""
-        if self._apply(args, model):
+        """For a callback or layers that came after the Trainer was built, and for what a checkpoint knows."""
+        name, found = type(self).__name__, self._apply(args, model)
+        if state.stateful_callbacks is not None:  # a checkpoint written without this callback has no place for it
+            kept = state.stateful_callbacks.setdefault(name, self.state())
+            if isinstance(kept, dict):
+                _teach(unwrap(model), kept["attributes"].get("groups", ()))
+        if found:
             return
         message = (
             f"AccelerateCallback: {type(unwrap(model)).__name__} has no LoRA layers, neither PEFT's nor ours; "
@@ -69,6 +90,7 @@ class AccelerateCallback(transformers.TrainerCallback):
         """Whether the model has LoRA layers; they are ours afterwards, wherever that is possible."""
         verbose = self.verbose and not self._told and args.process_index == 0
         inner = unwrap(model)
+        self._model = weakref.ref(inner)
         injection = injection_of(inner)
         if injection is not None:
             if self.slim and isinstance(inner, transformers.PreTrainedModel):
@@ -88,6 +110,21 @@ class AccelerateCallback(transformers.TrainerCallback):
 def has_peft_layers(model: nn.Module) -> bool:
     """Whether a module of the model is a LoRA layer of PEFT's. PEFT need not be installed to ask."""
     return any(hasattr(module, "base_layer") and hasattr(module, "lora_A") for module in model.modules())
+
+
+def _groups(model: nn.Module) -> list[Any]:
+    """The groups that accelerate formed, asked without importing PEFT."""
+    seats = (vars(module).get("_lora_group") for module in model.modules())
+    return list({id(seat.group): seat.group for seat in seats if seat is not None}.values())
+
+
+def _teach(model: nn.Module, known: Iterable[Any]) -> None:
+    """Tells groups that have learned nothing yet what those of the same layers knew when a checkpoint was written."""
+    partners = {(path, *names): tuple(map(tuple, seats)) for path, names, seats in known}
+    for group in _groups(model):
+        learned = partners.get((group.path, *group.names))
+        if learned is not None and group.reads.partners is None:
+            group.reads = type(group.reads)(len(group.names), learned)
 
 
 def slim_checkpoints(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:

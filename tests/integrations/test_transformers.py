@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import shutil
 import warnings
 
 import peft
@@ -72,7 +73,8 @@ def build(kind, adapter, dropout=0.0):
         return lk.load_adapter(base, adapter, trainable=True)
     if kind == "peft":
         return peft.PeftModel.from_pretrained(base, adapter, is_trainable=True)
-    base.add_adapter(config(task_type=None))
+    dropout = json.loads((adapter / "adapter_config.json").read_text())["lora_dropout"]
+    base.add_adapter(config(task_type=None, lora_dropout=dropout))
     peft.set_peft_model_state_dict(base, load_file(adapter / "adapter_model.safetensors"))
     base.classifier.load_state_dict(build("ours", adapter).classifier.state_dict())
     base.classifier.requires_grad_(True)
@@ -142,8 +144,18 @@ def test_evaluates_and_predicts_as_peft_does(kind, adapter, tmp_path):
     assert got.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-5)
 
 
+@pytest.fixture
+def dropping(adapter, tmp_path):
+    """The adapter with a dropout of its own."""
+    folder = shutil.copytree(adapter, tmp_path / "dropping")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "lora_dropout": 0.2}))
+    return folder
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_resumed_run_ends_as_an_uninterrupted_one(kind, adapter, tmp_path):
+def test_resumed_run_ends_as_an_uninterrupted_one(kind, dropping, tmp_path):
+    adapter = dropping
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 7, "optim": "adamw_torch", "save_total_limit": 2}
     whole = trainer(build(kind, adapter, 0.1), tmp_path / "whole", **options)
     whole.train()
@@ -159,6 +171,17 @@ def test_resumed_run_ends_as_an_uninterrupted_one(kind, adapter, tmp_path):
     frozen = sum(p.numel() * 4 for p in BERT.model().parameters())
     for path in (tmp_path / "parts" / "checkpoint-7").glob("*.safetensors"):
         assert path.stat().st_size < 0.7 * frozen, path
+
+
+def test_a_checkpoint_of_plain_peft_goes_on_with_the_callback(adapter, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    plain = trainer(build("peft", adapter), tmp_path, False, **options)
+    plain.train()
+    run = trainer(build("peft", adapter), tmp_path, **options)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.allclose(trained(run.model), trained(plain.model), rtol=1e-4, atol=1e-6)
+    again = trainer(build("peft", adapter), tmp_path, False, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
 class Stop(transformers.TrainerCallback):
