@@ -14,10 +14,10 @@ HERE = Path(__file__).parent
 
 @pytest.fixture
 def processes(tmp_path: Path) -> Callable[..., None]:
-    """processes(MODULE, CASE, ..., timeout=60) runs functions of a module beside this file in two processes of one
+    """processes(MODULE, CASE, ..., timeout=120) runs functions of a module beside this file in two processes of one
     gloo group, which find each other by a file: no port. A failed case, or one that does not end, fails the test."""
 
-    def spawn(module: str, *cases: str, timeout: float = 60, world: int = 2) -> None:
+    def spawn(module: str, *cases: str, timeout: float = 120, world: int = 2) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "GLOO_SOCKET_IFNAME": "lo"}
         folder, group = Path(tempfile.mkdtemp(dir=tmp_path)), []
         for rank in range(world):
