@@ -85,8 +85,10 @@ def lora_linear_bwd(
     ``keep``: the bits that the forward left, or None to draw the mask again from ``seed``.
     """
     if torch.compiler.is_compiling():
-        made = torch.ops.lora_kernels.lora_linear_bwd(dY, X, W, A, B, XA, scaling, p, seed, keep, list(needs), backend)
-        return tuple(grad if need else None for grad, need in zip(made, needs, strict=True))
+        dX, dA, dB, dbias = torch.ops.lora_kernels.lora_linear_bwd(
+            dY, X, W, A, B, XA, scaling, p, seed, keep, list(needs), backend
+        )
+        return dX if needs.X else None, dA if needs.A else None, dB if needs.B else None, dbias if needs.bias else None
     if backend != "reference" and X.shape[0] > 0:
         dropout, (N, r) = seed is not None, B.shape
         _, forced = planner.split_name(backend)
