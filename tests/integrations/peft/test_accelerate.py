@@ -59,7 +59,7 @@ def both(model, tmp_path):
 
 def weighted(model, tmp_path):
     model.add_adapter("other", LoraConfig(r=4, target_modules=["first", "second", "third"]))
-    filled(model).add_weighted_adapter(["default", "other"], [0.3, -1.2], "sum", combination_type="linear")
+    filled(model).add_weighted_adapter(["default", "other"], [0.3, 1.2], "sum", combination_type="linear")
     model.set_adapter("sum")
     return model
 
@@ -214,22 +214,22 @@ def test_versions_of_peft_that_were_not_tried_warn_once(version, warned, adapted
 @pytest.mark.parametrize("copied", [False, True])
 def test_layers_that_come_later_where_peft_keeps_no_tuner(copied):
     model = FAMILIES["BERT"].model()
-    model.add_adapter(LoraConfig(target_modules=["query"]), "one")
+    inject_adapter_in_model(LoraConfig(target_modules=["query"]), model, "one")
     accelerate(model, verbose=False)
     if copied:
         model = copy.deepcopy(model)
-    model.add_adapter(LoraConfig(target_modules=["value"]), "two")
+    inject_adapter_in_model(LoraConfig(target_modules=["value"]), model, "two")
     inject_adapter_in_model(LoraConfig(target_modules=["key"]), model, "three")
     found = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, FusedLinear)}
     assert found == {"query", "value", "key"}
     decelerate(model)
-    model.add_adapter(LoraConfig(target_modules=["dense"]), "four")
+    inject_adapter_in_model(LoraConfig(target_modules=["dense"]), model, "four")
     assert not any(isinstance(module, FusedLinear) for module in model.modules())
 
 
 def test_a_lone_layer_does_not_drag_its_model_along():
     model = FAMILIES["BERT"].model()
-    model.add_adapter(LoraConfig(target_modules=["query"]))
+    inject_adapter_in_model(LoraConfig(target_modules=["query"]), model)
     size = sum(p.numel() for p in model.bert.encoder.layer[0].attention.self.query.parameters()) * 4
     accelerate(model, verbose=False)
     assert len(pickle.dumps(model.bert.encoder.layer[0].attention.self.query)) < size + 20_000

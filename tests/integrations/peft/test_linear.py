@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig
-from peft.tuners.lora.config import BdLoraConfig
+from peft.tuners.lora.layer import LoraVariant
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels.integrations.families import fill_adapters
@@ -129,6 +129,14 @@ class Loud(torch.nn.Linear):
         return super().forward(x) * 2
 
 
+class Halved(LoraVariant):
+    """A variant as PEFT's own are made."""
+
+    @staticmethod
+    def forward(module, active_adapter, x, result, **kwargs):
+        return result + 0.5 * module.lora_B[active_adapter](module.lora_A[active_adapter](x))
+
+
 def other_base(model):
     base = model.base_model.model.first.base_layer
     base.__class__ = Loud
@@ -194,11 +202,7 @@ PEFTS_OWN = {
     "DoRA and a plain one": (
         {"use_dora": True, "target_modules": ["first", "third"]}, second_adapter(), 0, "DoRA and another adapter",
     ),
-    "BD-LoRA": (
-        {"use_bdlora": BdLoraConfig(target_modules_bd_a=["first"], target_modules_bd_b=["second"], nblocks=2),
-         "target_modules": ["first", "second"]},
-        None, 0, "BdLoraLinearVariant has no fused path",
-    ),
+    "variant": ({}, each(lambda layer: layer.lora_variant.update(default=Halved())), 0, "Halved has no fused path"),
 }  # fmt: skip
 
 
