@@ -28,7 +28,7 @@ RSLORA = "rslora"
 # Of a command line that are not train's, or mean nothing to a search.
 _OWN = ("budget", "trials", "repeats", "baselines", "full_lr", "head_lr", "command", "run")
 _AXES = ("r", "alpha", "dropout", "targets", "init", "lr", "loraplus")
-_OUTPUT = ("resume", "overwrite", "out", "quiet", "beside_peft", "checkpoint_every", "no_checkpoints")
+_OUTPUT = ("resume", "overwrite", "out", "quiet", "beside_peft", "checkpoint_every", "no_checkpoints", "timeout")
 
 
 def add_parser(subparsers: Any, task: type[Task]) -> None:
@@ -78,13 +78,13 @@ def run(arguments: argparse.Namespace) -> int:
     space = space_of(arguments, sets)
 
     def settings(params: Params, seed: int) -> argparse.Namespace:
-        return settings_of(base, params, seed)
+        return settings_of(base, sets, params, seed)
 
     def recipe_for(params: Params, seed: int) -> Recipe:
         return train.recipe_of(settings(params, seed), task_type, None)
 
     decisive = {name: value for name, value in vars(arguments).items() if name not in (*_OWN, *_AXES, *_OUTPUT)}
-    decisive |= {"threads": torch.get_num_threads(), "device": train.find_device(arguments.device)}
+    decisive |= {"sets": sets, "threads": torch.get_num_threads(), "device": train.find_device(arguments.device)}
     plan = Plan(
         space=space,
         first=first_of(space),
@@ -104,11 +104,10 @@ def run(arguments: argparse.Namespace) -> int:
     records, best = sweep.records(), sweep.best()
     commands = {i: train.reproduce(_in(settings(r.params, r.seed), out / f"trial-{i + 1}"))
                 for i, r in enumerate(records) if r.kind.startswith(LORA)}  # fmt: skip
-    named = {targets: name for name, targets in sets.items()}
     write_csv(records, out / "sweep.csv", commands)
-    plot(records, [out / "sweep.png", out / "sweep.svg"], sweep.monitor, sweep.lower,
-         lambda record: named.get(record.params.get("targets", ""), str(record.params.get("targets"))))  # fmt: skip
-    print(f"\n{table(sorted(records, key=_order(sweep)), sweep.monitor, named)}\n")
+    pictures = [out / "sweep.png", out / "sweep.svg"]
+    plot(records, pictures, sweep.monitor, sweep.lower, lambda record: str(record.params.get("targets", "")))
+    print(f"\n{table(sorted(records, key=_order(sweep)), sweep.monitor)}\n")
     if best is None:
         raise ConfigError("no trial was completed: lower the learning rates, or give a larger budget")
     print("\n".join(chance(best, records, sweep.monitor, sweep.lower)))
@@ -129,10 +128,12 @@ def train_defaults(arguments: argparse.Namespace, task: type[Task]) -> argparse.
     return settings
 
 
-def settings_of(base: argparse.Namespace, params: Params, seed: int) -> argparse.Namespace:
-    """train's options for the parameters of a trial."""
+def settings_of(base: argparse.Namespace, sets: dict[str, str], params: Params, seed: int) -> argparse.Namespace:
+    """train's options for the parameters of a trial; ``sets``: names of target sets -> as train takes them."""
     settings = copy.copy(base)
     values = dict(params)
+    if "targets" in values:
+        values["targets"] = sets.get(values["targets"], values["targets"])
     if "alpha" in values:
         alpha = str(values["alpha"])
         values["alpha"] = number(alpha[:-1] or "1") * values["r"] if alpha.endswith("r") else number(alpha)
@@ -145,7 +146,7 @@ def settings_of(base: argparse.Namespace, params: Params, seed: int) -> argparse
 
 
 def space_of(arguments: argparse.Namespace, sets: dict[str, str]) -> dict[str, Axis]:
-    """The axes that a command line describes; ``sets``: names of target sets -> as train takes them."""
+    """The axes that a command line describes; ``sets``: the target sets of the model, by name."""
     chosen = arguments.targets or [name for name in ("q,v", "attention", "all-linear") if name in sets]
     for alpha in arguments.alpha:
         _float(alpha.removesuffix("r") or "1", "--alpha")
@@ -153,7 +154,7 @@ def space_of(arguments: argparse.Namespace, sets: dict[str, str]) -> dict[str, A
         "r": Axis(tuple(arguments.r)),
         "alpha": Axis(tuple(arguments.alpha)),
         "dropout": Axis(tuple(arguments.dropout)),
-        "targets": Axis(tuple(dict.fromkeys(sets.get(name, name) for name in chosen))),
+        "targets": Axis(tuple(chosen)),
         "init": Axis(tuple(arguments.init)),
         "lr": _rates(arguments.lr),
         "loraplus": Axis(tuple(arguments.loraplus)),
@@ -177,8 +178,8 @@ def baselines_of(arguments: argparse.Namespace, task_type: str) -> dict[str, Seq
     return {FULL: arguments.full_lr} | ({HEAD_ONLY: arguments.head_lr} if task_type in TASK_HEADS else {})
 
 
-def table(records: Sequence[Record], monitor: str, named: dict[str, str]) -> str:
-    """The trainings as text, one line each; ``named``: targets -> the name of their set."""
+def table(records: Sequence[Record], monitor: str) -> str:
+    """The trainings as text, one line each, with the parameters that the trials differ in."""
     trials = [record.params for record in records if record.kind == LORA]
     names = [name for name in _AXES if name == "lr" or len({str(params[name]) for params in trials}) > 1]
     rows = [["", monitor, "trainable", "seconds", "seed", *names]]
@@ -186,7 +187,7 @@ def table(records: Sequence[Record], monitor: str, named: dict[str, str]) -> str
         outcome, params = record.outcome, record.params
         value = "diverged" if outcome.state == "diverged" else f"{outcome.value:.4f}"
         value += " given up" if outcome.state == "pruned" else ""
-        cells = [named.get(params.get(name, ""), show(params.get(name, ""))) for name in names]
+        cells = [show(params.get(name, "")) for name in names]
         rows.append([record.kind, value, f"{outcome.trainable:,}", f"{outcome.seconds:.1f}", str(record.seed), *cells])
     return aligned(rows, {0, 1})
 

@@ -25,6 +25,8 @@ from lora_kernels.finetune.tasks.base import Task
 DATABASE = "sweep.db"
 STARTUP = 8  # trials drawn at random before the Parzen estimator has something to go by
 JUDGED = 4  # complete trials before one may be given up
+KEPT = 66.0  # per cent of them that a trial must be among, at the same rung, to go on
+FIRST_RUNG = 2  # that may end one; before, during the warm-up, most are still guessing
 Params = dict[str, Any]
 
 
@@ -103,7 +105,7 @@ class Sweep:
         self.lower = self.monitor == "loss"
         storage = self.optuna.storages.RDBStorage(f"sqlite:///{out / DATABASE}")
         common = {"storage": storage, "direction": "minimize" if self.lower else "maximize", "load_if_exists": True}
-        pruner = self.optuna.pruners.MedianPruner(n_startup_trials=JUDGED)
+        pruner = self.optuna.pruners.PercentilePruner(KEPT, n_startup_trials=JUDGED, n_warmup_steps=FIRST_RUNG)
         self.search = self.optuna.create_study(study_name="search", pruner=pruner, **common)
         self.beside = self.optuna.create_study(study_name="beside", **common)
         self._begin()

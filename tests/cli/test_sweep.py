@@ -1,11 +1,15 @@
+import argparse
 import csv
 import json
 import shlex
 
 import pytest
 
-from lora_kernels.cli import main
+from lora_kernels.cli import main, train
+from lora_kernels.cli.sweep import first_of, settings_of
 from lora_kernels.finetune import sweep as module
+from lora_kernels.finetune.sweep import Axis
+from lora_kernels.finetune.tasks import Classification
 
 
 @pytest.fixture
@@ -68,9 +72,40 @@ def test_resumed_and_overwritten(options, tmp_path, monkeypatch, capsys):
     assert main([*options, "--trials", "3", "--resume"]) == 0
     for one, other in zip(rows(tmp_path / "out"), whole, strict=True):
         assert {**one, "seconds": "", "wall": ""} == {**other, "seconds": "", "wall": ""}
-    assert {row["targets"] for row in whole} <= {"query,value", "key"}
+    for row in whole:
+        assert f"--targets {'query,value' if row['targets'] == 'q,v' else 'key'} " in row["command"]
     assert main([*options, "--trials", "3", "--resume", "--epochs", "2"]) == 2
     assert "other settings: epochs differ" in capsys.readouterr().err
+
+
+def test_parameters_as_train_takes_them():
+    base, sets = argparse.Namespace(rslora=False, lr=1.0, epochs=3), {"q,v": "query,value"}
+    usual = {"r": 4, "alpha": "2r", "targets": "q,v", "init": "pissa", "lr": 0.01, "loraplus": 1.0}
+    told = vars(settings_of(base, sets, usual, 7))
+    assert told == {
+        "r": 4, "alpha": 8, "targets": "query,value", "init": "pissa", "lr": 0.01, "loraplus": None, "rslora": False,
+        "epochs": 3, "seed": 7,
+    }  # fmt: skip
+    other = settings_of(base, sets, usual | {"alpha": "0.5", "init": "rslora", "targets": "key", "loraplus": 4.0}, 0)
+    assert (other.alpha, other.init, other.rslora, other.targets, other.loraplus) == (0.5, "default", True, "key", 4.0)
+    assert settings_of(base, sets, {"r": 3, "alpha": "r"}, 0).alpha == 3
+    assert base.lr == 1.0
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser, Classification)
+    trained = vars(parser.parse_args([])) | {"loraplus": 4.0}
+    assert train.recipe_of(argparse.Namespace(**trained), Classification, None).loraplus == 4.0
+
+
+def test_the_first_trial_is_what_train_does_by_default():
+    space = {"r": Axis((8, 16)), "alpha": Axis(("1r", "2r")), "dropout": Axis((0.1, 0.0)), "lr": Axis(low=1e-4, high=1)}
+    space |= {"targets": Axis(("q,v", "all-linear")), "init": Axis(("pissa", "default")), "loraplus": Axis((1.0,))}
+    usual = argparse.ArgumentParser()
+    train.add_arguments(usual, Classification)
+    defaults = usual.parse_args([])
+    first = vars(settings_of(defaults, {}, first_of(space), defaults.seed))
+    assert first == vars(defaults)
+    elsewhere = first_of(space | {"r": Axis((2, 4)), "lr": Axis(low=1e-5, high=1e-3 / 10)})
+    assert (elsewhere["r"], elsewhere["lr"]) == (2, pytest.approx(10**-4.5))
 
 
 @pytest.mark.parametrize(

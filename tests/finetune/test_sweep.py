@@ -36,7 +36,8 @@ class Fake:
 def fake_trial(task, recipe, strategy=LORA, watch=None):
     for rung in (1, 2, 3):
         if watch and watch(rung, recipe.value + 1 / rung):
-            return Outcome("pruned", recipe.value + 1 / rung, 10 * recipe.params["r"], 0.1, 1.0, 100)
+            glance = recipe.value / 1000  # better than anything is at its end: it must not count
+            return Outcome("pruned", glance, 10 * recipe.params["r"] + rung, 0.1, 1.0, 100)
     if recipe.params["lr"] > 0.09:
         return Outcome("diverged", math.nan, 1, 0.1, 1.0, 100)
     return Outcome("complete", recipe.value, 10 * recipe.params["r"], 0.1, 1.0, 100)
@@ -84,6 +85,8 @@ def test_finds_the_valley_and_repeats_the_best(made):
     assert any(r.outcome.state == "pruned" for r in records)
     assert len(said) == len(records)
     assert "trial 1: complete, loss " in said[0]
+    glanced = [r for r in records if r.outcome.state == "pruned"]
+    assert {r.outcome.trainable % 10 for r in glanced} <= {2, 3}  # the rung that ended it: not the first
     late = [r.outcome.value for r in records[9:14] if r.outcome.state == "complete"]
     assert spread(late)[0] < spread([r.outcome.value for r in records[:8] if r.outcome.state == "complete"])[0]
 

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lora_kernels import LoRAConfig
 from lora_kernels.errors import ConfigError
+from lora_kernels.finetune.lora import LoRA
 from lora_kernels.finetune.options import TrainOptions
 from lora_kernels.finetune.recipe import Recipe, run
 from lora_kernels.finetune.sweep_trial import FULL, HEAD_ONLY, LORA, RUNGS, run_trial
@@ -77,6 +78,13 @@ def test_settings_make_a_difference():
     assert len(set(values)) == len(values)
 
 
+def test_b_learns_at_its_own_rate():
+    model = LoRA(Signs().load_model(), recipe().lora)
+    rates = [group["lr"] for group in recipe(loraplus=8.0).optimizer(model).param_groups]
+    assert rates == pytest.approx([0.02, 1e-6, 0.16, 0.16])
+    assert [group["lr"] for group in recipe().optimizer(model).param_groups] == [0.02]
+
+
 def test_a_trial_is_given_up_when_the_watcher_says_so():
     seen = []
     outcome = run_trial(Signs(), recipe(), LORA, lambda rung, value: bool(seen.append(value)) or rung == 2)
@@ -104,6 +112,9 @@ def test_baselines_train_all_or_the_head():
     assert full.trainable == 6 * 8 + 8 + 8 * 2 + 2
     assert head.trainable == 8 * 2 + 2
     assert full.state == head.state == "complete"
+    by_loss = dataclasses.replace(recipe().options, monitor="loss")
+    plain, plus = (dataclasses.replace(recipe(loraplus=ratio), options=by_loss) for ratio in (None, 4.0))
+    assert run_trial(Signs(), plain, FULL).value == run_trial(Signs(), plus, FULL).value  # there is no B
 
 
 def test_a_mistake_is_not_a_bad_trial():
