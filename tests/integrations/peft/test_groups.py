@@ -510,6 +510,23 @@ def test_compiled_in_one_graph_without_recompiling():
         torch.testing.assert_close(compiled(example()), expected["y"])
 
 
+def test_compiled_scalings_and_inputs_that_differ_from_what_was_learned():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    model = learned(adapted(Stack(1)))
+    block = attention(model)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for scaling in (0.5, 0.7, 0.9, 1.1):
+        for layer in (block.q, block.k, block.v, block.o):
+            layer.scaling["default"] = scaling
+        torch.testing.assert_close(compiled(example()), model(example()))
+    assert counter.frame_count == 2
+    x, context = example(), example(1)
+    torch.testing.assert_close(torch.compile(block, backend="eager", fullgraph=True)(x, context), block(x, context))
+
+
 def test_compiled_before_anything_was_learned():
     model = adapted()
     expected = gradients(adapted(group=False), example())
@@ -652,12 +669,12 @@ def test_a_recomputation_that_stops_early_is_no_sign_of_other_readers(counted):
         h = x.tanh()
         return block.q(h).sin().sum() + block.k(h).sum() + block.v(h).sum()
 
-    for _ in range(4):
+    for _ in range(3):
         counted.clear()
-        checkpoint(body, example(), use_reentrant=False).backward()
-        assert counted == [3, 3]
-        checkpoint(lambda x: block(x).sum(), example(), use_reentrant=False).backward()
-    assert groups_of(model)[0].reads.misses == 0
+        (
+            checkpoint(body, example(), use_reentrant=False) + checkpoint(body, example(1), use_reentrant=False)
+        ).backward()
+        assert counted == [3, 3, 3, 3]
 
 
 def test_generate_with_a_cache(counted):

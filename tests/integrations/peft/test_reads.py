@@ -1,5 +1,7 @@
 """Who reads the same tensor, and when that may change how layers run."""
 
+import threading
+
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -115,3 +117,30 @@ def test_what_may_be_recomputed_holds_the_change_up():
         (first + third).backward()
         reads.observe(0, torch.ones(2), True)
         assert reads.partners == ((0, 1), (0, 1))
+
+
+def test_a_recomputation_that_stops_early_is_no_round():
+    reads, weight = Reads(2), torch.ones(2, requires_grad=True)
+
+    def body(x):
+        h = x * weight
+        reads.observe(0, h, False)
+        y = h.exp()
+        reads.observe(1, h, False)
+        return y
+
+    for _ in range(2):
+        checkpoint(body, torch.ones(2, requires_grad=True), use_reentrant=False).sum().backward()
+    assert reads.partners == ((0, 1), (0, 1))
+
+
+def test_each_thread_has_rounds_of_its_own():
+    reads = Reads(2)
+    for _ in range(2):
+        x, y = torch.ones(2), torch.ones(2)
+        reads.observe(0, x, False)
+        other = threading.Thread(target=reads.observe, args=(1, y, False))
+        other.start()
+        other.join()
+        reads.observe(1, x, False)
+    assert reads.partners == ((0, 1), (0, 1))
