@@ -25,8 +25,9 @@ what published experiments say (each measured by its authors, on their models):
   enough for GPT-3 on two tasks. Hu et al., LoRA, arXiv 2106.09685, tables 5 and 6
 - To match full fine-tuning of LLaMA, adapters on all linear layers were needed; the rank hardly mattered then.
   Dettmers et al., QLoRA, arXiv 2305.14314, section 4
-- Learning much that is new (code, mathematics) full fine-tuning wins over low ranks, and forgets more; the best
-  learning rate of LoRA is some ten times that of full fine-tuning. Biderman et al., arXiv 2405.09673
+- Learning much that is new (code, mathematics) full fine-tuning beats low ranks, and forgets more; adapters learn best
+  on all layers, then on the MLP's, then on the attention's, at some ten times the learning rate of full fine-tuning.
+  Biderman et al., LoRA Learns Less and Forgets Less, arXiv 2405.09673
 - For large ranks scale by alpha / sqrt(r) (--rslora), else their gradients shrink. Kalajdzievski, arXiv 2312.03732
 - B may learn faster than A, by a factor such as 16. Hayou et al., LoRA+, arXiv 2402.12354
 Which of them hold for your data is what `lora-kernels sweep` measures."""

@@ -47,14 +47,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
         "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+        "max_position_embeddings": 8192, "architectures": ["LlamaForCausalLM"],
     },
     "llama-3-70b": {
         "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
         "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
+        "max_position_embeddings": 8192, "architectures": ["LlamaForCausalLM"],
     },
     "qwen2.5-7b": {
         "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
         "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
+        "max_position_embeddings": 131072, "architectures": ["Qwen2ForCausalLM"],
     },
 }  # fmt: skip
 

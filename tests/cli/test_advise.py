@@ -5,6 +5,7 @@ from transformers import AutoConfig, BertConfig
 
 from lora_kernels.cli import main
 from lora_kernels.cli.advise import aligned, task_type_of
+from lora_kernels.cli.shapes import configuration
 
 
 def test_tells_what_fits(tiny_model, tmp_path, capsys):
@@ -40,6 +41,7 @@ def test_half_the_bytes_in_half_the_dtype(tiny_model, tmp_path, capsys):
 
 def test_the_task_that_an_architecture_is_for():
     assert task_type_of(BertConfig()) == "SEQ_CLS"
+    assert task_type_of(configuration("llama-3-70b")) == "CAUSAL_LM"
     for name, kind in (("LlamaForCausalLM", "CAUSAL_LM"), ("GPT2LMHeadModel", "CAUSAL_LM"),
                        ("MarianMTModel", "SEQ_2_SEQ_LM"), ("BertForTokenClassification", "TOKEN_CLS"),
                        ("BertForSequenceClassification", "SEQ_CLS")):  # fmt: skip
