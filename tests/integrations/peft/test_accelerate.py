@@ -223,6 +223,7 @@ def test_layers_that_come_later_where_peft_keeps_no_tuner(copied):
     found = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, FusedLinear)}
     assert found == {"query", "value", "key"}
     decelerate(model)
+    assert not any(name.startswith("_lora") for module in model.modules() for name in vars(module))
     inject_adapter_in_model(LoraConfig(target_modules=["dense"]), model, "four")
     assert not any(isinstance(module, FusedLinear) for module in model.modules())
 
