@@ -172,7 +172,7 @@ class Seat:
             if partners is None or not partners[self.index]:
                 return None
             _leave()
-        pays = mode[0] or not x.is_cpu or _drops(layer)  # else nothing is saved that is worth the group's own 20 us
+        pays = mode[0] or not x.is_cpu or _drops(layer)  # else nothing is saved that is worth a group's own host work
         started = group.start(self.index, partners[self.index], x) if pays else None
         if started is None:
             return None

@@ -713,3 +713,7 @@ def test_formed_again_dissolved_and_late_layers():
     part.base_model.set_adapter(["default", "more"])
     accelerate(part, verbose=False)
     assert [group.names for group in form_groups(part)] == [("q", "k", "v")] * 2
+    block = attention(part)
+    block.k, block.v = nn.Linear(K, 8), nn.Linear(K, 8)
+    assert [group.names for group in form_groups(part)] == [("q", "k", "v")]
+    assert "_lora_group" not in vars(block.q)
