@@ -43,8 +43,7 @@ def chance(best: Record, records: Sequence[Record], monitor: str, lower: bool) -
         lines.append("the best of many is partly luck: expect what the other seeds gave, not the first value")
     else:
         lines.append("no other seed was tried (budget or --repeats): how much of the best value is luck is unknown")
-    if monitor == "accuracy" and 0 <= best.outcome.value <= 1:
-        error = math.sqrt(best.outcome.value * (1 - best.outcome.value) / max(1, best.outcome.rows))
+    if error := standard_error(best, monitor):
         noise = max(noise, error)
         lines.append(f"standard error of an accuracy measured on {best.outcome.rows:,} rows: {error:.4f}")
     trials = [r for r in records if r.kind == LORA and r.outcome.state == "complete"]
@@ -57,6 +56,14 @@ def chance(best: Record, records: Sequence[Record], monitor: str, lower: bool) -
             params = ", ".join(f"{name} {show(value)}" for name, value in least.params.items())
             lines.append(f"the smallest of them: {figures}; {params}")
     return lines
+
+
+def standard_error(record: Record, monitor: str) -> float:
+    """Of an accuracy p measured on n rows: sqrt(p (1 - p) / n). 0 for any other metric, whose error is not known."""
+    value = record.outcome.value
+    if monitor != "accuracy" or not 0 <= value <= 1:
+        return 0.0
+    return math.sqrt(value * (1 - value) / max(1, record.outcome.rows))
 
 
 def write_csv(records: Sequence[Record], path: Path, commands: Mapping[int, str]) -> None:
@@ -78,7 +85,8 @@ def plot(
     """Writes the picture to ``paths`` (.png, .svg): ``monitor`` against trainable parameters and against seconds.
 
     A colour for each ``group`` of trials; what was given up on the way is hollow, at its last value; the Pareto front
-    is a line; the best parameters' other seeds are ticks; baselines are stars.
+    is a line; the best parameters' other seeds are ticks; baselines are stars; one standard error around the best
+    trial's accuracy is a band.
     """
     figure = require("matplotlib.figure").Figure(figsize=(11, 4.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
@@ -87,12 +95,17 @@ def plot(
     colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(groups)}
     costs: tuple[Callable[[Record], float], ...] = (lambda r: r.outcome.trainable, lambda r: r.outcome.seconds)
     titles = ("trainable parameters", "training steps, seconds")
+    best = pareto([r for r in seen if r.kind == LORA], lambda r: 0.0, lower)
+    error = standard_error(best[0], monitor) if best else 0.0
+    band = (best[0].outcome.value - error, best[0].outcome.value + error) if error else ()
     for axes, cost, title in zip(panels, costs, titles, strict=True):
         for record in seen:
             _mark(axes, record, cost(record), colors.get(group(record), "black"))
         front = pareto(seen, cost, lower)
         points = [cost(r) for r in front], [r.outcome.value for r in front]
         axes.step(*points, where="post", color="tab:red", linewidth=1.2, alpha=0.8, zorder=1)
+        if band:
+            axes.axhspan(*band, color="tab:red", alpha=0.08, linewidth=0, zorder=0)
         axes.set_xlabel(title)
         axes.grid(alpha=0.25)
     panels[0].set_xscale("log")
@@ -108,6 +121,8 @@ def plot(
     if any(r.kind.startswith(f"{LORA},") for r in seen):
         handles.append(line([], [], marker="_", linestyle="", color="gray", markersize=12, label="best, other seeds"))
     handles.append(line([], [], color="tab:red", label="Pareto front"))
+    if band:
+        handles.append(line([], [], color="tab:red", alpha=0.15, linewidth=8, label="the best, one standard error"))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), frameon=False)
     for path in paths:
         figure.savefig(path, dpi=130, format=path.suffix[1:])
