@@ -57,7 +57,12 @@ class Family:
         config = getattr(transformers, self.config)(**{**self.settings, **settings})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return getattr(transformers, self.model_class)(config).train()
+            made = getattr(transformers, self.model_class)(config).train()
+        if (
+            getattr(made, "loss_type", "") is None
+        ):  # transformers takes this one then, and warns where torch.compile cannot
+            made.loss_type = "ForCausalLM"
+        return made
 
     def example_inputs(self, seed: int = 0) -> Inputs:
         """Keyword arguments of a forward, labels included; the rows of a text have different lengths."""
@@ -166,8 +171,7 @@ FAMILIES: dict[str, Family] = {
         _decoder(
             "GPT-2", "GPT2", ("c_attn",), ("c_attn", "c_proj", "c_fc"), "GPT2LMHeadModel", vocab_size=VOCABULARY,
             n_embd=48, n_inner=64, n_layer=2, n_head=4, n_positions=64, initializer_range=SPREAD, resid_pdrop=0.0,
-            embd_pdrop=0.0, attn_pdrop=0.0, loss_type="ForCausalLM", pad_token_id=PAD, bos_token_id=START,
-            eos_token_id=None,
+            embd_pdrop=0.0, attn_pdrop=0.0, pad_token_id=PAD, bos_token_id=START, eos_token_id=None,
         ),
         _decoder("Llama", "Llama", _QKVO, _GATED, **_DECODER),
         _decoder("Qwen2", "Qwen2", _QKVO, _GATED, **_DECODER),
