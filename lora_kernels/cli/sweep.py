@@ -41,7 +41,7 @@ def add_parser(subparsers: Any, task: type[Task]) -> None:
     add("--resume", action="store_true", help="go on with the study in --out, for another --budget")
     add("--overwrite", action="store_true", help="delete the study in --out")
     space = parser.add_argument_group("search space, one or more values each").add_argument
-    space("--r", "--rank", dest="r", type=int, nargs="+", default=[4, 8, 16, 32], help="ranks (default: 4 8 16 32)")
+    space("--r", type=int, nargs="+", default=[4, 8, 16, 32], help="ranks (default: 4 8 16 32)")
     space("--alpha", nargs="+", default=["1r", "2r", "4r"], help="numbers, or multiples of r (default: 1r 2r 4r)")
     space("--dropout", type=float, nargs="+", default=[0.0, 0.1], help="default: 0 0.1")
     space("--targets", nargs="+", metavar="SET",
