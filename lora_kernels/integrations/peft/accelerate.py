@@ -13,9 +13,9 @@ import weakref
 from typing import Any
 
 import peft
+from peft.tuners.lora import model as lora
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
-from peft.tuners.lora.model import LoraModel
-from peft.tuners.mixed.model import MixedModel
+from peft.tuners.mixed import model as mixed
 from torch import nn
 
 from lora_kernels.errors import ConfigError
@@ -32,8 +32,8 @@ GROUP = "_lora_grouped"  # in a tuner's __dict__: whether accelerate was to form
 _warned: set[str] = set()
 
 
-class FusedLoraModel(LoraModel):
-    """LoraModel that fuses the layers which an adapter added later brings."""
+class LoraModel(lora.LoraModel):
+    """PEFT's, fusing the layers which an adapter added later brings. PEFT reports its tuner by the class's name."""
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, then a walk over the model."""
@@ -41,8 +41,8 @@ class FusedLoraModel(LoraModel):
         refresh(model, self.__dict__.get(GROUP, True))
 
 
-class FusedMixedModel(MixedModel):
-    """MixedModel (adapters of several methods) that fuses the LoRA layers which an adapter added later brings."""
+class MixedModel(mixed.MixedModel):
+    """PEFT's for adapters of several methods, fusing the LoRA layers which an adapter added later brings."""
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, then a walk over the model."""
@@ -52,7 +52,7 @@ class FusedMixedModel(MixedModel):
 
 FUSED: dict[type, type] = {Linear: FusedLinear, Embedding: FusedEmbedding}
 FUSED |= {Conv1d: FusedConv1d, Conv2d: FusedConv2d, Conv3d: FusedConv3d}
-TUNERS: dict[type, type] = {LoraModel: FusedLoraModel, MixedModel: FusedMixedModel}
+TUNERS: dict[type, type] = {lora.LoraModel: LoraModel, mixed.MixedModel: MixedModel}
 
 
 class Root:
