@@ -166,6 +166,8 @@ def test_classes_come_and_go_and_nothing_else_does(adapted):
     assert accelerate(model, verbose=False) is model
     assert sum(isinstance(module, FusedLinear) for module in model.modules()) == 3
     assert isinstance(model.base_model, peft.LoraModel)
+    assert repr(model.get_model_status()) == repr(adapted().get_model_status())
+    assert repr(model.get_layer_status()) == repr(adapted().get_layer_status())
     assert decelerate(model) is model
     assert [(id(module), type(module), dict(vars(module))) for module in model.modules()] == before
     assert not {*FUSED.values(), *TUNERS.values()} & {type(module) for module in model.modules()}
