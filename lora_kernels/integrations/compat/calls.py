@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from lora_kernels.integrations.peft import mlp
 from lora_kernels.integrations.peft.accelerate import FUSED
 from lora_kernels.integrations.peft.linear import CALLS
 from lora_kernels.integrations.peft.report import report
@@ -42,7 +43,8 @@ class Calls:
 
 @contextlib.contextmanager
 def counted() -> Iterator[Calls]:
-    """Counts calls of every fused class, and those that its instances hand on to PEFT's forward, while inside."""
+    """Counts calls of every fused class, those that its instances hand on to PEFT's forward, and a gated MLP that
+    runs whole as its three layers, while inside."""
     calls = Calls()
     fused = tuple(FUSED.values())
     owners = {_owner(own): "peft" for own in FUSED} | {_owner(kind): "begun" for kind in fused}
@@ -56,11 +58,20 @@ def counted() -> Iterator[Calls]:
 
         return count
 
+    run_whole = mlp.whole
+
+    def whole(*args: Any) -> Any:
+        y = run_whole(*args)
+        calls.begun += 0 if y is None else 3  # of gate, up and down
+        return y
+
+    mlp.whole = whole  # type: ignore[assignment]
     for owner, name in owners.items():
         owner.forward = counting(originals[owner], name)  # type: ignore[attr-defined]
     try:
         yield calls
     finally:
+        mlp.whole = run_whole
         for owner, forward in originals.items():
             owner.forward = forward  # type: ignore[attr-defined]
 

@@ -12,6 +12,7 @@ from lora_kernels.integrations.compat.features import FEATURES
 from lora_kernels.integrations.compat.stage import Stage
 from lora_kernels.integrations.families import FAMILIES
 from lora_kernels.integrations.peft.groups import groups_of
+from lora_kernels.integrations.peft.mlp import mlps_of
 
 LIBRARIES = ("torch", "peft", "transformers")
 WORDS = {
@@ -58,7 +59,8 @@ def together(family: str) -> tuple[str, ...]:
     model, inputs = (stage := Stage(FAMILIES[family], accelerated=True)).build()
     stage.step(model, inputs)
     runs = dict.fromkeys(run for group in groups_of(model) for run in group.together())
-    return tuple(" + ".join(run) for run in runs)
+    blocks = dict.fromkeys((names.gate, names.up, names.down) for names in mlps_of(model).values())
+    return tuple(" + ".join(run) for run in (*runs, *blocks))
 
 
 def line(cell: Cell) -> str:

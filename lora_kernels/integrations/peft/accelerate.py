@@ -10,6 +10,7 @@ import os
 import re
 import warnings
 import weakref
+from collections import Counter
 from typing import Any
 
 import peft
@@ -23,6 +24,7 @@ from lora_kernels.integrations.peft.conv import FusedConv1d, FusedConv2d, FusedC
 from lora_kernels.integrations.peft.embedding import FusedEmbedding
 from lora_kernels.integrations.peft.groups import dissolve, form_groups
 from lora_kernels.integrations.peft.linear import CALLS, ROOT, FusedLinear
+from lora_kernels.integrations.peft.mlp import dissolve_mlps, form_mlps, mlps_of
 from lora_kernels.integrations.peft.report import report, row
 from lora_kernels.report import DESCRIBERS, Columns, unwrap
 
@@ -87,7 +89,8 @@ def accelerate(model: nn.Module, *, strict: bool = False, group: bool = True, ve
     Args:
         model: a PeftModel, or any model that PEFT injected layers into; wrapped by torch.compile or DDP or not.
         strict: raise if a layer is not fused in its present state, or if there is none.
-        group: let layers that read one input (q, k, v; gate, up) compute together, where they turn out to.
+        group: let layers that read one input (q, k, v; gate, up) compute together, where they turn out to, and gated
+            MLPs run whole in training.
         verbose: print "n of m layers fused, the others because ...".
 
     Returns:
@@ -108,15 +111,22 @@ def accelerate(model: nn.Module, *, strict: bool = False, group: bool = True, ve
             module.__class__ = _restored(type(module))
         raise ConfigError(f"strict=True, and {told}")
     (form_groups if group else dissolve)(model)
+    if group:
+        form_mlps(model)
+    else:
+        dissolve_mlps(model)
     _remember(unwrap(model), group)
     if verbose:
         print(f"lora_kernels: {told}")
+        for runs, count in Counter(names.describe() for names in mlps_of(model).values()).items():
+            print(f"lora_kernels: {count} gated MLPs run whole in training, {runs}")
     return model
 
 
 def decelerate(model: nn.Module) -> nn.Module:
     """Give PEFT's own classes back to every layer that accelerate changed, in place; returns the same model."""
     dissolve(model)
+    dissolve_mlps(model)
     for module in model.modules():
         kind = _restored(type(module))
         if kind is not type(module):
@@ -130,6 +140,7 @@ def refresh(model: nn.Module, group: bool = True) -> None:
     """Fuse the layers that are new in an accelerated model."""
     if swap(model) and group:
         form_groups(model)
+        form_mlps(model)
 
 
 def swap(model: nn.Module) -> list[nn.Module]:

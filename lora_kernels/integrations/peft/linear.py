@@ -23,6 +23,7 @@ from lora_kernels.integrations.peft.dora import dora_forward, is_dora, why_not_d
 
 ROOT = "_lora_root"  # in one layer's __dict__, where PEFT keeps no tuner with the model: see accelerate.Root
 CALLS = "_peft_forward_calls"  # in a layer's __dict__: reason -> how many calls PEFT's own forward took
+BLOCK = "_lora_block"  # in a layer's __dict__: how the block it is part of runs in training, see mlp.py
 
 
 class Operands(NamedTuple):
@@ -200,6 +201,8 @@ def described(layer: Any, reason: str | None) -> tuple[str, str, str, str]:
     sizes = [getattr(layer, name, None) for name in ("out_features", "in_features")]
     names = [name for name in layer.active_adapters if name in layer.r]
     runs = "fused" if reason is None else f"PEFT's own forward: {reason}"
+    if reason is None and BLOCK in layer.__dict__:
+        runs += f"; in training {layer.__dict__[BLOCK]}"
     calls: dict[str, int] = layer.__dict__.get(CALLS, {})
     if reason is None and calls:
         runs += "; PEFT's own forward took " + ", ".join(f"{n} calls ({why})" for why, n in calls.items())

@@ -37,7 +37,7 @@ def test_in_short_families_of_one_outcome_stand_together():
 
 
 def test_layers_of_one_input_are_named_once():
-    assert table.together("Llama") == ("q_proj + k_proj + v_proj", "gate_proj + up_proj")
+    assert table.together("Llama") == ("q_proj + k_proj + v_proj", "gate_proj + up_proj + down_proj")
     assert table.together("GPT-2") == ()
 
 
