@@ -1,3 +1,5 @@
+import importlib.util
+
 import pytest
 
 from lora_kernels.integrations.compat.cells import FUSED, PEFT, WRONG, try_cell
@@ -30,6 +32,7 @@ def test_a_layer_that_cannot_be_traced_is_wrong(monkeypatch):
     assert try_cell(FEATURES["torch.compile(fullgraph=True)"], FAMILIES["DistilBERT"]).status == WRONG
 
 
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 def test_a_quantized_base_takes_pefts_own_forward():
     cell = try_cell(FEATURES["bitsandbytes 4-bit base"], FAMILIES["Llama"])
     assert cell.status == PEFT
