@@ -297,9 +297,11 @@ def test_a_trial_leaves_no_trace():
     model.disable_adapter_layers()
     blocks(model)[0].a.eval()
     held = [dict(vars(module)) for module in model.modules()]
+    drops = adapted(Drops, group=False)
     torch.manual_seed(3)
     state = torch.get_rng_state()
     assert len(form_mlps(model)) == 2
+    assert form_mlps(drops) == {}
     assert torch.equal(torch.get_rng_state(), state)
     dissolve_mlps(model)
     assert [dict(vars(module)) for module in model.modules()] == held
