@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_kernels.autograd.call import direct_apply, fold_scaling, transformed
+from lora_kernels.autograd.call import direct_apply, fold_scaling, in_shape, transformed
 from lora_kernels.autograd.lora_linear import _check, _rows, dropout_seed
 from lora_kernels.errors import ConfigError, ShapeError
 from lora_kernels.ops import dora_linear as ops
@@ -42,7 +42,7 @@ class _DoRALinear(torch.autograd.Function):
         ctx.save_for_backward(X2, W, A, B, m, norm, XA, Z if keep_z else None, seed, keep if has_bits else None)
         ctx.call = call
         ctx.shape = X.shape
-        return Y if X.dim() == 2 else Y.view(*X.shape[:-1], Y.shape[-1])
+        return Y if X.dim() == 2 else in_shape(Y, *X.shape[:-1], Y.shape[-1])
 
     @staticmethod
     @once_differentiable

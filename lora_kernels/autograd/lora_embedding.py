@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_kernels.autograd.call import direct_apply, transformed
+from lora_kernels.autograd.call import direct_apply, in_shape, transformed
 from lora_kernels.errors import FrozenWeightError, ShapeError
 from lora_kernels.reference.lora_embedding import lora_embedding_bwd, lora_embedding_fwd
 
@@ -28,7 +28,7 @@ class _LoRAEmbedding(torch.autograd.Function):
         Y, gathered = lora_embedding_fwd(rows, W, updates, base_scale)
         ctx.save_for_backward(rows, *Bs, *gathered)
         ctx.call = scalings, W.shape[0], padding_idx
-        return Y.view(*ids.shape, Y.shape[1])
+        return in_shape(Y, *ids.shape, Y.shape[1])
 
     @staticmethod
     @once_differentiable

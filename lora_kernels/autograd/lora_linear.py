@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_kernels import ops
-from lora_kernels.autograd.call import direct_apply, fold_scaling, transformed
+from lora_kernels.autograd.call import direct_apply, fold_scaling, in_shape, transformed
 from lora_kernels.errors import ConfigError, FrozenWeightError, ShapeError
 from lora_kernels.formats import format_of
 from lora_kernels.plan import resolve_backend
@@ -32,7 +32,7 @@ class _LoRALinear(torch.autograd.Function):
             ctx.shape = None
             return Y
         ctx.shape = X.shape
-        return Y.view(*X.shape[:-1], Y.shape[-1])
+        return in_shape(Y, *X.shape[:-1], Y.shape[-1])
 
     @staticmethod
     @once_differentiable

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_kernels.autograd.call import fold_scaling
+from lora_kernels.autograd.call import fold_scaling, in_shape
 from lora_kernels.autograd.lora_linear import _rows, dropout_seed
 from lora_kernels.autograd.lora_linear_stacked import Projection, check_mask, prepare
 from lora_kernels.errors import ShapeError
@@ -37,7 +37,7 @@ class _LoRAMLP(torch.autograd.Function):
         ctx.save_for_backward(X2, *made, seeds, *bits, *W, *A, *B)
         ctx.constants = scaling, p, backend
         ctx.shape = X.shape
-        return Y if X.dim() == 2 else Y.view(*X.shape[:-1], Y.shape[-1])
+        return Y if X.dim() == 2 else in_shape(Y, *X.shape[:-1], Y.shape[-1])
 
     @staticmethod
     @once_differentiable

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from lora_kernels import LoRALinear, ShapeError, lora_linear
+from lora_kernels import LoRALinear, Projection, ShapeError, dora_linear, lora_linear, lora_linear_stacked, lora_mlp
 from lora_kernels.autograd.call import direct_apply, fold_scaling, transformed
+from lora_kernels.autograd.lora_embedding import lora_embedding
 from lora_kernels.testing import make_problem
 
 
@@ -70,3 +71,31 @@ def test_a_layer_whose_parameter_was_exchanged_says_what_does_not_fit():
         layer(torch.randn(4, 8))
     with pytest.raises(ShapeError, match="share one dtype"):
         LoRALinear(8, 6)(torch.randn(4, 8, dtype=torch.float64))
+
+
+def _mlp(X, q):
+    gate, up, down = Projection(q.W, q.A, q.B), Projection(q.W, q.A, q.B), Projection(q.W.t(), q.B.t(), q.A.t())
+    return lora_mlp(X, gate, up, down)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda X, q: lora_linear(X, q.W, q.A, q.B),
+        lambda X, q: dora_linear(X, q.W, q.A, q.B, q.W.norm(dim=1)),
+        lambda X, q: lora_embedding(torch.tensor([[[0, 1], [5, 2]]]), q.W, q.B.t(), q.A.t()),
+        lambda X, q: lora_linear_stacked(X, [Projection(q.W, q.A, q.B), Projection(q.W, q.A, q.B)])[0],
+        _mlp,
+    ],
+    ids=["lora_linear", "dora_linear", "lora_embedding", "lora_linear_stacked", "lora_mlp"],
+)
+def test_an_output_may_be_changed_in_place(call):
+    q = make_problem(4, 6, 8, 2, torch.float32)
+    X = torch.randn(1, 2, 2, 8, requires_grad=True)
+    q.A.requires_grad_()
+    q.B.requires_grad_()
+    y = call(X, q)
+    expected = torch.autograd.grad(call(X, q).mul(3).sum(), (q.A, q.B))
+    y *= 3
+    for got, want in zip(torch.autograd.grad(y.sum(), (q.A, q.B)), expected, strict=True):
+        torch.testing.assert_close(got, want)
