@@ -7,11 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+
+
+_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def transformed() -> bool:
     """Whether torch.compile traces or a transform of torch.func is active: then only function.apply is right."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return is_compiling() or _transforms_active()
 
 
 def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:

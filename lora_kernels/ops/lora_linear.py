@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from lora_kernels import plan as planner
 from lora_kernels import reference
@@ -51,7 +52,7 @@ def lora_linear_fwd(
     ``seed`` int64 (2,) switches dropout on. ``keep_bits``: on Triton leave its mask at one bit an element, uint8
     (M, ceil(K/8)), for the backward to read; the reference always draws it again and gives None.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return torch.ops.lora_kernels.lora_linear_fwd(X, W, A, B, bias, scaling, p, seed, backend, keep_bits)
     if backend != "reference" and X.shape[0] > 0:
         dropout, (N, r) = seed is not None, B.shape
@@ -84,7 +85,7 @@ def lora_linear_bwd(
 
     ``keep``: the bits that the forward left, or None to draw the mask again from ``seed``.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         dX, dA, dB, dbias = torch.ops.lora_kernels.lora_linear_bwd(
             dY, X, W, A, B, XA, scaling, p, seed, keep, list(needs), backend
         )
