@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-
 _transforms_active = torch._C._are_functorch_transforms_active
 
 
