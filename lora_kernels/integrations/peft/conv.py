@@ -16,7 +16,7 @@ from torch.nn.modules.linear import Identity
 
 from lora_kernels.autograd.lora_conv import lora_conv
 from lora_kernels.integrations.peft import why_not as conditions
-from lora_kernels.integrations.peft.linear import count_peft_call, described
+from lora_kernels.integrations.peft.linear import Told, count_peft_call
 
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -153,26 +153,11 @@ def _forward(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any
     return lora_conv(x, W, A, B, bias, lora_bias=lora_bias, scaling=scaling, dropout_p=p, **geometry)
 
 
-class _Told:
-    """What report and explain ask of a fused layer."""
-
-    def why_not(self) -> str | None:
-        """Why the layer takes PEFT's own forward in its present state; None where it is fused."""
-        found = operands(self)
-        return found if isinstance(found, str) else None
-
-    def describe(self) -> tuple[str, str, str, str]:
-        """Shape, r, scaling and what runs, as lora_kernels.explain shows them."""
-        return described(self, self.why_not())
-
-    def _get_name(self) -> str:
-        return type(self).__name__.removeprefix("Fused")
-
-    def extra_repr(self) -> str:
-        return "lora_kernels"
+class _Conv(Told):
+    operands = staticmethod(operands)
 
 
-class FusedConv1d(_Told, Conv1d):
+class FusedConv1d(_Conv, Conv1d):
     """peft.tuners.lora.layer.Conv1d whose forward is lora_conv wherever that computes the same. Never built."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -181,7 +166,7 @@ class FusedConv1d(_Told, Conv1d):
         return super().forward(x, *args, **kwargs) if y is None else y
 
 
-class FusedConv2d(_Told, Conv2d):
+class FusedConv2d(_Conv, Conv2d):
     """peft.tuners.lora.layer.Conv2d whose forward is lora_conv wherever that computes the same. Never built."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -190,7 +175,7 @@ class FusedConv2d(_Told, Conv2d):
         return super().forward(x, *args, **kwargs) if y is None else y
 
 
-class FusedConv3d(_Told, Conv3d):
+class FusedConv3d(_Conv, Conv3d):
     """peft.tuners.lora.layer.Conv3d whose forward is lora_conv wherever that computes the same. Never built."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_kernels.autograd.lora_embedding import Update, lora_embedding
 from lora_kernels.integrations.peft import why_not as conditions
-from lora_kernels.integrations.peft.linear import count_peft_call, described
+from lora_kernels.integrations.peft.linear import Told, count_peft_call
 
 
 class EmbeddingOperands(NamedTuple):
@@ -99,7 +99,7 @@ def _adapter(layer: Embedding, name: str) -> tuple[Tensor, Tensor, float] | str:
     return A, B, layer.scaling[name]
 
 
-class FusedEmbedding(Embedding):
+class FusedEmbedding(Told, Embedding):
     """peft.tuners.lora.layer.Embedding whose forward is lora_embedding wherever that computes the same.
 
     Never built: accelerate changes the class of PEFT's layers, which keep every attribute, parameter and method.
@@ -114,17 +114,4 @@ class FusedEmbedding(Embedding):
         W, ((A, B, scaling), *more), padding_idx, base_scale = found
         return lora_embedding(x, W, A, B, scaling=scaling, more=more, padding_idx=padding_idx, base_scale=base_scale)
 
-    def why_not(self) -> str | None:
-        """Why the layer takes PEFT's own forward in its present state; None where it is fused."""
-        found = operands(self)
-        return found if isinstance(found, str) else None
-
-    def describe(self) -> tuple[str, str, str, str]:
-        """Shape, r, scaling and what runs, as lora_kernels.explain shows them."""
-        return described(self, self.why_not())
-
-    def _get_name(self) -> str:
-        return "Embedding"
-
-    def extra_repr(self) -> str:
-        return "lora_kernels"
+    operands = staticmethod(operands)

@@ -8,6 +8,7 @@ x A^T B^T. That needs one x for all, so not several dropout masks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -147,7 +148,28 @@ def count_peft_call(layer: nn.Module, reason: str) -> None:
         calls[reason] = calls.get(reason, 0) + 1
 
 
-class FusedLinear(Linear):
+class Told:
+    """What report, explain and print ask of a fused layer; ``operands``: what its fused path reads, or a reason."""
+
+    operands: Callable[[Any], Any]
+
+    def why_not(self) -> str | None:
+        """Why the layer takes PEFT's own forward in its present state; None where it is fused."""
+        found = self.operands(self)
+        return found if isinstance(found, str) else None
+
+    def describe(self) -> tuple[str, str, str, str]:
+        """Shape, r, scaling and what runs, as lora_kernels.explain shows them."""
+        return described(self, self.why_not())
+
+    def _get_name(self) -> str:
+        return type(self).__name__.removeprefix("Fused")
+
+    def extra_repr(self) -> str:
+        return "lora_kernels"
+
+
+class FusedLinear(Told, Linear):
     """peft.tuners.lora.layer.Linear whose forward is lora_linear wherever that computes the same.
 
     Never built: accelerate changes the class of PEFT's layers, which keep every attribute, parameter and method.
@@ -180,20 +202,7 @@ class FusedLinear(Linear):
         if root is not None:
             root.refresh()
 
-    def why_not(self) -> str | None:
-        """Why the layer takes PEFT's own forward in its present state; None where it is fused."""
-        found = operands(self)
-        return found if isinstance(found, str) else None
-
-    def describe(self) -> tuple[str, str, str, str]:
-        """Shape, r, scaling and what runs, as lora_kernels.explain shows them."""
-        return described(self, self.why_not())
-
-    def _get_name(self) -> str:
-        return "Linear"
-
-    def extra_repr(self) -> str:
-        return "lora_kernels"
+    operands = staticmethod(operands)
 
 
 def described(layer: Any, reason: str | None) -> tuple[str, str, str, str]:
