@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lora_kernels.autograd.lora_linear import lora_linear
     from lora_kernels.autograd.lora_linear_stacked import Projection, lora_linear_stacked
     from lora_kernels.autograd.lora_mlp import lora_mlp
+    from lora_kernels.autograd.multi_lora_linear import multi_lora_linear
     from lora_kernels.config import LoRAConfig
     from lora_kernels.errors import (
         AdapterFormatError,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from lora_kernels.integrations.peft.accelerate import accelerate, decelerate
     from lora_kernels.layers import DoRALinear, LoRAGateUp, LoRALinear, LoRAMLP, LoRAQKV
     from lora_kernels.plan import use_backend
+    from lora_kernels.slots import Slots
 
 __version__ = "0.1.0"
 
@@ -39,6 +41,8 @@ _HOME = {
     "lora_linear": "lora_kernels.autograd.lora_linear",
     "lora_linear_stacked": "lora_kernels.autograd.lora_linear_stacked",
     "lora_mlp": "lora_kernels.autograd.lora_mlp",
+    "multi_lora_linear": "lora_kernels.autograd.multi_lora_linear",
+    "Slots": "lora_kernels.slots",
     "Projection": "lora_kernels.autograd.lora_linear_stacked",
     "DoRALinear": "lora_kernels.layers",
     "LoRALinear": "lora_kernels.layers",
@@ -82,6 +86,7 @@ __all__ = [
     "MergeError",
     "Projection",
     "ShapeError",
+    "Slots",
     "Trainer",
     "accelerate",
     "apply_lora",
@@ -94,6 +99,7 @@ __all__ = [
     "lora_mlp",
     "loraplus_groups",
     "merge_lora",
+    "multi_lora_linear",
     "save_adapter",
     "unmerge_lora",
     "use_backend",

@@ -1,0 +1,111 @@
+"""Many adapters over one linear layer, every row of X with its own, forward and backward.
+
+    l = ids[m], the slot of row m with rank r_l and scaling s_l; none for ids[m] < 0, ids[m] >= L or r_l = 0
+    XA[m, :r_l] = s_l X[m] A_l^T             (M, max_rank)   saved; zero elsewhere
+    Y[m]        = X[m] W^T + bias + XA[m, :r_l] B_l^T        (M, N)
+    dYB[m]      = s_l dY[m] B_l              (M, r_l)
+    dX[m]       = dY[m] W + dYB[m] A_l       (M, K)
+    dA_l        = sum over rows of l: dYB[m]^T X[m]          (r_l, K)
+    dB_l        = sum over rows of l: dY[m]^T XA[m, :r_l]    (N, r_l)
+    dbias       = sum over the rows of dY    (N,)
+
+The rows of a slot are brought together on the host, one set of small products a slot. Source: Chen et al., Punica,
+arXiv 2310.18547, section 4, for the problem; the products are those of reference/lora_linear.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from lora_kernels.reference.lora_linear import Needs, _as, _scaled_mm
+from lora_kernels.slots import Slots
+
+
+class Part(NamedTuple):
+    """The rows of one slot: a slice where they are neighbours, else their indices; and the slot's place and scaling."""
+
+    rows: slice | Tensor
+    first: int
+    r: int
+    scaling: float
+
+
+def parts(slots: Slots, ids: Tensor) -> Iterator[Part]:
+    """The slots that rows ``ids`` (M,) use, in order; ids that name no slot, and empty slots, use none."""
+    order = ids.argsort(stable=True)
+    present, counts = torch.unique_consecutive(ids[order], return_counts=True)
+    starts, ranks, scalings = slots.starts.tolist(), slots.ranks.tolist(), slots.scalings.tolist()
+    begin = 0
+    for slot, count in zip(present.tolist(), counts.tolist(), strict=True):
+        begin, end = begin + count, begin + count
+        if not 0 <= slot < len(ranks):
+            continue
+        first = starts[slot]
+        r = min(ranks[slot], slots.max_rank, slots.A.shape[0] - first)
+        if first < 0 or r < 1:
+            continue
+        rows = order[end - count : end]
+        low, high = int(rows[0]), int(rows[-1])
+        yield Part(slice(low, high + 1) if high - low + 1 == count else rows, first, r, scalings[slot])
+
+
+def _add_mm(Y: Tensor, rows: slice | Tensor, P: Tensor, Q: Tensor) -> None:
+    """Y[rows] += P Q in place."""
+    if isinstance(rows, slice):
+        Y[rows].addmm_(P, Q)
+    else:
+        Y.index_copy_(0, rows, Y.index_select(0, rows).addmm_(P, Q))
+
+
+def multi_lora_linear_fwd(
+    X: Tensor, W: Tensor, slots: Slots, ids: Tensor, bias: Tensor | None, need_xa: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Y (M, N) and, where ``need_xa``, XA (M, max_rank) for X (M, K), W (N, K), ids (M,), bias (N,).
+
+    A and B are rounded to X's dtype.
+    """
+    Y = linear(X, W, bias)
+    XA = X.new_zeros(X.shape[0], slots.max_rank) if need_xa else None
+    for rows, first, r, scaling in parts(slots, ids):
+        xa = _scaled_mm(X[rows], _as(slots.A[first : first + r], X).t(), scaling)
+        if XA is not None:
+            XA[rows, :r] = xa
+        _add_mm(Y, rows, xa, _as(slots.B[:, first : first + r], X).t())
+    return Y, XA
+
+
+def multi_lora_linear_bwd(
+    dY: Tensor,
+    X: Tensor,
+    W: Tensor,
+    slots: Slots,
+    ids: Tensor,
+    XA: Tensor,
+    needs: Needs = Needs(),  # noqa: B008  (immutable)
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dX (M, K), dA (R, K) in A's dtype, dB (N, R) in B's, dbias (N,); None for each that ``needs`` leaves out.
+
+    dA and dB are zero where no row of the batch belongs.
+    """
+    A, B = slots.A, slots.B
+    dX = dY @ W if needs.X else None
+    dA = A.new_zeros(A.shape) if needs.A else None
+    dB = B.new_zeros(B.shape) if needs.B else None
+    if dX is not None or dA is not None or dB is not None:
+        for rows, first, r, scaling in parts(slots, ids):
+            own = slice(first, first + r)
+            dy = dY[rows]
+            if dX is not None or dA is not None:
+                dyb = _scaled_mm(dy, _as(B[:, own], X), scaling)
+                if dX is not None:
+                    _add_mm(dX, rows, dyb, _as(A[own], X))
+                if dA is not None:
+                    dA[own] = _as(dyb.t() @ X[rows], A)
+            if dB is not None:
+                dB[:, own] = _as(dy.t() @ XA[rows, :r], B)
+    return dX, dA, dB, dY.sum(0) if needs.bias else None
