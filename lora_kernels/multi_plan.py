@@ -1,54 +1,111 @@
 """Which implementation of the linear layer with many adapters runs, and why.
 
-eager    the base product by the vendor's library, then shrink and expand in two launches: the rivals' algorithm
-extend   shrink, then one GEMM whose accumulator takes every adapter of its row tile as well
-decode   one launch, W read once; up to 64 rows, forward without gradients
-cuda     the same in CUDA C++, where the package was built with it
+    eager    the base product by the vendor's library, then shrink and expand in two launches: the rivals' algorithm
+    extend   shrink, then one GEMM whose accumulator takes every adapter of its row tile as well
+    decode   one launch, W read once; up to 64 rows, forward without gradients
+    cuda     the same in CUDA C++, where the package was built with it (backend "cuda")
+
+Backends are named as everywhere ("auto", "reference", "triton", "triton:PLAN"), and "cuda". A plan is chosen by the
+time that multi_cost.py predicts; no GPU has measured these plans yet.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import math
+from dataclasses import replace
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
-from lora_kernels.cost import Plan
+from lora_kernels.cost import Plan, seconds
 from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.kernels.chip import Chip
-from lora_kernels.plan import chip_for, split_name
+from lora_kernels.multi_cost import MultiProblem, launches
+from lora_kernels.plan import chip_for, requested_backend, resolve_backend, split_name
 from lora_kernels.slots import Slots
+from lora_kernels.variants import switched_off
 
 PLANS = ("eager", "extend", "decode", "cuda")
-DECODE_ROWS = 64
+DECODE_ROWS = 64  # what the one-launch kernels take
 
 
 @functools.cache
 def cuda_kernels() -> ModuleType:
-    """The CUDA C++ operators' front end."""
+    """The CUDA C++ operators' front end; whether they were built is asked when one is wanted."""
     return importlib.import_module("lora_kernels.csrc")
 
 
-def _choose(op: str, M: int, need_xa: bool, forced: str | None) -> Plan:
+def resolve(backend: str, device_type: str, dtype: torch.dtype) -> str:
+    """The backend, with its plan where one was named, that runs a call on tensors of this device and dtype.
+
+    Raises:
+        BackendUnavailableError: asked for by name, it cannot run.
+        ConfigError: unknown name.
+    """
+    if requested_backend(backend) != "cuda":
+        return resolve_backend(backend, device_type, dtype)
+    if reason := cuda_kernels().available():
+        raise BackendUnavailableError(f"backend 'cuda' cannot run here: {reason}; use backend='auto' or 'reference'")
+    return "cuda"
+
+
+def _refused(name: str, q: MultiProblem) -> str | None:
+    if name not in ("decode", "cuda"):
+        return None
+    if name == "cuda" and (reason := cuda_kernels().available()):
+        return reason
+    if q.op == "bwd":
+        return "it is a forward plan"
+    if q.need_xa:
+        return "it keeps nothing for a backward; call it under torch.no_grad()"
+    return f"{q.M} rows, and it takes up to {DECODE_ROWS}" if q.M > DECODE_ROWS else None
+
+
+@functools.lru_cache(maxsize=4096)
+def candidates(problem: MultiProblem, chip: Chip) -> tuple[Plan, ...]:
+    """Every plan for ``problem``, the fastest predicted first, refused ones last."""
+    plans = []
+    for name in PLANS:
+        if reason := (None if name == "eager" else switched_off(name)) or _refused(name, problem):
+            plans.append(Plan(name, (), math.inf, reason))
+        else:
+            parts = launches(name, problem)
+            plans.append(Plan(name, parts, sum(seconds(part, problem.dtype, chip) for part in parts)))
+    return tuple(sorted(plans, key=lambda plan: plan.seconds))
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(problem: MultiProblem, chip: Chip, forced: str | None = None) -> Plan:
+    """The plan that runs: ``forced``, else the least prediction. A forward plan's backward is the planner's own choice.
+
+    Raises:
+        BackendUnavailableError: the plan asked for by name is not valid for this problem.
+    """
+    plans = candidates(problem, chip)
     if forced is None:
-        name = "decode" if op == "fwd" and M <= DECODE_ROWS and not need_xa else "extend"
-        return Plan(name, (), 0.0, why="model")
-    if forced in ("decode", "cuda") and (op == "bwd" or need_xa or M > DECODE_ROWS):
-        if op == "bwd":
-            return Plan("extend", (), 0.0, why=f"named {forced}, which has no backward")
-        why = f"{M} rows, and it takes up to {DECODE_ROWS}" if M > DECODE_ROWS else "gradients are asked for"
-        raise BackendUnavailableError(f"plan {forced!r} cannot run here: {why}; name another or none")
-    if forced not in PLANS:
-        raise BackendUnavailableError(f"plan {forced!r} is none of multi_lora_linear's: {', '.join(PLANS)}")
-    return Plan(forced, (), 0.0, why="named")
+        return replace(plans[0], why="model")
+    plan = next((p for p in plans if p.name == forced), None)
+    if plan is not None and plan.refused is None:
+        return replace(plan, why="named")
+    if plan is not None and problem.op == "bwd":
+        return replace(plans[0], why=f"model, as {forced} is a forward plan")
+    why = f"it is none of multi_lora_linear's ({', '.join(PLANS)})" if plan is None else plan.refused
+    raise BackendUnavailableError(f"plan {forced!r} cannot run here: {why}; name another or none")
 
 
-def plan_call(op: str, X: Tensor, W: Tensor, slots: Slots, need_xa: bool, backend: str) -> tuple[Plan, Chip]:
-    """The plan and the Chip of one call.
+def plan_call(
+    op: str, X: Tensor, W: Tensor, slots: Slots, need_xa: bool, backend: str, need_dx: bool = True
+) -> tuple[Plan, Chip]:
+    """The plan and the Chip of one call; costs a look-up.
 
     Raises:
         BackendUnavailableError: the plan asked for by name is not valid for this call.
     """
-    _, forced = split_name(backend)
-    return _choose(op, X.shape[0], need_xa, forced), chip_for(X.device)
+    (N, K), L, R = W.shape, slots.ranks.shape[0], slots.A.shape[0]
+    kind, forced = split_name(backend)
+    problem = MultiProblem(op, X.shape[0], N, K, L, R, X.dtype, need_xa, need_dx)
+    chip = chip_for(X.device)
+    return choose(problem, chip, "cuda" if kind == "cuda" else forced), chip

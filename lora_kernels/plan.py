@@ -24,15 +24,15 @@ from lora_kernels.errors import BackendUnavailableError, ConfigError
 from lora_kernels.kernels.chip import CHIPS, Chip, chip_of
 from lora_kernels.kernels.tuning import wide_loads
 from lora_kernels.tuned import Entry, table_for
-from lora_kernels.variants import VARIANTS, Variant, switched_off
+from lora_kernels.variants import MULTI, VARIANTS, Variant, switched_off
 
-BACKENDS = ("auto", "reference", "triton")
+BACKENDS = ("auto", "reference", "triton", "cuda")
 PLANS = tuple(variant.name for variant in VARIANTS if not variant.opt_in)  # the planner's own
 OPT_IN = tuple(variant.name for variant in VARIANTS if variant.opt_in)
 FORWARD_ONLY = {variant.name: variant.backward for variant in VARIANTS if variant.bwd is None}
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _NAMES: dict[str, tuple[str, str | None]] = {backend: (backend, None) for backend in BACKENDS}
-_NAMES |= {f"triton:{plan}": ("triton", plan) for plan in PLANS + OPT_IN}
+_NAMES |= {f"triton:{plan}": ("triton", plan) for plan in PLANS + OPT_IN + MULTI}
 
 _override = "auto"  # a plain global: torch.compile guards on it, and cannot trace a ContextVar
 _triton_installed = importlib.util.find_spec("triton") is not None
@@ -89,13 +89,8 @@ def triton_kernels() -> ModuleType:
 
 
 def backend_status() -> dict[str, str | None]:
-    """For each backend None where it can run here, or the reason it cannot."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return {
-        "reference": None,
-        "triton": triton_missing(device),
-        "cuda": "not part of this version",
-    }
+    """For each backend of every operator None where it can run here, or the reason it cannot."""
+    return {"reference": None, "triton": triton_missing("cuda" if torch.cuda.is_available() else "cpu")}
 
 
 def requested_backend(backend: str = "auto") -> str:
@@ -121,7 +116,7 @@ def resolve_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
     if kind == "auto":
         usable = device_type == "cuda" and dtype in TRITON_DTYPES and triton_missing(device_type) is None
         return "triton" if usable else "reference"
-    reason = triton_missing(device_type)
+    reason = triton_missing(device_type) if kind == "triton" else "it has the decode of multi_lora_linear alone"
     if reason is None and dtype not in TRITON_DTYPES:
         reason = f"its kernels take float32, float16 and bfloat16, not {dtype}"
     if reason is not None:
@@ -193,7 +188,8 @@ def choose(problem: Problem, chip: Chip, forced: str | None = None) -> Plan:
         return replace(plan, why="named" if name == forced else f"named {forced}")
     if counterpart:
         return _own_choice(problem, chip)
-    raise BackendUnavailableError(f"plan {forced!r} cannot run here: {plan and plan.refused}; name another or none")
+    why = plan.refused if plan is not None else "it is a plan of multi_lora_linear"
+    raise BackendUnavailableError(f"plan {forced!r} cannot run here: {why}; name another or none")
 
 
 @functools.lru_cache(maxsize=8192)

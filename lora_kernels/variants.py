@@ -205,6 +205,7 @@ VARIANTS = (
 )
 BY_NAME = {variant.name: variant for variant in VARIANTS}
 SWITCH = "LORA_KERNELS_DISABLE"
+MULTI = ("extend", "decode")  # plans of the linear layer with many adapters alone: multi_plan.py
 
 
 def switched_off(name: str) -> str | None:
@@ -214,8 +215,9 @@ def switched_off(name: str) -> str | None:
         ConfigError: the environment names something else.
     """
     given = [word for word in os.environ.get(SWITCH, "").split(",") if word]
-    if unknown := [word for word in given if word not in BY_NAME or word == "eager"]:
-        others = ", ".join(variant.name for variant in VARIANTS if variant.name != "eager")
+    names = [*(name for name in BY_NAME if name != "eager"), *MULTI, "cuda"]
+    if unknown := [word for word in given if word not in names]:
+        others = ", ".join(names)
         raise ConfigError(f"{SWITCH} names {', '.join(unknown)}; accepted are {others}, with commas between")
     return f"switched off by {SWITCH}" if name in given else None
 

@@ -29,8 +29,11 @@ ALLOWED = {
     "autograd": LEAVES | {"ops", "plan", "reference"},
     "layers": LEAVES | {"autograd", "plan"},
 }
-ALLOWED["multi_plan"] = ALLOWED["plan"] | {"plan", "csrc"}
-ALLOWED["ops"] |= {"multi_plan"}
+ALLOWED["csrc"] = LEAVES
+ALLOWED["multi_cost"] = LEAVES | {"cost", "kernels"}
+ALLOWED["multi_plan"] = ALLOWED["plan"] | {"plan", "csrc", "multi_cost"}
+ALLOWED["ops"] |= {"multi_plan", "multi_cost"}
+ALLOWED["autograd"] |= {"multi_plan"}
 ALLOWED["stacked_cost"] = ALLOWED["cost"] | {"cost"}
 ALLOWED["ops"] |= {"stacked_cost"}
 ALLOWED["targets"] = LEAVES | {"layers"}

@@ -59,7 +59,7 @@ def test_use_backend_restores_after_an_error():
     assert plan.requested_backend() == plan._environment
 
 
-@pytest.mark.parametrize("name", ["", "cuda", "triton:fast", "reference:eager", "auto:eager", "Triton"])
+@pytest.mark.parametrize("name", ["", "cuda:decode", "triton:fast", "reference:eager", "auto:eager", "Triton"])
 def test_unknown_names(name):
     with pytest.raises(ConfigError, match="accepted are"), lk.use_backend(name):
         pass
@@ -68,7 +68,7 @@ def test_unknown_names(name):
 def test_status_names_every_backend_with_a_reason_or_none():
     status = plan.backend_status()
     assert status["reference"] is None
-    assert set(status) == {"reference", "triton", "cuda"}
+    assert set(status) == {"reference", "triton"}
 
 
 def launches(problem, name):

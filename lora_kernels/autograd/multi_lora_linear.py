@@ -13,7 +13,7 @@ from lora_kernels import ops
 from lora_kernels.autograd.call import direct_apply, in_shape, transformed
 from lora_kernels.errors import FrozenWeightError, ShapeError
 from lora_kernels.formats import format_of
-from lora_kernels.plan import resolve_backend
+from lora_kernels.multi_plan import resolve
 from lora_kernels.reference import Needs
 from lora_kernels.slots import Slots
 
@@ -120,7 +120,7 @@ def multi_lora_linear(
         adapter_ids: int32 (int64 is converted), one a token in X's leading shape, or one for each of its first
             dimension; -1 for none. A slot of rank 0 also gives the base alone.
         bias: (N,) in X's dtype, or None.
-        backend: "auto", "reference", "triton" or "triton:PLAN" with a plan of multi_plan.py.
+        backend: "auto", "reference", "triton", "triton:eager", "triton:extend", "triton:decode" or "cuda": multi_plan.py.
 
     Returns:
         Y (..., N) in X's dtype (under torch.autocast in its dtype). Gradients flow to X, to the adapters, and to bias
@@ -161,7 +161,7 @@ def multi_lora_linear(
 
 def run(X: Tensor, W: Tensor, slots: Slots, ids: Tensor, bias: Tensor | None, backend: str = "auto") -> Tensor:
     """multi_lora_linear for layers that have looked at their operands: ids int32 (M,), one a row of X (..., K)."""
-    backend = resolve_backend(backend, X.device.type, X.dtype)
+    backend = resolve(backend, X.device.type, X.dtype)
     if torch.is_grad_enabled():
         apply = _MultiLoRALinear.apply if transformed() else _apply
         return apply(X, W, slots.A, slots.B, bias, ids, slots, backend)

@@ -51,7 +51,7 @@ def multi_lora_linear_bwd(
         grads = torch.ops.lora_kernels.multi_lora_linear_bwd(dY, X, W, *slots, ids, XA, list(needs), backend)
         return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))  # type: ignore[return-value]
     if backend != "reference" and X.shape[0] > 0:
-        plan, chip = multi_plan.plan_call("bwd", X, W, slots, True, backend)
+        plan, chip = multi_plan.plan_call("bwd", X, W, slots, True, backend, needs.X)
         kernels = planner.triton_kernels()
         return kernels.multi_lora_linear_bwd(dY, X, W, slots, ids, XA, needs, plan.name, chip)
     return reference.multi_lora_linear_bwd(dY, X, W, slots, ids, XA, needs)
