@@ -33,6 +33,12 @@ DECODE_ROWS = 64  # what the one-launch kernels take
 
 
 @functools.cache
+def triton_kernels() -> ModuleType:
+    """The Triton kernels of mixed batches; importing them imports Triton."""
+    return importlib.import_module("lora_kernels.kernels.multi_launchers")
+
+
+@functools.cache
 def cuda_kernels() -> ModuleType:
     """The CUDA C++ operators' front end; whether they were built is asked when one is wanted."""
     return importlib.import_module("lora_kernels.csrc")

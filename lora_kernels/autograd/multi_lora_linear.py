@@ -120,7 +120,7 @@ def multi_lora_linear(
         adapter_ids: int32 (int64 is converted), one a token in X's leading shape, or one for each of its first
             dimension; -1 for none. A slot of rank 0 also gives the base alone.
         bias: (N,) in X's dtype, or None.
-        backend: "auto", "reference", "triton", "triton:eager", "triton:extend", "triton:decode" or "cuda": multi_plan.py.
+        backend: "auto", "reference", "triton", "cuda", or a plan: "triton:eager", "triton:extend", "triton:decode".
 
     Returns:
         Y (..., N) in X's dtype (under torch.autocast in its dtype). Gradients flow to X, to the adapters, and to bias

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from lora_kernels import multi_plan, reference
-from lora_kernels import plan as planner
 from lora_kernels.reference import Needs
 from lora_kernels.slots import Slots
 
@@ -38,7 +37,7 @@ def multi_lora_linear_fwd(
         plan, chip = multi_plan.plan_call("fwd", X, W, slots, need_xa, backend)
         if plan.name == "cuda":
             return multi_plan.cuda_kernels().multi_lora_decode(X, W, slots, ids, bias), None
-        kernels = planner.triton_kernels()
+        kernels = multi_plan.triton_kernels()
         return kernels.multi_lora_linear_fwd(X, W, slots, ids, bias, plan.name, chip, plan.tiles)
     return reference.multi_lora_linear_fwd(X, W, slots, ids, bias, need_xa)
 
@@ -52,7 +51,7 @@ def multi_lora_linear_bwd(
         return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))  # type: ignore[return-value]
     if backend != "reference" and X.shape[0] > 0:
         plan, chip = multi_plan.plan_call("bwd", X, W, slots, True, backend, needs.X)
-        kernels = planner.triton_kernels()
+        kernels = multi_plan.triton_kernels()
         return kernels.multi_lora_linear_bwd(dY, X, W, slots, ids, XA, needs, plan.name, chip)
     return reference.multi_lora_linear_bwd(dY, X, W, slots, ids, XA, needs)
 
