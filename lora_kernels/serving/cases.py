@@ -1,0 +1,114 @@
+"""What a server's linear layer may be given: a batch, the adapters there are, and which rows use which."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lora_kernels.errors import ConfigError
+from lora_kernels.testing.multi import DISTRIBUTIONS, MultiProblem, make_multi_problem, mix_ids
+
+DECODE_ROWS = 64  # a batch of so many rows or fewer is a step of decoding: one token a sequence
+MIXED_RANKS = 8  # different ranks that "8-64" stands for
+
+
+@dataclass(frozen=True)
+class ServingCase:
+    """W (N, K) under M rows in sequences of ``sequence`` rows; slot l has rank ``ranks[l]``.
+
+    ``distribution``: which sequences use which slot, one of lora_kernels.testing.multi.DISTRIBUTIONS.
+    """
+
+    M: int
+    N: int
+    K: int
+    ranks: tuple[int, ...]
+    distribution: str = "uniform"
+    sequence: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    bias: bool = False
+
+    @property
+    def L(self) -> int:
+        """Slots."""
+        return len(self.ranks)
+
+    @property
+    def phase(self) -> str:
+        """ "decode" or "prefill"."""
+        return "decode" if self.M <= DECODE_ROWS else "prefill"
+
+    @property
+    def ranks_shown(self) -> str:
+        """ "16", or "8-64" of several."""
+        low, high = min(self.ranks), max(self.ranks)
+        return str(low) if low == high else f"{low}-{high}"
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """int32 (M,) on the CPU: the slot of each row."""
+        return mix_ids(self.distribution, self.M, self.L, run=self.sequence)
+
+    @cached_property
+    def rows_of(self) -> Counter[int]:
+        """How many rows use each slot that is used; those without an adapter are left out."""
+        return Counter(slot for slot in self.ids.tolist() if slot >= 0)
+
+    @property
+    def flop(self) -> int:
+        """Of the products with true ranks."""
+        low = sum(rows * self.ranks[slot] for slot, rows in self.rows_of.items())
+        return 2 * self.M * self.N * self.K + 2 * low * (self.N + self.K)
+
+    @property
+    def bytes(self) -> int:
+        """W, X, Y, and the A and B of every adapter in the batch, each once."""
+        return self.dtype.itemsize * (self.N * self.K + self.M * (self.N + self.K) + self._adapters)
+
+    @property
+    def floor(self) -> float:
+        """The bytes of W and of the batch's adapters over those of W: no decode comes nearer to the frozen layer."""
+        return 1 + self._adapters / (self.N * self.K)
+
+    @property
+    def _adapters(self) -> int:
+        return sum(self.ranks[slot] for slot in self.rows_of) * (self.N + self.K)
+
+    def problem(self, device: torch.device | str = "cpu") -> MultiProblem:
+        """The operands as a pool keeps them, every LoRA term as large as the base term."""
+        ids = self.ids.to(device)
+        return make_multi_problem(ids, self.N, self.K, self.ranks, self.dtype, bias=self.bias, pool_layout=True)
+
+    def __str__(self) -> str:
+        batch = f"M{self.M}" + (f" in {self.sequence}s" if self.sequence > 1 else "")
+        name = str(self.dtype).removeprefix("torch.")
+        return f"{batch} N{self.N} K{self.K} L{self.L} r{self.ranks_shown} {self.distribution} {name}"
+
+
+def ranks_from(text: str, L: int) -> tuple[int, ...]:
+    """Ranks of L slots: "16" for all, "8,16,64" in turn, "8-64" for eight evenly spread ones in turn.
+
+    Raises:
+        ConfigError: none of these.
+    """
+    if match := re.fullmatch(r"([1-9]\d*)-([1-9]\d*)", text):
+        low, high = int(match[1]), int(match[2])
+        given: Sequence[int] = [low + round(i * (high - low) / (MIXED_RANKS - 1)) for i in range(MIXED_RANKS)]
+    elif re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        given = [int(part) for part in text.split(",")]
+    else:
+        raise ConfigError(f"ranks {text!r}; accepted are 16 (all alike), 8,16,64 (in turn) or 8-64 (mixed)")
+    return tuple(given[slot % len(given)] for slot in range(L))
+
+
+def check_distribution(name: str) -> str:
+    """The name, or ConfigError with those there are."""
+    if name not in DISTRIBUTIONS:
+        raise ConfigError(f"distribution {name!r}; accepted are {', '.join(DISTRIBUTIONS)}")
+    return name
