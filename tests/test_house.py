@@ -43,11 +43,13 @@ ALLOWED["trial"] = ALLOWED["ops"] | {"ops", "testing", "variants"}
 ALLOWED["tune"] = ALLOWED["trial"] | {"trial", "tuned", "adapters"}
 ALLOWED["integrations"] = ALLOWED["finetune"] = ALLOWED["inject"] | {"integrations", "finetune"}
 ALLOWED["integrations"] = ALLOWED["integrations"] | {"reference", "testing"}  # the compatibility table judges
+ALLOWED["serving"] = ALLOWED["trial"] | {"autograd", "finetune", "multi_cost", "multi_plan", "serving", "trial"}
 ALLOWED["cli"] = ALLOWED["finetune"] | {
     "cli",
     "testing",
     "kernels",
     "cost",
+    "serving",
     "stacked_cost",
     "tune",
     "tuned",
