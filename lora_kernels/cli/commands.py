@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from lora_kernels import __version__
-from lora_kernels.cli import advise, check, compat, demo, doctor, explain, merge, sweep, train, tune
+from lora_kernels.cli import advise, check, compat, demo, doctor, explain, merge, serve_bench, sweep, train, tune
 from lora_kernels.errors import LoRAKernelsError
 
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_parser(subparsers)
     for command in (train, sweep):
         command.add_parser(subparsers, train.chosen_task(arguments))
-    for command in (explain, advise, tune, merge, check, compat):
+    for command in (explain, advise, tune, merge, serve_bench, check, compat):
         command.add_parser(subparsers)
     parsed = parser.parse_args(arguments)
     try:

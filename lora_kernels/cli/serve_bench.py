@@ -1,0 +1,196 @@
+"""``lora-kernels serve-bench``: a model's linear layers under mixed batches: latency, throughput, and the rivals'."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import itertools
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_kernels.cli.shapes import MODELS, Shape, shapes_from
+from lora_kernels.errors import ConfigError
+from lora_kernels.serving.cases import ServingCase, check_distribution, ranks_from
+from lora_kernels.serving.rivals import FROZEN, PEFT, PEFT_FP32, SWAP, contenders
+from lora_kernels.serving.trial import Timing, Trial, in_turns, measure
+from lora_kernels.testing.multi import DISTRIBUTIONS
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CASE_SECONDS = 20.0  # after which a case's rounds end
+COLUMNS = (
+    "model", "N", "K", "layers", "M", "sequence", "L", "ranks", "distribution", "dtype", "implementation", "plan",
+    "ms_p50", "ms_p20", "ms_p80", "tokens_per_s", "ratio_to_frozen", "ratio_to_best_rival", "device", "torch",
+)  # fmt: skip
+HEAD = ("implementation", "plan", "us p50", "p20", "p80", "tokens/s", "x frozen", "x best rival")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declares the command."""
+    parser = subparsers.add_parser("serve-bench", help="time a model's layers under batches of many adapters")
+    add = parser.add_argument
+    add("--model", default="bert-base", metavar="MODEL",
+        help=f"a folder, a config.json, a hub id, or one of {', '.join(MODELS)} (default: %(default)s)")  # fmt: skip
+    add("--tokens", type=int, nargs="+", default=[1, 16, 64], help="rows of a batch (default: 1 16 64)")
+    add("--sequence", type=int, default=0, metavar="ROWS",
+        help="rows of a sequence, which share an adapter (default: 1 up to 64 tokens, above that 128)")  # fmt: skip
+    add("--adapters", type=int, nargs="+", default=[8], metavar="L", help="adapters loaded (default: 8)")
+    add("--distribution", nargs="+", default=["uniform"], metavar="NAME",
+        help=f"who uses which: {', '.join(DISTRIBUTIONS)}, or all (default: uniform)")  # fmt: skip
+    add("--ranks", default="8-64", help="16 for all, 8,16,64 in turn, or 8-64 mixed (default: %(default)s)")
+    add("--dtype", choices=DTYPES, help="of weights and adapters (default: bf16 on a GPU, fp32 on a CPU)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add("--rounds", type=int, default=25, help="timed calls of each contender (default: %(default)s)")
+    add("--with-swap", action="store_true", help="also merging each adapter of a batch into W in turn; slow")
+    add("--out", type=Path, metavar="CSV", help="the rows of all tables")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures and prints case by case; 1 where ours failed the error rule in any."""
+    device = _device(arguments.device)
+    cases = list(_cases(arguments, device))
+    print(f"{arguments.model} on {_machine(device)}, torch {torch.__version__}")
+    if device.type == "cpu":
+        print("On a CPU lora_kernels runs its reference path: PyTorch's own operators, no kernel of ours.")
+    rows: list[dict[str, object]] = []
+    totals: dict[tuple[object, ...], dict[str, float]] = defaultdict(dict)
+    failed = 0
+    for shape, layers, case in cases:
+        graph = device.type == "cuda" and case.phase == "decode"
+        trial = _measured(case, device, graph, arguments)
+        failed += sum(each.status == "failed" and each.contender.ours for each in trial.judgements)
+        print("\n".join(["", *_table(case, layers, graph, trial)]), flush=True)
+        for timing in trial.timings:
+            rows.append(_row(arguments.model, shape, layers, timing, device))
+            sums = totals[case.M, case.sequence, case.L, case.distribution]
+            sums[_name(timing)] = sums.get(_name(timing), 0.0) + layers * timing.ms_p50
+    every = sum(shapes_from(arguments.model).values())
+    print("\n".join(["", *_whole(every, totals)]))
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        with arguments.out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+        print(f"rows: {arguments.out}")
+    return 1 if failed else 0
+
+
+def _cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple[Shape, int, ServingCase]]:
+    named = DISTRIBUTIONS if "all" in arguments.distribution else arguments.distribution
+    distributions = [check_distribution(name) for name in named]
+    for name, least in (("tokens", arguments.tokens), ("adapters", arguments.adapters), ("rounds", [arguments.rounds])):
+        if min(least) < 1:
+            raise ConfigError(f"--{name} {min(least)}; at least 1")
+    if arguments.sequence < 0:
+        raise ConfigError(f"--sequence {arguments.sequence}; at least 1, or 0 for the default")
+    dtype = DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    batches = list(itertools.product(arguments.tokens, arguments.adapters, distributions))
+    for shape, layers in shapes_from(arguments.model).items():
+        for tokens, L, distribution in batches:
+            sequence = min(tokens, arguments.sequence or (1 if tokens <= 64 else 128))
+            ranks = ranks_from(arguments.ranks, L)
+            yield shape, layers, ServingCase(tokens, *shape[:2], ranks, distribution, sequence, dtype, shape.bias)
+
+
+def _measured(case: ServingCase, device: torch.device, graph: bool, arguments: argparse.Namespace) -> Trial:
+    timer = functools.partial(in_turns, device=device, seconds=CASE_SECONDS)
+    taking_part = [each for each in contenders(case, device) if arguments.with_swap or each is not SWAP]
+    trial = measure(case, taking_part, device, graph=graph, rounds=arguments.rounds, timer=timer)
+    if not graph or all(each.graph for each in taking_part):
+        return trial
+    # A graph cannot hold PEFT: it is called eagerly, and compared by the frozen layer of the same eager run.
+    eager = [FROZEN, *(each for each in taking_part if not each.graph)]
+    others = measure(case, eager, device, rounds=arguments.rounds, timer=timer).timings[1:]
+    return Trial([*trial.timings, *(replace(each, ratio_to_best_rival=None) for each in others)], trial.judgements)
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no GPU here; leave it out, or take --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    load = os.getloadavg()[0]
+    busy = f" (load {load:.1f}: others compute, too)" if load > 1.5 else ""
+    return f"a CPU, {torch.get_num_threads()} threads{busy}"
+
+
+def _name(timing: Timing) -> str:
+    return f"{timing.contender.name} {timing.plan.partition(' ')[0]}".strip()
+
+
+def _table(case: ServingCase, layers: int, graph: bool, trial: Trial) -> list[str]:
+    how = "replays of a CUDA graph, cold weights" if graph else "single calls"
+    lines = [f"{case} x{layers}: {case.phase}, {len(case.rows_of)} adapters in the batch, {how}"]
+    if case.phase == "decode":
+        lines.append(f"  reading W and the batch's adapters once is {case.floor:.3f} of reading W")
+    rows = [HEAD]
+    for timing in sorted(trial.timings, key=lambda timing: timing.ms_p50):
+        times = [f"{1e3 * ms:.1f}" for ms in (timing.ms_p50, timing.ms_p20, timing.ms_p80)]
+        ratios = [f"{x:.3f}" if x else "" for x in (timing.ratio_to_frozen, timing.ratio_to_best_rival)]
+        rows.append((timing.contender.name, timing.plan, *times, f"{timing.tokens_per_s:,.0f}", *ratios))  # type: ignore[arg-type]
+    lines += _aligned(rows)
+    lines += [] if graph else _beside_peft(trial)  # PEFT is called eagerly
+    told = [(each.contender.label, each) for each in trial.judgements if each.status != "ok"]
+    return [*lines, *(f"  {label}: {each.status}: {each.message}" for label, each in told)]
+
+
+def _beside_peft(trial: Trial) -> list[str]:
+    """Ours over PEFT's time, and over the same what no way to add adapters can go below: the frozen layer's."""
+    times = {
+        timing.contender.name: timing.ms_p50 for timing in reversed(trial.timings)
+    }  # of ours the first: its choice
+    lines = []
+    for peft in (PEFT.name, PEFT_FP32.name):
+        if peft in times and "lora_kernels" in times:
+            ratio, floor = (times[name] / times[peft] for name in ("lora_kernels", FROZEN.name))
+            lines.append(f"  lora_kernels / {peft}: {ratio:.3f} (the frozen layer alone: {floor:.3f})")
+    return lines
+
+
+def _whole(layers: int, totals: dict[tuple[object, ...], dict[str, float]]) -> list[str]:
+    """What all linear layers of the model take together, one after another."""
+    lines = []
+    for (tokens, sequence, L, distribution), sums in totals.items():
+        lines.append(f"all {layers} linear layers, {tokens} tokens in {sequence}s, {L} adapters, {distribution}:")
+        rows: list[Sequence[str]] = [("implementation", "ms a pass", "tokens/s", "x frozen")]
+        for name, ms in sorted(sums.items(), key=lambda item: item[1]):
+            rows.append((name, f"{ms:.3f}", f"{1e3 * int(str(tokens)) / ms:,.0f}", f"{ms / sums[FROZEN.name]:.3f}"))
+        lines += _aligned(rows)
+    return lines
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Words to the left, numbers to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    words = sum(name in ("implementation", "plan") for name in rows[0])
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(w) if i < words else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return lines
+
+
+def _row(model: str, shape: Shape, layers: int, timing: Timing, device: torch.device) -> dict[str, object]:
+    case = timing.case
+    values = (
+        model, shape.N, shape.K, layers, case.M, case.sequence, case.L, case.ranks_shown, case.distribution,
+        str(case.dtype).removeprefix("torch."), timing.contender.name, timing.plan, timing.ms_p50, timing.ms_p20,
+        timing.ms_p80, timing.tokens_per_s, timing.ratio_to_frozen, timing.ratio_to_best_rival, _machine(device),
+        torch.__version__,
+    )  # fmt: skip
+    shown = [float(f"{value:.6g}") if isinstance(value, float) else value for value in values]
+    return dict(zip(COLUMNS, shown, strict=True))
