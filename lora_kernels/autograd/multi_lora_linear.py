@@ -98,7 +98,8 @@ def token_ids(ids: Tensor, X: Tensor, L: int) -> Tensor:
         low, high = (int(end) for end in ids.aminmax())
         if low < -1 or high >= L:
             raise ShapeError(f"adapter_ids go from {low} to {high}; accepted are -1 (no adapter) and 0 to {L - 1}")
-    return ids.reshape(-1).to(torch.int32)
+    ids = ids if ids.dim() == 1 else ids.reshape(-1)  # the same tensor where it can be: what it says is remembered
+    return ids if ids.dtype == torch.int32 else ids.to(torch.int32)
 
 
 def multi_lora_linear(

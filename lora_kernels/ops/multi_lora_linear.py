@@ -39,7 +39,9 @@ def multi_lora_linear_fwd(
             return multi_plan.cuda_kernels().multi_lora_decode(X, W, slots, ids, bias), None
         kernels = multi_plan.triton_kernels()
         return kernels.multi_lora_linear_fwd(X, W, slots, ids, bias, plan.name, chip, plan.tiles)
-    return reference.multi_lora_linear_fwd(X, W, slots, ids, bias, need_xa)
+    if need_xa:
+        return reference.multi_lora_linear_fwd(X, W, slots, ids, bias)
+    return reference.multi_lora_linear_infer(X, W, slots, ids, bias), None
 
 
 def multi_lora_linear_bwd(

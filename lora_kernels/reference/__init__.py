@@ -2,6 +2,7 @@
 
 from lora_kernels.reference.dropout import generator_keep_mask, pack_keep, packed_width, philox_keep_mask, unpack_keep
 from lora_kernels.reference.lora_linear import Needs, lora_linear_bwd, lora_linear_fwd
+from lora_kernels.reference.multi_infer import multi_lora_linear_infer
 from lora_kernels.reference.multi_lora_linear import multi_lora_linear_bwd, multi_lora_linear_fwd
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "lora_linear_fwd",
     "multi_lora_linear_bwd",
     "multi_lora_linear_fwd",
+    "multi_lora_linear_infer",
     "pack_keep",
     "packed_width",
     "philox_keep_mask",

@@ -18,11 +18,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from lora_kernels.reference.lora_linear import Needs, _as, _scaled_mm
+from lora_kernels.reference.multi_infer import owned, places, rows_of
 from lora_kernels.slots import Slots
 
 
@@ -37,21 +37,11 @@ class Part(NamedTuple):
 
 def parts(slots: Slots, ids: Tensor) -> Iterator[Part]:
     """The slots that rows ``ids`` (M,) use, in order; ids that name no slot, and empty slots, use none."""
-    order = ids.argsort(stable=True)
-    present, counts = torch.unique_consecutive(ids[order], return_counts=True)
-    starts, ranks, scalings = slots.starts.tolist(), slots.ranks.tolist(), slots.scalings.tolist()
-    begin = 0
-    for slot, count in zip(present.tolist(), counts.tolist(), strict=True):
-        begin, end = begin + count, begin + count
-        if not 0 <= slot < len(ranks):
-            continue
-        first = starts[slot]
-        r = min(ranks[slot], slots.max_rank, slots.A.shape[0] - first)
-        if first < 0 or r < 1:
-            continue
-        rows = order[end - count : end]
+    batch = rows_of(ids)
+    for begin, end, first, r, scaling in owned(batch.in_order, places(slots)):
+        rows = batch.order[begin:end]
         low, high = int(rows[0]), int(rows[-1])
-        yield Part(slice(low, high + 1) if high - low + 1 == count else rows, first, r, scalings[slot])
+        yield Part(slice(low, high + 1) if high - low + 1 == end - begin else rows, first, r, scaling)
 
 
 def _add_mm(Y: Tensor, rows: slice | Tensor, P: Tensor, Q: Tensor) -> None:
@@ -63,18 +53,17 @@ def _add_mm(Y: Tensor, rows: slice | Tensor, P: Tensor, Q: Tensor) -> None:
 
 
 def multi_lora_linear_fwd(
-    X: Tensor, W: Tensor, slots: Slots, ids: Tensor, bias: Tensor | None, need_xa: bool = True
-) -> tuple[Tensor, Tensor | None]:
-    """Y (M, N) and, where ``need_xa``, XA (M, max_rank) for X (M, K), W (N, K), ids (M,), bias (N,).
+    X: Tensor, W: Tensor, slots: Slots, ids: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Y (M, N) and XA (M, max_rank) for X (M, K), W (N, K), ids (M,), bias (N,); A and B are rounded to X's dtype.
 
-    A and B are rounded to X's dtype.
+    Where nothing is kept for a backward, multi_infer.py has faster orders.
     """
     Y = linear(X, W, bias)
-    XA = X.new_zeros(X.shape[0], slots.max_rank) if need_xa else None
+    XA = X.new_zeros(X.shape[0], slots.max_rank)
     for rows, first, r, scaling in parts(slots, ids):
         xa = _scaled_mm(X[rows], _as(slots.A[first : first + r], X).t(), scaling)
-        if XA is not None:
-            XA[rows, :r] = xa
+        XA[rows, :r] = xa
         _add_mm(Y, rows, xa, _as(slots.B[:, first : first + r], X).t())
     return Y, XA
 

@@ -1,0 +1,175 @@
+"""The forward of many adapters over one linear layer where nothing is kept for a backward: four orders, one answer.
+
+    Y[m] = X[m] W^T + bias + s_l X[m] A_l^T B_l^T        l = ids[m]        X (M, K)  W (N, K)  Y (M, N)
+
+runs      neighbours with one adapter are a slice of X and of Y: no row moves
+masked    X times every adapter that is there, other rows' ranks set to zero, one product into Y
+sorted    rows brought together by adapter before the base product, slices of it, and put back
+groups    each adapter's rows gathered, its product added to their places in Y
+
+Which is fastest on a CPU depends on the number of rows and on the dtype: 16-bit products of few rows cost 20 to 50 us
+each whatever their size, so there one large product wins. docs/multi_lora_linear.md has the measurements.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from lora_kernels.reference.lora_linear import _as
+from lora_kernels.slots import Slots
+
+RUN_ROWS = 64  # mean run from which slices beat gathered rows in float32
+SORTED_ROWS = 512  # up to which moving whole rows of X and Y costs less than adding to scattered ones
+MASKED_ROWS = 256  # up to which one product for all adapters costs less than one each, in 16 bit
+MASKED_PRODUCTS = 3_000_000  # M r (K + N) that take as long as the host needs to start one adapter's two products
+
+
+class Run(NamedTuple):
+    """Rows begin .. end with one adapter: its place in A and B, its rank and its scaling."""
+
+    begin: int
+    end: int
+    first: int
+    r: int
+    scaling: float
+
+
+class Rows:
+    """What the ids (M,) of a batch say of its rows, made when asked for: runs of neighbours, and the rows sorted."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids
+        self._index: dict[int, Tensor] = {}
+
+    @functools.cached_property
+    def runs(self) -> int:
+        """How many runs of equal neighbours there are."""
+        return int((self.ids[1:] != self.ids[:-1]).sum()) + 1 if self.ids.numel() else 0
+
+    @functools.cached_property
+    def in_place(self) -> list[tuple[int, int, int]]:
+        """(slot, begin, end) of each run."""
+        return _runs(self.ids)
+
+    @functools.cached_property
+    def order(self) -> Tensor:
+        """The rows sorted by slot, neighbours in the order they came in."""
+        return self.ids.argsort(stable=True)
+
+    @functools.cached_property
+    def back(self) -> Tensor:
+        """Where each row stands in ``order``."""
+        back = torch.empty_like(self.order)
+        back[self.order] = torch.arange(back.shape[0], device=back.device)
+        return back
+
+    @functools.cached_property
+    def in_order(self) -> list[tuple[int, int, int]]:
+        """(slot, begin, end) of each slot in the sorted rows."""
+        return _runs(self.ids[self.order])
+
+    def index(self, L: int) -> Tensor:
+        """The slot of each row, L where it names none."""
+        if L not in self._index:
+            self._index[L] = torch.where((self.ids < 0) | (self.ids >= L), L, self.ids)
+        return self._index[L]
+
+
+def _runs(ids: Tensor) -> list[tuple[int, int, int]]:
+    present, counts = torch.unique_consecutive(ids, return_counts=True)
+    ends = list(itertools.accumulate(counts.tolist()))
+    return list(zip(present.tolist(), [0, *ends], ends, strict=False))
+
+
+_last: tuple[weakref.ref[Tensor], int, Rows] | None = None
+
+
+def rows_of(ids: Tensor) -> Rows:
+    """The Rows of ``ids``, remembered for the last tensor as long as nothing writes to it: all layers of a model ask."""
+    global _last
+    if ids.is_inference():  # such a tensor counts no changes
+        return Rows(ids)
+    if _last is not None and _last[0]() is ids and _last[1] == ids._version:
+        return _last[2]
+    rows = Rows(ids.detach())  # no cycle: a view keeps the memory, not the tensor that was given
+    _last = weakref.ref(ids), ids._version, rows
+    return rows
+
+
+def places(slots: Slots) -> list[tuple[int, int, float]]:
+    """(first, rank, scaling) of each slot; a rank of 0 where it is empty or reaches out of the buffers."""
+    starts, ranks, scalings = slots.starts.tolist(), slots.ranks.tolist(), slots.scalings.tolist()
+    R = slots.A.shape[0]
+    return [
+        (first, max(0, min(r, slots.max_rank, R - first)) if first >= 0 else 0, scaling)
+        for first, r, scaling in zip(starts, ranks, scalings, strict=True)
+    ]
+
+
+def owned(runs: list[tuple[int, int, int]], held: list[tuple[int, int, float]]) -> list[Run]:
+    """The runs that have an adapter, each with its place."""
+    return [Run(begin, end, *held[slot]) for slot, begin, end in runs if 0 <= slot < len(held) and held[slot][1]]
+
+
+def multi_lora_linear_infer(X: Tensor, W: Tensor, slots: Slots, ids: Tensor, bias: Tensor | None) -> Tensor:
+    """Y (M, N) for X (M, K), W (N, K), ids (M,), bias (N,) or None; A and B are rounded to X's dtype."""
+    (M, K), N = X.shape, W.shape[0]
+    rows, held = rows_of(ids), places(slots)
+    half = X.dtype.itemsize == 2
+    if rows.runs <= 1 or (not half and rows.runs * RUN_ROWS <= M):
+        return _add_runs(linear(X, W, bias), X, slots, owned(rows.in_place, held))
+    runs = owned(rows.in_order, held)
+    ranks = sum(run.r for run in runs)
+    if not runs:
+        return linear(X, W, bias)
+    if M * ranks * (K + N) <= MASKED_PRODUCTS * len(runs) or (half and _wide(M, N, K, ranks)):
+        return _masked(X, W, slots, bias, held, rows)
+    if half or M <= SORTED_ROWS:
+        X = X.index_select(0, rows.order)
+        return _add_runs(linear(X, W, bias), X, slots, runs).index_select(0, rows.back)
+    Y = linear(X, W, bias)
+    for begin, end, first, r, scaling in runs:
+        own = rows.order[begin:end]
+        xa = X.index_select(0, own) @ _as(slots.A[first : first + r], X).t()
+        Y.index_add_(0, own, xa @ _as(slots.B[:, first : first + r], X).t(), alpha=scaling)
+    return Y
+
+
+def _wide(M: int, N: int, K: int, ranks: int) -> bool:
+    """Whether one 16-bit product over all ``ranks`` beats one each for every adapter."""
+    return M <= MASKED_ROWS or ranks * (K + N) <= 2 * N * K
+
+
+def _add_runs(Y: Tensor, X: Tensor, slots: Slots, runs: list[Run]) -> Tensor:
+    """Y[run] += s X[run] A^T B^T in place."""
+    At, Bt = slots.A.t(), slots.B.t()
+    for begin, end, first, r, scaling in runs:  # narrow, twice as fast as a slice: with few rows the host decides
+        xa = X.narrow(0, begin, end - begin) @ _as(At.narrow(1, first, r), X)
+        Y.narrow(0, begin, end - begin).addmm_(xa, _as(Bt.narrow(0, first, r), X), alpha=scaling)
+    return Y
+
+
+def _masked(
+    X: Tensor, W: Tensor, slots: Slots, bias: Tensor | None, held: list[tuple[int, int, float]], rows: Rows
+) -> Tensor:
+    """X times the A of every adapter that is there, each row keeping its own ranks, times their B."""
+    L = len(held)
+    there = sorted((*held[slot], slot) for slot, _, _ in rows.in_order if 0 <= slot < L and held[slot][1])
+    firsts, ends = [first for first, *_ in there], list(itertools.accumulate(r for _, r, _, _ in there))
+    A, B = slots.A, slots.B
+    if ends[-1] != A.shape[0] or firsts != [0, *ends[:-1]]:
+        A = torch.cat([A.narrow(0, first, r) for first, r, _, _ in there])
+        B = torch.cat([B.narrow(1, first, r) for first, r, _, _ in there], 1)
+    table = X.new_zeros(L + 1, ends[-1], dtype=torch.promote_types(X.dtype, torch.float32))  # 16 bit would round s
+    for end, (_, r, scaling, slot) in zip(ends, there, strict=True):  # repeat_interleave would wake every thread
+        table[slot].narrow(0, end - r, r).fill_(scaling)
+    XA = X @ _as(A, X).t()
+    XA *= table.index_select(0, rows.index(L))
+    return linear(X, W, bias).addmm_(XA, _as(B, X).t())
