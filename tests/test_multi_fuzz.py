@@ -205,3 +205,36 @@ def test_mixes_of_triton_kernels(shard, plan, device, poisoned):
     """510 mixes of each plan; memory that nobody wrote is NaN. The decode kernels take 64 rows and no gradients."""
     limits = {"max_M": 64, "gradients_of": 0} if plan == "decode" else {}
     assert play(120 if shard else 30, shard, device, f"triton:{plan}", **limits) > 500
+
+
+BROKEN = [(backend, value) for backend in ("triton:eager", "triton:extend") for value in (float("inf"), float("nan"))]
+
+
+@pytest.mark.parametrize(("backend", "value"), [("auto", 3e4), ("triton:eager", 3e4), ("triton:extend", 3e4), *BROKEN])
+@pytest.mark.parametrize("M", [6, 70])
+def test_an_adapter_that_overflows_harms_no_other_row(M, value, backend, device, poisoned):
+    """Of one tenant's broken adapter the others' rows show nothing, not even NaN; nor do the others' gradients.
+
+    3e4 is a number of float16's, whose products are none.
+    """
+    rng = random.Random(M)
+    board = Board(rng, device)
+    while board.L < 3 or board.max_rank < 3 or board.R < 40 or board.dtype != torch.float16:
+        board = Board(rng, device)
+    for slot in range(3):
+        while slot not in board.held or not len(board.rows(slot)):
+            board.load(slot)
+    X, dY = board.normal(M, board.K), board.normal(M, board.N)
+    ids = mix_ids("uniform", M, 3, seed=1).to(device)
+    sound = mixed(board, X, dY, ids, backend, True), mixed(board, X, dY, ids, backend, False)
+    board.slots.A[list(board.rows(1))] = board.slots.B[:, list(board.rows(1))] = value
+    broken = mixed(board, X, dY, ids, backend, True), mixed(board, X, dY, ids, backend, False)
+    others, own = ids != 1, list(board.rows(1))
+    assert not broken[0]["Y"][~others].isfinite().all()
+    for before, after in zip(sound, broken, strict=True):
+        assert after["Y"][others].isfinite().all()
+        assert torch.allclose(after["Y"][others], before["Y"][others], atol=0.02)
+    rest = [row for row in range(board.R) if row not in own]
+    assert torch.equal(broken[0]["dX"][others], sound[0]["dX"][others])
+    assert torch.equal(broken[0]["dA"][rest], sound[0]["dA"][rest])
+    assert torch.equal(broken[0]["dB"][:, rest], sound[0]["dB"][:, rest])

@@ -92,7 +92,7 @@ _last: tuple[weakref.ref[Tensor], int, Rows] | None = None
 
 
 def rows_of(ids: Tensor) -> Rows:
-    """The Rows of ``ids``, remembered for the last tensor as long as nothing writes to it: all layers of a model ask."""
+    """The Rows of ``ids``, remembered for the last tensor while nothing writes to it: every layer asks."""
     global _last
     if ids.is_inference():  # such a tensor counts no changes
         return Rows(ids)
@@ -171,5 +171,8 @@ def _masked(
     for end, (_, r, scaling, slot) in zip(ends, there, strict=True):  # repeat_interleave would wake every thread
         table[slot].narrow(0, end - r, r).fill_(scaling)
     XA = X @ _as(A, X).t()
-    XA *= table.index_select(0, rows.index(L))
+    own = table.index_select(0, rows.index(L))
+    XA *= own
+    if X.dtype == torch.float16:  # whose products overflow leaves no NaN in the others' rows
+        XA.masked_fill_(own == 0, 0)
     return linear(X, W, bias).addmm_(XA, _as(B, X).t())
