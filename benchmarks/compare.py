@@ -19,7 +19,22 @@ from benchmarks.rows import REHEARSAL, Record, read_rows
 
 OURS = "lora_kernels"
 VERSIONS = ("driver", "cuda", "torch", "triton", "commit")
-_KEY = ("op", "mode", "dtype", "format", "M", "N", "K", "r", "L", "dropout", "implementation")
+_KEY = (
+    "op",
+    "mode",
+    "dtype",
+    "format",
+    "M",
+    "N",
+    "K",
+    "r",
+    "L",
+    "dropout",
+    "ranks",
+    "distribution",
+    "sequence",
+    "implementation",
+)
 Key = tuple[object, ...]
 
 
@@ -59,8 +74,9 @@ def key_of(row: Record) -> Key:
 
 def name_of(key: Key) -> str:
     """A key in words."""
-    op, mode, dtype, form, M, N, K, r, L, dropout, implementation, plan = key
+    op, mode, dtype, form, M, N, K, r, L, dropout, ranks, distribution, sequence, implementation, plan = key
     tail = ("" if form == "dense" else f" {form}") + ("" if L == 1 else f" L{L}")
+    tail += f" {ranks} {distribution} in {sequence}s" if distribution else ""
     return f"{op} {mode} M{M} N{N} K{K} r{r} p{dropout:g} {dtype}{tail}: {implementation}" + (f" {plan}" * bool(plan))
 
 

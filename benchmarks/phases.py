@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import checks, extras, tools
+from benchmarks import checks, extras, serving_round, tools
 from benchmarks.blocks import our_block, rivals_of
 from benchmarks.cases import (
     BERT,
@@ -180,6 +180,12 @@ class Round:
         yield from self._timed(FEW_ROWS, ("fwd_graph", "fwd", "fwd_bwd_graph", "fwd_bwd"))
         yield from self._timed(BERT, ("fwd_bwd", "fwd"))
 
+    def _serving(self) -> Units:
+        yield from serving_round.units(self.rehearse)
+
+    def _serving_sanitized(self) -> Units:
+        yield from serving_round.sanitized(self.rehearse)
+
     def _blocks(self) -> Units:
         for op in ("lora_linear_stacked", "lora_mlp"):
             modes = ("fwd_bwd",) if self.rehearse else ("fwd_bwd", "fwd")
@@ -203,6 +209,7 @@ class Round:
     def _tools(self) -> Units:
         for kind in ("memcheck", "racecheck"):
             yield kind, lambda bench, kind=kind: ([], [tools.sanitize(kind, self.rehearse)])  # type: ignore[misc]
+        yield from serving_round.watched(self.rehearse)
         yield "ncu", lambda bench: ([], [tools.profile(self.out, self.rehearse)])
 
     def _sanitized(self) -> Units:

@@ -39,7 +39,9 @@ class Row:
 
     ``N``: of several projections on one X their sizes, "4096+1024+1024"; of an MLP its inner width.
     ``peak_mib`` is what a call holds at its peak beyond its inputs, ``saved_mib`` what it keeps between forward and
-    backward beside the parameters, ``operators`` what it dispatches; None (an empty cell) is "not measured".
+    backward beside the parameters, ``operators`` what it dispatches; None (an empty cell) is "not measured". A mixed
+    batch has ``L`` adapters of ``ranks`` ("16", "8-64"; ``r`` is the widest) that sequences of ``sequence`` rows use as
+    ``distribution`` says.
     """
 
     op: str
@@ -65,6 +67,9 @@ class Row:
     ratio_to_best_rival: float | None
     saved_mib: float | None = None
     operators: int | None = None
+    ranks: str | None = None
+    distribution: str | None = None
+    sequence: int | None = None
 
 
 @dataclass(frozen=True)
@@ -220,8 +225,8 @@ def read_rows(place: Path) -> list[Record]:
     return rows
 
 
-_LATER = {"saved_mib", "operators"}  # columns that older tables lack
-_WHOLE = {"M", "N", "K", "r", "L", "operators"}
+_LATER = {"saved_mib", "operators", "ranks", "distribution", "sequence"}  # columns that older tables lack
+_WHOLE = {"M", "N", "K", "r", "L", "operators", "sequence"}
 _REAL = {field.name for field in fields(Row) if "float" in str(field.type)}
 
 
@@ -230,7 +235,7 @@ def _cell(name: str, text: str) -> Any:
         return int(text) if text.isdigit() else text or None
     if name in _REAL:
         return float(text) if text else None
-    return text
+    return text or None if name in _LATER else text
 
 
 def write_csv(path: Path, names: Sequence[str], records: Sequence[Record]) -> None:

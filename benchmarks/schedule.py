@@ -31,6 +31,7 @@ PHASES = (
     Phase("opt_in_check", 60, 200, shards=4, patience=60, by_plan=True),
     Phase("opt_in", 90, 300, patience=60, by_plan=True),
     Phase("small", 90, 240, patience=90),
+    Phase("serving", 150, 400, patience=60, by_plan=True),
     Phase("blocks", 60, 200, patience=90),
     Phase("tune", 150, 500, patience=240, retries=4),
     Phase("step", 60, 240, patience=200),

@@ -15,6 +15,7 @@ from benchmarks.rows import Check
 
 CUDA_BIN = "/usr/local/cuda/bin"
 SANITIZED_PHASE, PROFILED_PHASE = "sanitized", "profiled"  # what a worker runs under the tool
+SERVING_PHASE = "serving_sanitized"
 LAUNCHES = 12  # profiled
 
 
@@ -27,8 +28,8 @@ def _worker(phase: str, folder: str, rehearse: bool) -> list[str]:
     return [*command, "--rehearse"] if rehearse else command
 
 
-def sanitize(kind: str, rehearse: bool) -> Check:
-    """compute-sanitizer's ``kind`` ("memcheck", "racecheck") over small shapes, plans that wait for nobody only.
+def sanitize(kind: str, rehearse: bool, phase: str = SANITIZED_PHASE) -> Check:
+    """compute-sanitizer's ``kind`` ("memcheck", "racecheck") over small shapes: those of ``phase``.
 
     Without PyTorch's caching allocator, so that every overrun leaves a block.
     """
@@ -40,7 +41,7 @@ def sanitize(kind: str, rehearse: bool) -> Check:
     with tempfile.TemporaryDirectory() as folder:
         watched = [] if rehearse else [str(tool), "--tool", kind, "--error-exitcode", "9"]
         done = subprocess.run(
-            [*watched, *_worker(SANITIZED_PHASE, folder, rehearse)],
+            [*watched, *_worker(phase, folder, rehearse)],
             env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, capture_output=True, text=True,
         )  # fmt: skip
     if rehearse and done.returncode == 0:

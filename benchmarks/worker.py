@@ -23,8 +23,9 @@ from benchmarks.measure import DeviceBroken, Found
 from benchmarks.phases import Round, Unit
 from benchmarks.rows import Journal, record, this_machine
 from benchmarks.schedule import PHASES
-from benchmarks.tools import PROFILED_PHASE, SANITIZED_PHASE
+from benchmarks.tools import PROFILED_PHASE, SANITIZED_PHASE, SERVING_PHASE
 
+WATCHED = (SANITIZED_PHASE, PROFILED_PHASE, SERVING_PHASE)  # what the tools start
 DEVICE_BROKEN = 3
 CHECKS_FAILED = 4
 
@@ -32,9 +33,7 @@ CHECKS_FAILED = 4
 def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.worker", description="One process of a GPU round.")
-    parser.add_argument(
-        "--phase", required=True, choices=[*(phase.name for phase in PHASES), SANITIZED_PHASE, PROFILED_PHASE]
-    )
+    parser.add_argument("--phase", required=True, choices=[*(phase.name for phase in PHASES), *WATCHED])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shard", default="0/1", help="this process and their number")
     parser.add_argument("--seconds", type=float, default=float("inf"))

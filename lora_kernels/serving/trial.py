@@ -126,6 +126,12 @@ def judged(case: ServingCase, contenders: Sequence[Contender], device: torch.dev
             yield oracle.judge(contender, Y, case.dtype)
         except BackendUnavailableError as refusal:
             yield Judgement(contender, "refused", str(refusal))
+        except Exception as error:  # what one throws must not take the others along
+            yield _thrown(contender, error)
+
+
+def _thrown(contender: Contender, error: Exception) -> Judgement:
+    return Judgement(contender, "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
 def measure(
@@ -149,11 +155,18 @@ def measure(
     problem = oracle_of(case, device).problem
     problems = _copies(problem, copies) if graph else [problem]
     with torch.no_grad():
-        calls = {each.label: captured([each.build(case, one) for one in problems], device, graph) for each in timed}
+        calls: dict[str, Callable[[], object]] = {}
+        for each in timed:
+            try:
+                calls[each.label] = captured([each.build(case, one) for one in problems], device, graph)
+            except Exception as error:  # a graph may not take what a call does
+                found.append(_thrown(each, error))
         samples = (timer or functools.partial(in_turns, device=device))(calls, rounds)
-    spreads = {each: spread([ms / len(problems) for ms in samples[each.label]]) for each in timed}
+    spreads = {
+        each: spread([ms / len(problems) for ms in samples[each.label]]) for each in timed if each.label in calls
+    }
     frozen = spreads[FROZEN][0] if FROZEN in spreads else None
-    best = min((spreads[each][0] for each in timed if each.is_rival(case.dtype)), default=None)
+    best = min((spreads[each][0] for each in spreads if each.is_rival(case.dtype)), default=None)
     timings = [
         Timing(
             case, each, plan_label(case, each.backend, device) if each.ours else "", *times,

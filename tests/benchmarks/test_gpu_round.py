@@ -38,11 +38,13 @@ def test_the_rehearsal_walks_through_every_phase_and_goes_on_where_it_was(tmp_pa
     assert {check["status"] for check in checks} <= {"ok", "refused", "not run"}, done.stdout
     assert {check["check"] for check in checks} == {
         "rule", "rule lora_linear_stacked", "rule lora_mlp", "mask", "determinism", "keep rate", "gemm", "tune",
-        "curve", "memcheck", "racecheck", "profile", "model step_bert",
+        "curve", "memcheck", "racecheck", "profile", "model step_bert", "rule multi_lora_linear",
+        "launches multi_lora_linear", "replays multi_lora_linear", "memcheck multi_lora_linear",
+        "racecheck multi_lora_linear",
     }  # fmt: skip
     assert {row["op"] for row in rows} == {
         "lora_linear", "lora_linear_stacked", "lora_mlp", "gemm", "gemm_nn", "overhead", "train_bert", "step_bert",
-        "ceiling",
+        "ceiling", "multi_lora_linear",
     }  # fmt: skip
     assert {row["mode"] for row in rows} >= {"fwd", "fwd_bwd", "fwd_graph", "fwd_bwd_graph"}
     right = {check["implementation"] for check in checks if check["check"] == "rule" and check["status"] == "ok"}

@@ -6,6 +6,7 @@ import pytest
 from benchmarks.phases import Round, plan_of
 from benchmarks.rivals import OPT_IN_BACKENDS
 from benchmarks.schedule import PHASES
+from benchmarks.serving_round import PLANS as SERVING_PLANS
 from benchmarks.tools import PROFILED_PHASE, SANITIZED_PHASE
 from benchmarks.worker import share
 
@@ -37,7 +38,9 @@ def test_plans_that_no_gpu_has_run_have_units_of_their_own(tmp_path: Path) -> No
     for phase in (phase for phase in PHASES if phase.by_plan):
         assert phase.patience <= 60
         first_words = {unit.partition("/")[2].split()[0] for unit in Round(tmp_path).units(phase.name)}
-        if phase.name != "gemm":
+        if phase.name == "serving":
+            assert first_words == {"auto", *SERVING_PLANS}
+        elif phase.name != "gemm":
             assert first_words == plans
 
 

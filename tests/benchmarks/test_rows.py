@@ -5,7 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.rows import REHEARSAL, Check, Journal, Machine, Row, columns, read_rows, record, this_machine, write_csv
+from benchmarks.rows import (
+    _LATER,
+    REHEARSAL,
+    Check,
+    Journal,
+    Machine,
+    Row,
+    columns,
+    read_rows,
+    record,
+    this_machine,
+    write_csv,
+)
 
 MACHINE = Machine("GPU", "1", "2", "3", "4", "5", "6")
 ROW = Row(
@@ -17,7 +29,8 @@ ROW = Row(
 def test_a_row_has_the_columns_that_results_are_published_with() -> None:
     expected = (
         "op mode dtype format M N K r L dropout plan implementation ms_p50 ms_p20 ms_p80 tflops gbps pct_of_bound "
-        "peak_mib ratio_to_frozen ratio_to_best_rival saved_mib operators gpu driver cuda torch triton commit date"
+        "peak_mib ratio_to_frozen ratio_to_best_rival saved_mib operators ranks distribution sequence "
+        "gpu driver cuda torch triton commit date"
     )
     assert columns(Row) == expected.split()
 
@@ -83,7 +96,7 @@ def test_this_machine_names_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_table_from_before_a_column_was_added_is_read(tmp_path: Path) -> None:
-    older = [name for name in columns(Row) if name not in ("saved_mib", "operators")]
+    older = [name for name in columns(Row) if name not in _LATER]
     kept = {name: value for name, value in record(ROW, MACHINE).items() if name in older}
     write_csv(tmp_path / "rows.csv", older, [kept])
     assert read_rows(tmp_path / "rows.csv") == [record(ROW, MACHINE)]

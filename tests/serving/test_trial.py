@@ -62,6 +62,17 @@ def test_what_is_wrong_gets_no_time(what):
     assert trial.measure(CASE, [FROZEN, rival], CPU, timer=told).judgements[0].status == "failed" or what == "unwritten"
 
 
+def test_what_one_throws_does_not_take_the_others_along():
+    def throw(case, problem):
+        raise RuntimeError("out of\nwhatever")
+
+    timings, judgements = trial.measure(CASE, [FROZEN, replace(REFERENCE, build=throw), ALL_SLOTS], CPU, timer=told)
+    assert [(each.status, each.message) for each in judgements] == [
+        ("failed", "RuntimeError: out of whatever"), ("ok", ""),
+    ]  # fmt: skip
+    assert len(timings) == 2
+
+
 def test_who_refuses_or_is_not_there_is_told():
     def refuse(case, problem):
         raise BackendUnavailableError("it takes up to 64 rows")
