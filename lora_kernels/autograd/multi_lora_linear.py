@@ -102,6 +102,15 @@ def token_ids(ids: Tensor, X: Tensor, L: int) -> Tensor:
     return ids if ids.dtype == torch.int32 else ids.to(torch.int32)
 
 
+def _autocast(X: Tensor, W: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands in autocast's dtype where it is on."""
+    device_type = "cpu" if X.is_cpu else X.device.type
+    if not torch.is_autocast_enabled(device_type) or X.dtype == torch.float64:
+        return X, W, bias
+    dtype = torch.get_autocast_dtype(device_type)
+    return X.to(dtype), W.to(dtype), None if bias is None else bias.to(dtype)
+
+
 def multi_lora_linear(
     X: Tensor,
     W: Tensor,
@@ -144,11 +153,7 @@ def multi_lora_linear(
     N, K = format_of(W).shape(W)
     if X.dim() < 1 or X.shape[-1] != K:
         raise ShapeError(f"X {tuple(X.shape)} and W ({N}, {K}) do not fit: expected X (..., {K})")
-    device_type = X.device.type
-    if torch.is_autocast_enabled(device_type) and X.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        X, W = X.to(dtype), W.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    X, W, bias = _autocast(X, W, bias)
     if bias is not None and bias.shape != (N,):
         raise ShapeError(f"bias has shape {tuple(bias.shape)}; expected ({N},) or None")
     if not X.dtype.is_floating_point or X.dtype != W.dtype or (bias is not None and bias.dtype != X.dtype):
@@ -162,6 +167,7 @@ def multi_lora_linear(
 
 def run(X: Tensor, W: Tensor, slots: Slots, ids: Tensor, bias: Tensor | None, backend: str = "auto") -> Tensor:
     """multi_lora_linear for layers that have looked at their operands: ids int32 (M,), one a row of X (..., K)."""
+    X, W, bias = _autocast(X, W, bias)
     backend = resolve(backend, X.device.type, X.dtype)
     if torch.is_grad_enabled():
         apply = _MultiLoRALinear.apply if transformed() else _apply

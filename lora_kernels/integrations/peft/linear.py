@@ -21,6 +21,7 @@ from lora_kernels.autograd.lora_linear import run as run_lora_linear
 from lora_kernels.autograd.lora_linear_stacked import Projection
 from lora_kernels.integrations.peft import why_not as conditions
 from lora_kernels.integrations.peft.dora import dora_forward, is_dora, why_not_dora
+from lora_kernels.integrations.peft.mixed import mixed_forward
 
 ROOT = "_lora_root"  # in one layer's __dict__, where PEFT keeps no tuner with the model: see accelerate.Root
 CALLS = "_peft_forward_calls"  # in a layer's __dict__: reason -> how many calls PEFT's own forward took
@@ -40,21 +41,15 @@ class Operands(NamedTuple):
     dora: str | None = None
 
 
-def operands(layer: Linear, x: Tensor | None = None) -> Operands | str:
-    """What the fused path reads of the layer in its present state, for the input ``x`` (..., K), or the reason why
-    PEFT's own forward runs."""
+def _base(layer: Linear, x: Tensor | None) -> tuple[Tensor, Tensor | None] | str:
+    """W (N, K) and bias (N,) or None of the layer for the input ``x`` (..., K), or a reason."""
     reason = conditions.state_reason(layer)
     if reason is not None:
         return reason
-    modules = layer._modules
-    base: Any = modules["base_layer"]
+    base: Any = layer._modules["base_layer"]
     reason = conditions.linear_reason(base) or conditions.module_reason(base, "base_layer")
     if reason is not None:
         return reason
-    held: Any = modules["lora_A"]
-    names = conditions.active_in(layer, held._modules)
-    if not names:
-        return "no adapter of it is active"
     W = conditions.weight_of(base)
     reason = conditions.weight_reason(W, "base_layer")
     if reason is not None:
@@ -70,7 +65,20 @@ def operands(layer: Linear, x: Tensor | None = None) -> Operands | str:
             return reason
     if type(base) is Conv1D:
         W = W.t()
-    bias = base._parameters["bias"] if "bias" in base._parameters else conditions.weight_of(base, "bias")
+    return W, base._parameters["bias"] if "bias" in base._parameters else conditions.weight_of(base, "bias")
+
+
+def operands(layer: Linear, x: Tensor | None = None) -> Operands | str:
+    """What the fused path reads of the layer in its present state, for the input ``x`` (..., K), or the reason why
+    PEFT's own forward runs."""
+    found = _base(layer, x)
+    if isinstance(found, str):
+        return found
+    W, bias = found
+    held: Any = layer._modules["lora_A"]
+    names = conditions.active_in(layer, held._modules)
+    if not names:
+        return "no adapter of it is active"
     parts = []
     for name in names:
         part = _adapter(layer, name, W.dtype if x is None else x.dtype)
@@ -178,7 +186,10 @@ class FusedLinear(Told, Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y (..., N) for x (..., K); a call that cannot be fused is PEFT's own, and counted with its reason."""
         if args or kwargs:
-            reason = conditions.kwargs_reason(args, kwargs)
+            y = self._mixed(x, *args, **kwargs)
+            if not isinstance(y, str):
+                return y
+            reason = y
         else:
             group = self.__dict__.get("_lora_group")
             if group is not None:
@@ -194,6 +205,15 @@ class FusedLinear(Told, Linear):
             reason = found
         count_peft_call(self, reason)
         return super().forward(x, *args, **kwargs)
+
+    def _mixed(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | str:
+        """y for a batch of several adapters, or the reason why PEFT's own forward runs."""
+        names = kwargs.get("adapter_names")
+        if args or names is None or len(kwargs) > 1:
+            return conditions.kwargs_reason(args, kwargs)
+        self._check_forward_args(x, adapter_names=names)
+        found = _base(self, x)
+        return found if isinstance(found, str) else mixed_forward(self, x, names, *found, _adapter)
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, which calls it on every layer when an adapter was added anywhere: new layers are looked for."""

@@ -21,7 +21,6 @@ def test_fused(feature, family):
 @pytest.mark.parametrize(
     ("feature", "family", "reason"),
     [
-        ("adapter_names, a mixed batch", "RoBERTa", "adapter_names was passed"),
         ("disable_adapter", "Llama", "its adapters are disabled"),
         ("merge_adapter, unmerge_adapter", "GPT-2", "its adapters are merged"),
         ("hooks on base_layer, lora_A, lora_B", "Llama", "lora_A has forward hooks"),

@@ -59,6 +59,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter:
 
     counting("run_lora_linear", lambda *_: "fused")
     counting("dora_forward", lambda *_: "dora")
+    counting("mixed_forward", lambda *_: "mixed")
     counting("count_peft_call", lambda layer, reason: reason)
     return seen
 
