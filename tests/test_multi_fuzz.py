@@ -18,7 +18,7 @@ from lora_kernels.testing import Pool
 from lora_kernels.testing.multi import DISTRIBUTIONS, mix_ids
 
 EDGES = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65)
-RANKS = (0, 1, 2, 3, 5, 8, 8, 11, 16, 16, 17, 24, 33)
+RANKS = (0, 1, 2, 3, 5, 8, 8, 11, 16, 16, 17, 24, 33, 70, 150)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PER_BOARD = 10
 
@@ -45,7 +45,7 @@ class Board:
     def __post_init__(self) -> None:
         rng = self.rng
         self.N, self.K, self.L = size(rng), size(rng), rng.randint(1, 9)
-        self.dtype, self.R, self.max_rank = rng.choice(DTYPES), rng.randint(1, 90), rng.choice((1, 8, 17, 33))
+        self.dtype, self.R, self.max_rank = rng.choice(DTYPES), rng.randint(1, 200), rng.choice((1, 8, 17, 33, 160))
         self.max_rank = min(self.max_rank, self.R)
         self.adapter_dtype = rng.choice((self.dtype, torch.float32))
         self.W, bias = self.normal(self.N, self.K, std=self.K**-0.5), self.normal(self.N)
@@ -212,6 +212,7 @@ BROKEN = [(backend, value) for backend in ("triton:eager", "triton:extend") for 
 
 @pytest.mark.parametrize(("backend", "value"), [("auto", 3e4), ("triton:eager", 3e4), ("triton:extend", 3e4), *BROKEN])
 @pytest.mark.parametrize("M", [6, 70])
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy's, which interprets
 def test_an_adapter_that_overflows_harms_no_other_row(M, value, backend, device, poisoned):
     """Of one tenant's broken adapter the others' rows show nothing, not even NaN; nor do the others' gradients.
 
