@@ -71,7 +71,7 @@ def test_what_takes_pefts_own_forward(model, example, same, calls):
 
 def test_pefts_own_errors(model, example):
     ours = accelerate(model, verbose=False)
-    with pytest.raises(ValueError, match="same length"):
+    with pytest.raises(ValueError, match="be the same as the number of inputs"):
         ours(example(5), adapter_names=NAMES[:2])
     with pytest.raises(ValueError, match="training mode"):
         ours.train()(example(5), adapter_names=NAMES)
