@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from benchmarks import serving
+from benchmarks import serving_lines
 from benchmarks.cases import DTYPE_NAMES, OPS, TARGETS
 from benchmarks.rows import REHEARSAL, Record
 
@@ -18,7 +18,7 @@ def summary(rows: Sequence[Record], checks: Sequence[Record], phases: Sequence[R
     if some is None:
         return "nothing was measured"
     lines = ["", *table(rows), *_gemm(rows), *_steps(rows), *_targets(rows), *_against_rivals(rows), *_checks(checks)]
-    lines += serving.lines(rows)
+    lines += serving_lines.lines(rows)
     lines += [
         f"phase {phase['phase']} {phase['status']}: {phase['done']} of {phase['units']} units. {phase['detail']}"
         for phase in phases
