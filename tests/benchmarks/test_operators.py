@@ -33,6 +33,15 @@ def test_the_same_cases_run_as_pytest_benchmarks_one_group_a_case(tmp_path: Path
     assert measured[0]["extra_info"]["commit"]
 
 
+def test_mixed_batches_are_a_group_each(tmp_path: Path) -> None:
+    done = _benchmarks(tmp_path, "-k", "test_mixed_batch and M64 and not M1024 and not peft and not bmm and not swap")
+    assert done.returncode == 0, done.stdout
+    measured = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
+    assert {each["group"] for each in measured} == {"M64 N768 K768 L8 r8-64 uniform float32"}
+    assert {each["name"] for each in measured} == {"frozen linear", "lora_kernels reference", "all slots + mask"}
+    assert {each["extra_info"]["plan"] for each in measured} == {"", "reference"}
+
+
 def test_make_test_does_not_run_them() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert settings["tool"]["pytest"]["ini_options"]["testpaths"] == ["tests"]
