@@ -264,3 +264,17 @@ def test_an_adapter_that_overflows_harms_no_other_row(M, value, backend, device,
     assert torch.equal(broken[0]["dX"][others], sound[0]["dX"][others])
     assert torch.equal(broken[0]["dA"][rest], sound[0]["dA"][rest])
     assert torch.equal(broken[0]["dB"][:, rest], sound[0]["dB"][:, rest])
+
+
+def test_the_batch_of_another_thread_is_never_taken_for_ones_own():
+    """What is remembered of ids is replaced by another thread just while it is looked at."""
+    mine, others = torch.tensor([0, 1, 1], dtype=torch.int32), torch.tensor([2, 2, 2], dtype=torch.int32)
+    rows = multi_infer.rows_of(mine)
+    theirs = lambda: others, others._version, multi_infer.Rows(others)
+
+    def replaced_meanwhile() -> Tensor:
+        multi_infer._last = theirs
+        return mine
+
+    multi_infer._last = replaced_meanwhile, mine._version, rows
+    assert multi_infer.rows_of(mine).in_order == [(0, 0, 1), (1, 1, 3)]

@@ -96,8 +96,9 @@ def rows_of(ids: Tensor) -> Rows:
     global _last
     if ids.is_inference():  # such a tensor counts no changes
         return Rows(ids)
-    if _last is not None and _last[0]() is ids and _last[1] == ids._version:
-        return _last[2]
+    last = _last  # read once: another thread may put its own batch there at any time
+    if last is not None and last[0]() is ids and last[1] == ids._version:
+        return last[2]
     rows = Rows(ids.detach())  # no cycle: a view keeps the memory, not the tensor that was given
     _last = weakref.ref(ids), ids._version, rows
     return rows
