@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_kernels.adapters import load_adapter, merge_lora, save_adapter, unmerge_lora
+    from lora_kernels.adapters import AdapterPool, load_adapter, merge_lora, save_adapter, unmerge_lora
     from lora_kernels.autograd.dora_linear import dora_linear
     from lora_kernels.autograd.lora_linear import lora_linear
     from lora_kernels.autograd.lora_linear_stacked import Projection, lora_linear_stacked
@@ -17,13 +17,18 @@ if TYPE_CHECKING:
     from lora_kernels.autograd.multi_lora_linear import multi_lora_linear
     from lora_kernels.config import LoRAConfig
     from lora_kernels.errors import (
+        AdapterBusyError,
         AdapterFormatError,
+        AdapterPoolError,
         BackendUnavailableError,
         ConfigError,
         FrozenWeightError,
         LoRAKernelsError,
         MergeError,
+        PoolFullError,
         ShapeError,
+        UnknownAdapterError,
+        UnservableAdapterError,
     )
     from lora_kernels.finetune import LoRA, Trainer
     from lora_kernels.finetune.loraplus import loraplus_groups
@@ -54,6 +59,7 @@ _HOME = {
     "explain": "lora_kernels.inject",
     "accelerate": "lora_kernels.integrations.peft.accelerate",
     "decelerate": "lora_kernels.integrations.peft.accelerate",
+    "AdapterPool": "lora_kernels.adapters",
     "save_adapter": "lora_kernels.adapters",
     "load_adapter": "lora_kernels.adapters",
     "merge_lora": "lora_kernels.adapters",
@@ -68,10 +74,18 @@ _HOME = {
     "ConfigError": "lora_kernels.errors",
     "AdapterFormatError": "lora_kernels.errors",
     "MergeError": "lora_kernels.errors",
+    "AdapterPoolError": "lora_kernels.errors",
+    "PoolFullError": "lora_kernels.errors",
+    "AdapterBusyError": "lora_kernels.errors",
+    "UnknownAdapterError": "lora_kernels.errors",
+    "UnservableAdapterError": "lora_kernels.errors",
 }
 
 __all__ = [
+    "AdapterBusyError",
     "AdapterFormatError",
+    "AdapterPool",
+    "AdapterPoolError",
     "BackendUnavailableError",
     "ConfigError",
     "DoRALinear",
@@ -84,10 +98,13 @@ __all__ = [
     "LoRAMLP",
     "LoRAQKV",
     "MergeError",
+    "PoolFullError",
     "Projection",
     "ShapeError",
     "Slots",
     "Trainer",
+    "UnknownAdapterError",
+    "UnservableAdapterError",
     "accelerate",
     "apply_lora",
     "decelerate",

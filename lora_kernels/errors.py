@@ -27,3 +27,23 @@ class AdapterFormatError(LoRAKernelsError, ValueError):
 
 class MergeError(LoRAKernelsError, RuntimeError):
     """A merge or unmerge that would lose information."""
+
+
+class AdapterPoolError(LoRAKernelsError, RuntimeError):
+    """Something that an AdapterPool cannot do; it is as it was before."""
+
+
+class PoolFullError(AdapterPoolError):
+    """No room for another adapter, and nobody may be evicted."""
+
+
+class AdapterBusyError(AdapterPoolError):
+    """An adapter that a running batch uses, and that therefore cannot be replaced or removed now."""
+
+
+class UnknownAdapterError(AdapterPoolError, LookupError):
+    """A name that the pool has no adapter for."""
+
+
+class UnservableAdapterError(AdapterPoolError, ValueError):
+    """A sound adapter that this pool cannot serve: another kind, other modules, too large a rank."""

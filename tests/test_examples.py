@@ -1,5 +1,6 @@
 """Each example runs as a user would run it, in a few steps and without a network, and prints what its page claims."""
 
+import json
 import os
 import re
 import subprocess
@@ -7,12 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lora_kernels.finetune.movies import TEXT, cache_folder
+from lora_kernels.finetune.tasks.pretrained import SMOLLM2, load_tokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PAGE = Path(__file__).parent.parent / "docs" / "examples.md"
 FILM = pytest.mark.skipif(not (cache_folder() / TEXT).exists(), reason="the film reviews are not in the cache")
+
+
+SKILLS = ("passive", "json", "question")  # of serve_adapters
 
 
 def run(name, out, *arguments):
@@ -61,6 +67,35 @@ def test_machine_translation(tmp_path):
     assert "32 of 32 PEFT LoRA layers fused" in said
 
 
+@pytest.fixture
+def tiny_llama(tmp_path):
+    """A folder with a Llama of two layers that knows nothing, and SmolLM2's tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = load_tokenizer(SMOLLM2)
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = LlamaConfig(**sizes, vocab_size=len(tokenizer), num_key_value_heads=2, initializer_range=0.2)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+@pytest.mark.slow
+def test_serve_adapters(tmp_path, tiny_llama):
+    out = tmp_path / "out"
+    said = run("serve_adapters", out, "--model", str(tiny_llama), "--steps", "20", "--sentences", "3")
+    assert "12 of 12 rows of the mixed batch are PEFT's for that request alone, token for token" in said
+    answers = [re.findall(rf"^ *{name}: the .*? -> (.*)", said, re.MULTILINE) for name in (*SKILLS, "None")]
+    assert [len(each) for each in answers] == [2] * 4
+    assert len(set(map(tuple, answers))) == 4  # each adapter says something else, and so does the base
+    for skill, rank in zip(SKILLS, (16, 4, 8), strict=True):
+        config = json.loads((out / skill / "adapter" / "adapter_config.json").read_text())
+        assert config["r"] == rank
+    again = run("serve_adapters", out, "--model", str(tiny_llama), "--sentences", "1")
+    assert "lora-kernels train" not in again  # what is there is not trained again
+
+
 @FILM
 @pytest.mark.slow
 def test_causal_lm(tmp_path):
@@ -73,7 +108,7 @@ def test_causal_lm(tmp_path):
 
 def test_examples_are_short_and_have_their_output_on_the_page():
     names = sorted(path.stem for path in EXAMPLES.glob("*.py"))
-    assert names == ["causal_lm", "machine_translation", "sentiment_analysis", "text_classification"]
+    assert names == ["causal_lm", "machine_translation", "sentiment_analysis", "serve_adapters", "text_classification"]
     page = PAGE.read_text()
     for name in names:
         source = (EXAMPLES / f"{name}.py").read_text()

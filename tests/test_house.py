@@ -39,6 +39,7 @@ ALLOWED["ops"] |= {"stacked_cost"}
 ALLOWED["targets"] = LEAVES | {"layers"}
 ALLOWED["report"] = ALLOWED["layers"] | {"layers", "targets", "kernels", "cost", "variants"}
 ALLOWED["inject"] = ALLOWED["adapters"] = ALLOWED["layers"] | {"layers", "targets", "report", "inject", "adapters"}
+ALLOWED["adapters"] = ALLOWED["adapters"] | {"multi_plan"}  # whether the pool's backend runs here
 ALLOWED["trial"] = ALLOWED["ops"] | {"ops", "testing", "variants"}
 ALLOWED["tune"] = ALLOWED["trial"] | {"trial", "tuned", "adapters"}
 ALLOWED["integrations"] = ALLOWED["finetune"] = ALLOWED["inject"] | {"integrations", "finetune"}

@@ -1,0 +1,197 @@
+"""An adapter of PEFT's for a pool: read, matched with the pool's layers and checked whole, before the pool is asked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.adapters.checkpoint import PREFIX, _is_finite, _parse_config
+from lora_kernels.adapters.files import read_adapter
+from lora_kernels.adapters.sharded import is_sharded
+from lora_kernels.config import BASE_CHANGING_INITS, LoRAConfig
+from lora_kernels.errors import AdapterFormatError, ConfigError, UnservableAdapterError
+from lora_kernels.layers.pooled import _Pooled
+from lora_kernels.targets import Matcher, resolve
+
+Source = str | os.PathLike[str] | Mapping[str, Tensor]
+# How lora_B was filled before training; nothing of it is left in what is loaded.
+HARMLESS_INITS = {"eva": "eva_config", "orthogonal": ""}
+TOLD = 4  # names in a message
+
+
+class Update(NamedTuple):
+    """What an adapter adds to one layer: A (r, K) and B (N, r), and s in s B A."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.A.shape[0]
+
+
+def read_updates(
+    model: nn.Module,
+    layers: Mapping[str, _Pooled],
+    left_out: Mapping[str, str],
+    adapter: Source,
+    config: Any = None,
+    follow_symlinks: bool = False,
+) -> dict[str, Update]:
+    """{path: update} of every pooled layer that the adapter targets, its tensors as they lie in the file.
+
+    adapter: a folder, or PEFT's tensors by PEFT's keys, with the ``config`` that belongs to them (a LoRAConfig, PEFT's
+    LoraConfig, or a dictionary). left_out: {path: reason} of linear layers that are not pooled.
+
+    Raises AdapterFormatError for anything malformed and for an adapter of another model, UnservableAdapterError for a
+    sound one of a kind that a pool does not serve or that targets modules which are not pooled.
+    """
+    if isinstance(adapter, Mapping):
+        tensors, raw, origin = dict(adapter), _plain(config), "the adapter"
+        if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in tensors.items()):
+            raise AdapterFormatError("an adapter in memory is a mapping from PEFT's keys to tensors")
+    elif config is not None:
+        raise AdapterFormatError("config belongs to tensors in memory; a folder has its own")
+    else:
+        (tensors, raw), origin = read_adapter(adapter, follow_symlinks), f"the adapter in {os.fspath(adapter)}"
+    settings = _served(raw)
+    try:
+        settings = resolve(model, settings, (nn.Linear,))
+    except ConfigError as error:
+        raise AdapterFormatError(f"{origin} does not fit {type(model).__name__}: {error}") from None
+    matcher = Matcher(settings)
+    targets = [path for path, _ in model.named_modules() if path and matcher.why_not(path) is None]
+    _check_targets(model, layers, left_out, targets)
+    if not targets:
+        raise AdapterFormatError(
+            f"{origin} does not fit {type(model).__name__}: no module matches target_modules={settings.target_modules}"
+        )
+    _check_keys(model, settings, targets, tensors)
+    updates = {}
+    for path in targets:
+        rank, alpha = matcher.rank_and_alpha(path)
+        keys = [f"{PREFIX}{path}.lora_{letter}.weight" for letter in "AB"]
+        N, K = layers[path].base_weight().shape
+        for key, shape in zip(keys, ((rank, K), (N, rank)), strict=True):
+            _check_tensor(key, tensors[key], shape)
+        updates[path] = Update(tensors[keys[0]], tensors[keys[1]], settings.scaling(rank, alpha))
+    return updates
+
+
+def _plain(config: Any) -> Any:
+    """A configuration as adapter_config.json holds it."""
+    if isinstance(config, LoRAConfig):
+        return config.to_peft_dict()
+    if isinstance(config, Mapping):
+        return dict(config)
+    to_dict: Callable[[], Any] | None = getattr(config, "to_dict", None)
+    if to_dict is None:
+        raise AdapterFormatError(f"config = {config!r:.60}: tensors in memory need the configuration they belong to")
+    return to_dict()
+
+
+def _served(raw: Any) -> LoRAConfig:
+    """The configuration, if a pool serves adapters of its kind."""
+    if isinstance(raw, dict):
+        raw = dict(raw)
+        if isinstance(raw.get("fan_in_fan_out"), bool):  # how the base stores W; A and B are the same either way
+            raw["fan_in_fan_out"] = False
+        init = raw.get("init_lora_weights")
+        if isinstance(init, str) and init.lower() in HARMLESS_INITS:
+            raw |= {"init_lora_weights": True, HARMLESS_INITS[init.lower()]: None}
+    try:
+        config = _parse_config(raw)
+    except ConfigError as error:
+        raise UnservableAdapterError(f"a pool does not serve this adapter: {error}") from None
+    wrong = None
+    if config.use_dora:
+        wrong = "use_dora: a magnitude that scales the adapted weight, for each adapter another"
+    elif config.init_lora_weights in BASE_CHANGING_INITS:
+        wrong = f"init_lora_weights={config.init_lora_weights!r} has changed the base weights, which all adapters share"
+    if wrong:
+        raise UnservableAdapterError(f"a pool serves A and B over one frozen base, and this adapter has {wrong}")
+    return replace(config, inference_mode=True)
+
+
+def _check_targets(
+    model: nn.Module, layers: Mapping[str, _Pooled], left_out: Mapping[str, str], targets: list[str]
+) -> None:
+    missing = [path for path in targets if path not in layers]
+    if not missing:
+        return
+    told = []
+    for path in missing[:TOLD]:
+        kind = type(model.get_submodule(path)).__name__
+        told.append(f"{path} ({left_out.get(path) or f'a {kind}, no linear layer'})")
+    more = f" and {len(missing) - TOLD} more" if len(missing) > TOLD else ""
+    raise UnservableAdapterError(
+        f"the adapter targets {len(missing)} of its {len(targets)} modules that this pool does not hold: "
+        f"{', '.join(told)}{more}"
+    )
+
+
+def _check_keys(model: nn.Module, config: LoRAConfig, targets: list[str], tensors: Mapping[str, Tensor]) -> None:
+    expected = {f"{PREFIX}{path}.lora_{letter}.weight" for path in targets for letter in "AB"}
+    extra = sorted(key for key in tensors.keys() - expected if not _is_base_weight(model, key, tensors[key], targets))
+    for key in extra:
+        kind = _kind(key.removeprefix(PREFIX), config)
+        if kind:
+            raise UnservableAdapterError(
+                f"a pool serves A and B of linear layers, and this adapter has {kind}: {key[:200]!r}"
+            )
+    missing = sorted(expected - tensors.keys())
+    if missing or extra:
+        key, what = (missing[0], "missing") if missing else (extra[0], "there but not expected")
+        raise AdapterFormatError(
+            f"{key[:300]!r} is {what} ({len(expected)} keys expected, {len(missing)} missing, {len(extra)} too many)"
+        )
+
+
+def _kind(name: str, config: LoRAConfig) -> str | None:
+    """What a sound adapter of PEFT's keeps under this name, beside A and B of linear layers."""
+    if name.endswith(".lora_magnitude_vector") or ".lora_magnitude_vector." in name:
+        return "magnitudes of DoRA"
+    if ".lora_embedding_" in name:
+        return "a trained embedding"
+    if "trainable_tokens" in name:
+        return "trained tokens"
+    if any(f".{saved}." in f".{name}" for saved in config.modules_to_save or ()):
+        return "a module trained whole (modules_to_save)"
+    if config.bias != "none" and name.endswith(".bias"):
+        return f"trained biases (bias={config.bias!r})"
+    return None
+
+
+def _is_base_weight(model: nn.Module, key: str, tensor: Tensor, targets: list[str]) -> bool:
+    """Whether this is what PEFT writes beside an adapted output head: the base weight, which must be the model's."""
+    path = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
+    if f"{PREFIX}{path}.base_layer.weight" != key or path not in targets:
+        return False
+    weight = model.get_parameter(f"{path}.weight")
+    return tensor.dtype == weight.dtype and torch.equal(tensor.to(weight.device), weight)
+
+
+def _check_tensor(key: str, tensor: Tensor, shape: tuple[int, int]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise AdapterFormatError(f"{key} has shape {tuple(tensor.shape)}, expected {shape}")
+    if not tensor.is_floating_point():
+        raise AdapterFormatError(f"{key} has dtype {tensor.dtype}, expected a float")
+    if is_sharded(tensor) or tensor.is_meta or tensor.layout != torch.strided:
+        raise AdapterFormatError(f"{key} is no plain tensor in memory (sharded, sparse or on the meta device)")
+    if not _is_finite(tensor):
+        raise AdapterFormatError(f"{key} holds NaN or infinity, expected finite numbers")
+
+
+def converted(key: str, tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor in the dtype and on the device of its place in the pool; AdapterFormatError where that overflows."""
+    value = tensor.detach().to(device=like.device, dtype=like.dtype)
+    if not _is_finite(value):
+        raise AdapterFormatError(f"{key} holds numbers too large for {like.dtype}, the dtype of its layer")
+    return value

@@ -1,0 +1,142 @@
+"""Which linear layers of a model a pool takes, why not the others, and how they are put back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from lora_kernels.config import ALL_LINEAR, LoRAConfig
+from lora_kernels.errors import ConfigError
+from lora_kernels.inject import FLOATS
+from lora_kernels.layers import LoRALinear
+from lora_kernels.layers.pooled import Here, _Pooled, into_pooled, out_of_pooled
+from lora_kernels.multi_plan import resolve
+from lora_kernels.report import unwrap
+from lora_kernels.targets import Matcher, is_conv1d, left_out, uncalled
+
+Targets = str | Sequence[str] | None
+# Linear layers of a mixture's experts, as they are called where each is a module: they see some rows, in another order.
+EXPERT = re.compile(r"(^|\.)(?!shared)\w*experts?\.\d+(\.|$)")
+
+
+def choose_layers(model: nn.Module, target_modules: Targets = None) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers that are pooled, by path, and {path: reason} of the linear layers that are not. Changes nothing.
+
+    target_modules: as in LoRAConfig. None: all linear layers but the one that makes a transformers model's logits.
+    Raises ConfigError for a model that has LoRA layers, for a named layer that cannot be pooled, and for none at all.
+    """
+    _check_model(model)
+    config = LoRAConfig(target_modules=ALL_LINEAR if target_modules is None else list_or_pattern(target_modules))
+    everything = config.target_modules == ALL_LINEAR
+    skipped = left_out(model, config) if everything else uncalled(model)
+    matcher = None if everything else Matcher(config)
+    layers, left = dict[str, nn.Module](), dict[str, str]()
+    for path, module in model.named_modules():
+        named = matcher is not None and bool(path) and matcher.why_not(path) is None
+        if not isinstance(module, nn.Linear) and not is_conv1d(module) and not named:
+            continue
+        why_not = skipped.get(path) or _why_not(path, module)
+        if matcher is not None and not named:
+            left[path] = "not in the pool's target_modules"
+        elif why_not is None:
+            layers[path] = module
+        elif named:
+            raise ConfigError(f"target_modules names {path}, which cannot be pooled: {why_not}")
+        else:
+            left[path] = why_not
+    if not layers:
+        reasons = "; ".join(f"{path or 'the model itself'}: {why}" for path, why in list(left.items())[:4])
+        raise ConfigError(f"{type(model).__name__} has no linear layer to pool ({reasons or 'it has none'})")
+    return layers, left
+
+
+def list_or_pattern(target_modules: str | Sequence[str]) -> str | list[str]:
+    """As LoRAConfig takes it."""
+    return target_modules if isinstance(target_modules, str) else list(target_modules)
+
+
+def _check_model(model: nn.Module) -> None:
+    if unwrap(model) is not model:
+        raise ConfigError("call AdapterPool before torch.compile and before (Distributed)DataParallel wrap the model")
+    for path, module in model.named_modules():
+        if isinstance(module, _Pooled):
+            raise ConfigError(f"{path} belongs to a pool already; one pool holds all adapters of a model, or close it")
+        if isinstance(module, LoRALinear) or (hasattr(module, "base_layer") and hasattr(module, "lora_A")):
+            raise ConfigError(
+                f"{path or 'the model'} has an adapter already ({type(module).__name__}); give AdapterPool the base "
+                "model (PEFT: unload()), save the adapter and load it into the pool"
+            )
+
+
+def _why_not(path: str, module: nn.Module) -> str | None:
+    """Why this layer cannot be pooled; None where it can."""
+    weight = module._parameters.get("weight")
+    if not path:
+        return "the model itself"
+    if type(module) is not nn.Linear and not is_conv1d(module):
+        return f"a {type(module).__name__}; pooled are nn.Linear and Conv1D and no class made of them (quantised, ...)"
+    if EXPERT.search(path):
+        return "an expert of a mixture, whose rows are chosen and reordered: no row's sequence is known"
+    if "forward" in vars(module):
+        return "its forward is patched (offloading?), which would bypass the pool"
+    if type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor or weight.dtype not in FLOATS:
+        return "no plain floating-point weight (quantised, sharded or lazy)"
+    if weight.is_meta:
+        return "its weight is on the meta device: load the model first"
+    return None
+
+
+class PooledModel:
+    """A model whose ``layers`` are pooled; ``restore`` makes it what it was.
+
+    The weights of the layers are frozen, and nn.TransformerEncoder's inference path, which reads the weights of its
+    linear layers and calls none of them, is off meanwhile. BackendUnavailableError for a backend that cannot run here.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_modules: Targets,
+        capacity: int,
+        max_rank_total: int,
+        max_rank: int,
+        here: Here,
+        backend: str,
+    ) -> None:
+        chosen, self.left_out = choose_layers(model, target_modules)
+        for weight in (layer.get_parameter("weight") for layer in chosen.values()):
+            resolve(backend, weight.device.type, weight.dtype)
+        self.model = model
+        self.layers = dict[str, _Pooled]()
+        self._flags = [(p, p.requires_grad) for layer in chosen.values() for p in layer.parameters(recurse=False)]
+        self._switches = list[tuple[nn.Module, str, object]]()
+        try:
+            for path, layer in chosen.items():
+                self.layers[path] = into_pooled(layer, capacity, max_rank_total, max_rank, here, backend, path)
+        except BaseException:  # out of memory, as a rule
+            self.restore()
+            raise
+        for parameter, _ in self._flags:
+            parameter.requires_grad_(False)
+        for module in model.modules():
+            if isinstance(module, nn.TransformerEncoderLayer):
+                self._switch(module, "activation_relu_or_gelu", 0)
+            elif isinstance(module, nn.TransformerEncoder):
+                self._switch(module, "use_nested_tensor", False)
+
+    def _switch(self, module: nn.Module, name: str, value: object) -> None:
+        self._switches.append((module, name, getattr(module, name)))
+        setattr(module, name, value)
+
+    def restore(self) -> None:
+        """Every layer of its own class again, without the pool's buffers; flags as they were."""
+        for layer in self.layers.values():
+            out_of_pooled(layer)
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+        for module, name, value in reversed(self._switches):
+            setattr(module, name, value)
+        self.layers = {}

@@ -1,0 +1,109 @@
+"""Who has which slot and which rows of a pool, who may go, and who is in use. The pool's lock is held by the caller."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from lora_kernels.adapters.pool_files import Update
+from lora_kernels.adapters.pool_layout import Layout, victims
+from lora_kernels.adapters.pool_model import PooledModel
+from lora_kernels.adapters.pool_report import AdapterInfo, why_full
+from lora_kernels.adapters.pool_streams import LoadOrder
+from lora_kernels.adapters.pool_write import plan_change, write
+from lora_kernels.errors import AdapterBusyError, AdapterPoolError, PoolFullError, UnknownAdapterError
+
+
+class PoolState:
+    """``held``: the adapters, the least recently used first. ``users``: open batches of each slot; ``running``: all."""
+
+    def __init__(self, pooled: PooledModel, capacity: int, max_rank_total: int) -> None:
+        self.pooled, self.capacity = pooled, capacity
+        self.held = OrderedDict[str, AdapterInfo]()
+        self.users, self.running = Counter[int](), 0
+        self.layouts = {path: Layout(max_rank_total) for path in pooled.layers}
+        self._order = LoadOrder(lambda: (layer.pool_slots.A.device for layer in pooled.layers.values()))
+        self.converting = self._order.converting
+
+    def entry(self, name: object) -> AdapterInfo:
+        """The adapter of this name. Raises UnknownAdapterError."""
+        if not isinstance(name, str) or name not in self.held:
+            raise UnknownAdapterError(f"no adapter {name!r} in the pool; loaded are {sorted(self.held) or 'none'}")
+        entry = self.held[name]
+        return entry._replace(batches=self.users[entry.slot])
+
+    def entries(self) -> Iterator[AdapterInfo]:
+        """All of them."""
+        return map(self.entry, self.held)
+
+    def idle(self, name: str, wanted: str) -> AdapterInfo:
+        """The adapter of this name, if no batch uses it. Raises AdapterBusyError: do what is ``wanted`` later."""
+        entry = self.entry(name)
+        if entry.batches:
+            raise AdapterBusyError(
+                f"{name!r} is used by {entry.batches} running batch{'es' if entry.batches > 1 else ''}; {wanted} once "
+                "they have ended"
+            )
+        return entry
+
+    def slots(self, names: Sequence[str | None]) -> list[int]:
+        """The slot of each name, -1 for None; they count as just used."""
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise AdapterPoolError(f"{names!r:.80}: expected a list of names, one a sequence, None for no adapter")
+        slots = [-1 if name is None else self.entry(name).slot for name in names]
+        for name in names:
+            if name is not None:
+                self.held.move_to_end(name)
+        return slots
+
+    def begin(self, slots: Iterable[int]) -> None:
+        """A batch starts that uses these slots."""
+        self.users.update(slots)
+        self.running += 1
+
+    def end(self, slots: Iterable[int]) -> None:
+        """It has ended."""
+        try:
+            self._order.batch_ended(slots)
+        finally:
+            self.users.subtract(slots)
+            self.running -= 1
+
+    def put(self, name: str, updates: Mapping[str, Update], pinned: bool) -> int:
+        """Give the adapter its slot and rows, write it, and let those go whose place it takes; the slot."""
+        slot, gone = self._room(name, updates)
+        self._change(slot, updates, gone)
+        for other in [entry.name for entry in self.held.values() if entry.slot in (*gone, slot)]:
+            del self.held[other]
+        self.held[name] = AdapterInfo(name, slot, {path: update.rank for path, update in updates.items()}, pinned)
+        return slot
+
+    def remove(self, name: str) -> None:
+        """Take the adapter out."""
+        self._change(self.held[name].slot, {}, [])
+        del self.held[name]
+
+    def _room(self, name: str, updates: Mapping[str, Update]) -> tuple[int, list[int]]:
+        """The slot for ``name`` and those that it takes the place of. Raises PoolFullError."""
+        own = self.held.get(name)
+        taken = {entry.slot for entry in self.held.values()}
+        slot = own.slot if own else min(set(range(self.capacity)) - taken, default=None)
+        may_go = [one.slot for one in self.entries() if one.name != name and not one.pinned and not one.batches]
+        ranks = {path: update.rank for path, update in updates.items()}
+        found = victims(self.layouts, slot, ranks, may_go, self._fixed())
+        if found is None:
+            raise PoolFullError(why_full(name, ranks, self.capacity, self.layouts, self.entries()))
+        return found
+
+    def _fixed(self) -> list[int]:
+        """Slots that running batches read."""
+        return [slot for slot, batches in self.users.items() if batches]
+
+    def _change(self, slot: int, updates: Mapping[str, Update], gone: Sequence[int]) -> None:
+        """Write the updates to ``slot`` in place of the adapters of ``gone`` and of its own, all or nothing."""
+        fixed = self._fixed()
+        changes = {p: plan_change(layout, slot, updates.get(p), gone, fixed) for p, layout in self.layouts.items()}
+        moved = {move.slot for change in changes.values() for move in change.moves}
+        with self._order.writing({slot, *gone, *moved}):
+            write([self.pooled.layers[path] for path in changes], list(changes.values()))
+        self.layouts = {path: change.layout for path, change in changes.items()}
