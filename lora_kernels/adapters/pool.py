@@ -149,9 +149,9 @@ class AdapterPool:
         Raises UnknownAdapterError, and ShapeError for an ``out`` that is too short or not int32.
         """
         with self._opened() as state:
+            if out is not None and (out.dtype != torch.int32 or out.dim() != 1 or len(out) < len(names)):
+                raise ShapeError(f"out is {out.dtype} {tuple(out.shape)}; expected torch.int32 (m,), m >= {len(names)}")
             slots = state.slots(names)
-            if out is not None and (out.dtype != torch.int32 or out.dim() != 1 or out.numel() < len(slots)):
-                raise ShapeError(f"out is {out.dtype} {tuple(out.shape)}; expected torch.int32 (m,), m >= {len(slots)}")
             held = self._here.held
             if held is not None:
                 new = {slot for slot in slots if slot >= 0} - held

@@ -16,6 +16,7 @@ from lora_kernels.adapters.files import CONFIG_NAME, WEIGHTS_NAME
 from lora_kernels.config import LoRAConfig
 from lora_kernels.inject import apply_lora
 from lora_kernels.report import injection_of
+from lora_kernels.testing import within_rule
 
 CONFIG = LoRAConfig(r=2, lora_alpha=6, target_modules=["q", "v"], modules_to_save=["head"], bias="lora_only")
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(3))
@@ -76,6 +77,81 @@ class Toy:
     @staticmethod
     def contents(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return load_file(folder / WEIGHTS_NAME), json.loads((folder / CONFIG_NAME).read_text())
+
+
+class Adapter:
+    """An adapter of a Served model as PEFT would write it, with a term as large as the base's."""
+
+    def __init__(
+        self, seed: int, r: int, targets: tuple[str, ...] = ("q", "v"), blocks: tuple[int, ...] = (0, 1)
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.config = LoRAConfig(
+            r=r,
+            lora_alpha=(seed % 5 + 1) * r / 2,
+            target_modules=[f"blocks.{block}.{name}" for block in blocks for name in targets],
+        )
+        self.scaling = self.config.scaling()
+        self.tensors = {}
+        for path in self.config.target_modules or ():
+            N, K = {"q": (6, 8), "v": (8, 6)}[path[-1]]
+            self.tensors[f"base_model.model.{path}.lora_A.weight"] = torch.randn(r, K, generator=generator) / K**0.5
+            B = torch.randn(N, r, generator=generator) / (self.scaling * r**0.5)
+            self.tensors[f"base_model.model.{path}.lora_B.weight"] = B
+
+
+class Served(nn.Module):
+    """Two blocks for pools: x (n, T, 8) to (n, T, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.Sequential(Block(), Block())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+    @staticmethod
+    def alone(x: Tensor, adapter: Adapter | None, dtype: torch.dtype, stored: torch.dtype | None = None) -> Tensor:
+        """x (..., 8) through a model with this adapter only, by plain PyTorch; weights are kept in ``stored``."""
+        model, stored = Served().to(stored or dtype).to(dtype), stored or dtype
+        for path, layer in model.named_modules():
+            key = f"base_model.model.{path}.lora_{{}}.weight"
+            if adapter is None or key.format("A") not in adapter.tensors:
+                continue
+            A, B = (adapter.tensors[key.format(letter)].to(stored).to(dtype) for letter in "AB")
+
+            def add(_: Any, args: Any, y: Tensor, A: Tensor = A, B: Tensor = B, s: float = adapter.scaling) -> Tensor:
+                return y + s * (args[0] @ A.t() @ B.t())
+
+            layer.register_forward_hook(add)
+        with torch.no_grad():
+            return model(x.to(dtype))
+
+    @classmethod
+    def check(cls, y: Tensor, x: Tensor, adapters: list[Adapter | None]) -> None:
+        """Each row of y is by the error rule what its adapter alone gives."""
+        for row, adapter in enumerate(adapters):
+            plain = cls.alone(x[row], adapter, x.dtype)
+            truth = cls.alone(x[row], adapter, torch.float64, x.dtype)
+            verdict = within_rule(y[row], plain, truth, what=f"row {row}")
+            assert verdict, verdict.message
+
+    @staticmethod
+    def bits(model: nn.Module) -> dict[str, Any]:
+        """Where every buffer and parameter lies and what is in it."""
+        tensors = [*model.named_buffers(), *model.named_parameters()]
+        return {name: (t.data_ptr(), t.detach().reshape(-1).view(torch.uint8).tolist()) for name, t in tensors}
+
+
+@pytest.fixture(scope="session")
+def served() -> type[Served]:
+    return Served
+
+
+@pytest.fixture(scope="session")
+def adapter() -> type[Adapter]:
+    return Adapter
 
 
 @pytest.fixture(scope="session")
