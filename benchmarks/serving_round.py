@@ -32,7 +32,7 @@ from lora_kernels.serving.rivals import (
     planned_launches,
     refusal,
 )
-from lora_kernels.serving.trial import captured, judged, launches_counted, oracle_of
+from lora_kernels.serving.trial import captured, judged, oracle_of
 from lora_kernels.testing import within_rule
 from lora_kernels.testing.multi import DISTRIBUTIONS, MultiProblem, mix_ids, multi_plain, multi_truth
 
@@ -120,6 +120,18 @@ def launches(case: ServingCase, plan: str, bench: Bench) -> Found:
     wrong = plan in ONE_LAUNCH and count != 1
     how = "counted" if bench.device.type == "cuda" else "planned"
     return [], [check_of(case, name, "failed" if wrong else "ok", f"{count} launches {how}", "launches")]
+
+
+def launches_counted(call: Callable[[], object]) -> int:
+    """What one call puts on the GPU, by the profiler: kernels, copies and sets of memory."""
+    from torch.profiler import ProfilerActivity, profile
+
+    call()  # what is compiled or allocated once does not count
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in seen.events())
 
 
 class Mix:

@@ -240,15 +240,3 @@ def spread(samples: Sequence[float]) -> tuple[float, float, float]:
         return samples[0], samples[0], samples[0]
     fifths = statistics.quantiles(samples, n=5, method="inclusive")
     return statistics.median(samples), fifths[0], fifths[3]
-
-
-def launches_counted(call: Callable[[], object]) -> int:
-    """What one call puts on the GPU, by the profiler: kernels, copies and sets of memory."""
-    from torch.profiler import ProfilerActivity, profile
-
-    call()  # what is compiled or allocated once does not count
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        call()
-        torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in seen.events())
