@@ -22,7 +22,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" tests
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -n $(JOBS) tests
+	$(BIN)/python -m pytest -n $(JOBS) --durations=25 tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
