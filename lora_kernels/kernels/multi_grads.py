@@ -82,7 +82,7 @@ def _span_sum(
 ):
     """out[start + r, c] = sum over i in [first, last) of P[order[i], c] S[order[i], r], one block of r and one of c."""
     offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_c = offs_c < C
     acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
     for i in range(first, last, BLOCK_M):
@@ -145,17 +145,25 @@ def _multi_grads_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """dA_l = dYB^T X, dB_l = dY^T XA over one span of slot l's rows; consecutive programs serve dA, then dB."""
-    slot = tl.program_id(1) // spans
-    span = tl.program_id(1) % spans
+    """dA_l = dYB^T X, dB_l = dY^T XA over one span of slot l's rows; consecutive programs serve dA, then dB.
+
+    Slots, spans and columns share the grid's first axis: the others end at 65,535 programs.
+    """
+    blocks = 0
+    if MAKE_DA:
+        blocks += tl.cdiv(K, BLOCK_N)
+    if MAKE_DB:
+        blocks += tl.cdiv(N, BLOCK_N)
+    slot = tl.program_id(0) // blocks // spans
+    span = tl.program_id(0) // blocks % spans
     count = tl.load(counts_ptr + slot)
     length = span_length(count, spans, BLOCK_M)
     start, rank = slot_rows(starts_ptr, ranks_ptr, slot, R, max_rank)
-    if (span * length < count) & (tl.program_id(2) * BLOCK_R < rank):
+    if (span * length < count) & (tl.program_id(1) * BLOCK_R < rank):
         begin = tl.load(begins_ptr + slot)
         first = begin + span * length
         last = begin + tl.minimum(span * length + length, count)
-        block = tl.program_id(0)
+        block = tl.program_id(0) % blocks
         if MAKE_DA:
             da_ptr = dA_ptr + span.to(tl.int64) * R * K
             if block < tl.cdiv(K, BLOCK_N):
@@ -212,8 +220,13 @@ def _multi_sum_kernel(
     BLOCK: tl.constexpr,
 ):
     """dA_l = sum of the spans' partials, dB_l likewise, for a block of one slot's elements; dA's come first."""
-    block = tl.program_id(0)
-    slot = tl.program_id(1)
+    blocks = 0
+    if MAKE_DA:
+        blocks += tl.cdiv(max_rank * K, BLOCK)
+    if MAKE_DB:
+        blocks += tl.cdiv(max_rank * N, BLOCK)
+    slot = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
     count = tl.load(counts_ptr + slot)
     if count > 0:
         used = tl.cdiv(count, span_length(count, spans, BLOCK_M))
@@ -230,8 +243,7 @@ def multi_rows(ids: Tensor, L: int) -> Rows:
     """The rows of each of L slots for ids int32 (M,), M > 0, L > 0; one launch."""
     M = ids.shape[0]
     rows = Rows(*torch.empty(M + 2 * L, dtype=torch.int32, device=ids.device).split([M, L, L]))
-    block = min(ROWS_BLOCK, triton.next_power_of_2(M))
-    _multi_rows_kernel[(L,)](ids, *rows, M=M, BLOCK=block, num_warps=4)
+    _multi_rows_kernel[(L,)](ids, *rows, M=M, BLOCK=ROWS_BLOCK, num_warps=4)
     return rows
 
 
@@ -265,7 +277,7 @@ def multi_grads(
     widths = [C for C, o in zip((K, N), outputs, strict=True) if o is not None]
     blocks = sum(triton.cdiv(C, config.BLOCK_N) for C in widths)
     sizes = {"K": K, "N": N, "R": R, "max_rank": slots.max_rank, "spans": spans}
-    _multi_grads_kernel[(blocks, L * spans, triton.cdiv(slots.max_rank, BLOCK_R))](
+    _multi_grads_kernel[(blocks * L * spans, triton.cdiv(slots.max_rank, BLOCK_R))](
         X,
         dYB,
         sums[0],
@@ -295,7 +307,7 @@ def multi_grads(
     )
     if spans > 1:
         blocks = sum(triton.cdiv(slots.max_rank * C, SUM_BLOCK) for C in widths)
-        _multi_sum_kernel[(blocks, L)](
+        _multi_sum_kernel[(blocks * L,)](
             sums[0],
             dA,
             sums[1],

@@ -90,7 +90,7 @@ def make_problem(
 
     def place(values: Tensor, dtype: torch.dtype, layout: str) -> Tensor:
         values = values.to(device, dtype)
-        return _strided(values, layout) if strided else values
+        return in_layout(values, layout) if strided else values
 
     adapter_dtype = adapter_dtype or dtype
     return Problem(
@@ -106,8 +106,8 @@ def make_problem(
     )
 
 
-def _strided(values: Tensor, layout: str) -> Tensor:
-    """The same values as a non-contiguous view of a NaN-filled buffer."""
+def in_layout(values: Tensor, layout: str) -> Tensor:
+    """The same values in a NaN-filled buffer: rows "padded", every second element ("spaced"), or "transposed"."""
     if layout == "transposed":
         return values.mT.contiguous().mT
     *rows, columns = values.shape
