@@ -1,0 +1,163 @@
+"""What a pool reads of an adapter, and what it refuses, each with its class and a message."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from lora_kernels.adapters import AdapterPool, save_adapter
+from lora_kernels.adapters.pool_files import Update, converted, read_updates
+from lora_kernels.config import LoRAConfig
+from lora_kernels.errors import AdapterFormatError, UnservableAdapterError
+from lora_kernels.inject import apply_lora
+
+KEY = "base_model.model.blocks.0.q.lora_{}.weight"
+
+
+@pytest.fixture
+def model(served: Any) -> nn.Module:
+    return served().eval()
+
+
+def read(model: nn.Module, adapter: Any, config: Any = None, targets: list[str] | None = None) -> dict[str, Update]:
+    """As a pool over these layers reads it; the model is as it was."""
+    pool = AdapterPool(model, capacity=1, max_rank_total=8, target_modules=targets)
+    try:
+        return read_updates(model, pool._pooled.layers, pool.left_out, adapter, config)
+    finally:
+        pool.close()
+
+
+def test_a_folder_of_ours(model: nn.Module, served: Any, tmp_path: Path) -> None:
+    trained = apply_lora(
+        served(), LoRAConfig(r=2, lora_alpha=6, target_modules=["q", "v"], rank_pattern={"blocks.1.v": 3})
+    )
+    for parameter in trained.parameters():
+        nn.init.normal_(parameter)
+    save_adapter(trained, tmp_path)
+    updates = read(model, tmp_path)
+    assert list(updates) == ["blocks.0.q", "blocks.0.v", "blocks.1.q", "blocks.1.v"]
+    assert [(one.rank, one.scaling) for one in updates.values()] == [(2, 3.0)] * 3 + [(3, 2.0)]
+    for path, one in updates.items():
+        assert torch.equal(one.A, trained.get_parameter(f"{path}.lora_A"))
+        assert torch.equal(one.B, trained.get_parameter(f"{path}.lora_B"))
+
+
+@pytest.mark.parametrize("how", ["LoRAConfig", "peft", "dictionary"])
+def test_tensors_in_memory(model: nn.Module, served: Any, how: str) -> None:
+    config: Any = peft.LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=["q"])
+    trained = peft.get_peft_model(served(), config)
+    tensors = peft.get_peft_model_state_dict(trained)
+    if how != "peft":
+        config = LoRAConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=["q"])
+    updates = read(model, tensors, config.to_peft_dict() if how == "dictionary" else config)
+    assert list(updates) == ["blocks.0.q", "blocks.1.q"]
+    assert all((one.rank, one.scaling) == (4, 6 / math.sqrt(4)) for one in updates.values())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"init_lora_weights": "orthogonal", "r": 4},
+        {"fan_in_fan_out": True},
+        {"init_lora_weights": False},
+        {"lora_dropout": 0.5},
+    ],
+)
+def test_what_does_not_matter_to_a_trained_adapter(model: nn.Module, adapter: Any, options: dict[str, Any]) -> None:
+    one = adapter(0, 4)
+    assert len(read(model, one.tensors, one.config.to_peft_dict() | options)) == 4
+
+
+def replaced(**values: Any) -> Any:
+    return lambda one: (one.tensors, one.config.to_peft_dict() | values)
+
+
+def with_tensors(**tensors: torch.Tensor | None) -> Any:
+    """Keys with two underscores for dots; None takes one away."""
+
+    def change(one: Any) -> Any:
+        changed = dict(one.tensors)
+        for key, tensor in tensors.items():
+            name = f"base_model.model.{key.replace('__', '.')}"
+            if tensor is None:
+                del changed[name]
+            else:
+                changed[name] = tensor
+        return changed, one.config.to_peft_dict()
+
+    return change
+
+
+ONE = torch.ones(1)
+REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
+    "shape-of-A": (with_tensors(blocks__0__q__lora_A__weight=torch.zeros(3, 7)), AdapterFormatError,
+                   r"blocks.0.q.lora_A.weight has shape \(3, 7\), expected \(3, 8\)"),
+    "rank-of-B": (with_tensors(blocks__0__q__lora_B__weight=torch.zeros(6, 2)), AdapterFormatError,
+                  r"shape \(6, 2\), expected \(6, 3\)"),
+    "integers": (with_tensors(blocks__0__q__lora_A__weight=torch.zeros(3, 8, dtype=torch.int8)), AdapterFormatError,
+                 "dtype torch.int8, expected a float"),
+    "nan": (with_tensors(blocks__0__q__lora_A__weight=torch.full((3, 8), math.nan)), AdapterFormatError, "NaN or inf"),
+    "meta": (with_tensors(blocks__0__q__lora_A__weight=torch.zeros(3, 8, device="meta")), AdapterFormatError,
+             "no plain tensor in memory"),
+    "sparse": (with_tensors(blocks__0__q__lora_A__weight=torch.zeros(3, 8).to_sparse()), AdapterFormatError,
+               "no plain tensor in memory"),
+    "missing": (with_tensors(blocks__0__q__lora_A__weight=None), AdapterFormatError,
+                r"lora_A.weight' is missing \(8 keys expected, 1 missing, 0 too many\)"),
+    "too-many": (with_tensors(blocks__0__x=ONE), AdapterFormatError, "there but not expected"),
+    "magnitudes": (with_tensors(blocks__0__q__lora_magnitude_vector=ONE), UnservableAdapterError, "magnitudes of DoRA"),
+    "embedding": (with_tensors(e__lora_embedding_A=ONE), UnservableAdapterError, "a trained embedding"),
+    "tokens": (with_tensors(e__trainable_tokens_delta=ONE), UnservableAdapterError, "trained tokens"),
+    "not-tensors": (lambda one: ({3: ONE}, one.config), AdapterFormatError, "a mapping from PEFT's keys to tensors"),
+    "no-config": (lambda one: (one.tensors, None), AdapterFormatError, "need the configuration they belong to"),
+    "a-list": (lambda one: (one.tensors, [1]), AdapterFormatError, "need the configuration they belong to"),
+    "dora": (replaced(use_dora=True), UnservableAdapterError, "use_dora: a magnitude that scales"),
+    "pissa": (replaced(init_lora_weights="pissa"), UnservableAdapterError, "has changed the base weights"),
+    "lora-bias": (replaced(lora_bias=True), UnservableAdapterError, "a pool does not serve this adapter: lora_bias"),
+    "bad-rank": (replaced(r=0), AdapterFormatError, "r = 0"),
+    "other-type": (replaced(peft_type="IA3"), AdapterFormatError, "peft_type = 'IA3'"),
+    "another-model": (replaced(target_modules=["c_attn"]), AdapterFormatError, "no module matches target_mod"),
+    "saved": (lambda one: ({**one.tensors, "base_model.model.head.weight": ONE},
+                           one.config.to_peft_dict() | {"modules_to_save": ["head"]}),
+              UnservableAdapterError, "a module trained whole"),
+    "biases": (lambda one: ({**one.tensors, "base_model.model.blocks.0.q.base_layer.bias": ONE},
+                            one.config.to_peft_dict() | {"bias": "lora_only"}),
+               UnservableAdapterError, r"trained biases \(bias='lora_only'\)"),
+    "config-and-folder": (lambda one: ("somewhere", one.config), AdapterFormatError, "a folder has its own"),
+    "no-folder": (lambda one: ("somewhere", None), AdapterFormatError, "somewhere"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(model: nn.Module, adapter: Any, case: str) -> None:
+    change, error, message = REFUSED[case]
+    with pytest.raises(error, match=message) as raised:
+        read(model, *change(adapter(0, 3)))
+    assert type(raised.value) is error
+
+
+def test_modules_that_are_not_pooled_are_named_with_the_reason(model: nn.Module, adapter: Any) -> None:
+    one = adapter(0, 3)
+    with pytest.raises(
+        UnservableAdapterError,
+        match=r"targets 2 of its 4 modules that this pool does not hold: blocks.0.v \(not in the pool's target_mod",
+    ):
+        read(model, one.tensors, one.config, targets=["q"])
+    config = one.config.to_peft_dict() | {"target_modules": ["blocks.0", "q"]}
+    with pytest.raises(UnservableAdapterError, match=r"blocks.0 \(a Block, no linear layer\)"):
+        read(model, one.tensors, config)
+
+
+def test_converted() -> None:
+    like = torch.zeros(1, dtype=torch.float16)
+    given = torch.tensor([1.5, -70000.0], requires_grad=True)
+    assert converted("k", given[:1], like).dtype == torch.float16
+    assert not converted("k", given[:1], torch.zeros(1)).requires_grad
+    with pytest.raises(AdapterFormatError, match=r"k holds numbers too large for torch.float16"):
+        converted("k", given, like)
