@@ -53,15 +53,16 @@ def resolve(backend: str, device_type: str, dtype: torch.dtype) -> str:
     """
     if requested_backend(backend) != "cuda":
         return resolve_backend(backend, device_type, dtype)
-    if reason := cuda_kernels().available():
+    reason = cuda_kernels().available()
+    if reason := reason or (f"the tensors are on {device_type}" if device_type != "cuda" else None):
         raise BackendUnavailableError(f"backend 'cuda' cannot run here: {reason}; use backend='auto' or 'reference'")
     return "cuda"
 
 
-def _refused(name: str, q: MultiProblem) -> str | None:
+def _refused(name: str, q: MultiProblem, unsuited: str | None) -> str | None:
     if name not in ("decode", "cuda"):
         return None
-    if name == "cuda" and (reason := cuda_kernels().available()):
+    if name == "cuda" and (reason := cuda_kernels().available() or cuda_kernels().refusal(q.dtype, q.K) or unsuited):
         return reason
     if q.op == "bwd":
         return "it is a forward plan"
@@ -71,11 +72,14 @@ def _refused(name: str, q: MultiProblem) -> str | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def candidates(problem: MultiProblem, chip: Chip) -> tuple[Plan, ...]:
-    """Every plan for ``problem``, the fastest predicted first, refused ones last."""
+def candidates(problem: MultiProblem, chip: Chip, unsuited: str | None = None) -> tuple[Plan, ...]:
+    """Every plan for ``problem``, the fastest predicted first, refused ones last.
+
+    ``unsuited``: why the tensors of the call are not for plan cuda, as csrc.unsuited says it.
+    """
     plans = []
     for name in PLANS:
-        if reason := (None if name == "eager" else switched_off(name)) or _refused(name, problem):
+        if reason := (None if name == "eager" else switched_off(name)) or _refused(name, problem, unsuited):
             plans.append(Plan(name, (), math.inf, reason))
         else:
             parts = launches(name, problem)
@@ -84,13 +88,13 @@ def candidates(problem: MultiProblem, chip: Chip) -> tuple[Plan, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(problem: MultiProblem, chip: Chip, forced: str | None = None) -> Plan:
+def choose(problem: MultiProblem, chip: Chip, forced: str | None = None, unsuited: str | None = None) -> Plan:
     """The plan that runs: ``forced``, else the least prediction. A forward plan's backward is the planner's own choice.
 
     Raises:
         BackendUnavailableError: the plan asked for by name is not valid for this problem.
     """
-    plans = candidates(problem, chip)
+    plans = candidates(problem, chip, unsuited)
     if forced is None:
         return replace(plans[0], why="model")
     plan = next((p for p in plans if p.name == forced), None)
@@ -113,5 +117,7 @@ def plan_call(
     (N, K), L, R = W.shape, slots.ranks.shape[0], slots.A.shape[0]
     kind, forced = split_name(backend)
     problem = MultiProblem(op, X.shape[0], N, K, L, R, X.dtype, need_xa, need_dx)
-    chip = chip_for(X.device)
-    return choose(problem, chip, "cuda" if kind == "cuda" else forced), chip
+    chip, cuda = chip_for(X.device), cuda_kernels()
+    wanted = op == "fwd" and problem.M <= DECODE_ROWS and cuda.available() is None
+    unsuited = cuda.unsuited(X, W, slots) if wanted else None
+    return choose(problem, chip, "cuda" if kind == "cuda" else forced, unsuited), chip

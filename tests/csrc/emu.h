@@ -267,7 +267,7 @@ inline int thread() { return emu::self().thread; }
 inline int block() { return emu::self().block; }
 inline int blocks() { return int(emu::machine->blocks.size()); }
 inline char* shared() { return emu::block().shared.get(); }
-constexpr bool runs(bool) { return true; }
+template <bool BULK> constexpr bool RUNS = true;
 
 template <int THREADS>
 void sync_block(int barrier) {

@@ -442,7 +442,7 @@ struct Decode {
 
 template <class Number, template <int> class Ring, int TOKENS>
 LORA_KERNEL(Ring<TOKENS>::THREADS) decode_kernel(LORA_PARAM DecodeArgs args) {
-  if constexpr (gpu::runs(Ring<TOKENS>::BULK)) Decode<Number, Ring, TOKENS>::run(args);
+  if constexpr (gpu::RUNS<Ring<TOKENS>::BULK>) Decode<Number, Ring, TOKENS>::run(args);
 }
 
 }  // namespace lora

@@ -119,9 +119,9 @@ LORA_DEVICE void wait_copies(int groups_left) {  // uniform: one of seven immedi
 
 // Bulk copies and their barriers: what is compiled for sm_90 and later has them, and then no other ring.
 #if __CUDA_ARCH__ >= 900
-constexpr bool runs(bool bulk) { return bulk; }
+template <bool BULK> constexpr bool RUNS = BULK;
 #else
-constexpr bool runs(bool bulk) { return !bulk; }
+template <bool BULK> constexpr bool RUNS = !BULK;
 #endif
 LORA_DEVICE void barrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address(barrier)), "r"(arrivals) : "memory");
