@@ -1,0 +1,239 @@
+"""One pooled layer: which row belongs to which id, what it computes, and how it is made and unmade."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
+
+from lora_kernels.errors import AdapterPoolError, ShapeError
+from lora_kernels.layers.pooled import BUFFERS, HOST, Here, PooledLinear, Rows, _Pooled, base_class, into_pooled
+from lora_kernels.layers.pooled import out_of_pooled as undo
+
+K, N, CAPACITY = 5, 4, 3
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def layer(kind: type[nn.Module] = nn.Linear, **options: Any) -> Any:
+    """A pooled layer with an adapter of rank 2 in slot 0, of rank 3 in slot 2 and none in slot 1."""
+    torch.manual_seed(0)
+    made = kind(K, N, **options) if kind is nn.Linear else kind(N, K)
+    made.requires_grad_(False)
+    made = into_pooled(made, CAPACITY, 6, 4, Here(), "auto", "its.path")
+    with torch.no_grad():
+        made.pool_A.normal_()
+        made.pool_Bt.normal_()
+    made.pool_starts.copy_(ints(0, 0, 3))
+    made.pool_ranks.copy_(ints(2, 0, 3))
+    made.pool_scalings.copy_(torch.tensor([0.5, 9.0, 2.0]))
+    return made
+
+
+def wanted(made: Any, x: Tensor, ids: list[int]) -> Tensor:
+    """y (M, N) for x (M, K), a row at a time."""
+    rows = []
+    for row, slot in zip(x, ids, strict=True):
+        y = linear(row, made.base_weight(), made.bias)
+        if slot in (0, 2):
+            start, rank, s = {0: (0, 2, 0.5), 2: (3, 3, 2.0)}[slot]
+            own = slice(start, start + rank)
+            y = y + s * made.pool_Bt[own].t() @ (made.pool_A[own] @ row)
+        rows.append(y)
+    return torch.stack(rows)
+
+
+def close(y: Tensor, other: Tensor) -> bool:
+    return torch.allclose(y, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "options"), [(nn.Linear, {}), (nn.Linear, {"bias": False}), (Conv1D, {})])
+def test_each_row_with_its_own(kind: type[nn.Module], options: dict[str, Any]) -> None:
+    made, x = layer(kind, **options), torch.randn(6, K)
+    assert close(made(x), wanted(made, x, [-1] * 6))
+    for ids in ([0, 2, -1, 1, 0, 2], [2, 0, -1], [0, -1]):
+        made.pool_here.rows = Rows(ints(*ids), CAPACITY)
+        each = [slot for slot in ids for _ in range(6 // len(ids))]
+        for shape in ((6, K), (6, 1, K), (1, 6, K), (3, 2, K)):
+            if shape[0] % len(ids) == 0 or len(ids) == 6:
+                assert close(made(x.view(shape)).view(6, N), wanted(made, x, each)), shape
+
+
+def test_rows_repeat_ids_for_the_first_dimension() -> None:
+    rows = Rows(ints(0, 2), CAPACITY)
+    assert rows.of(torch.empty(2, K), "p").tolist() == [0, 2]
+    assert rows.of(torch.empty(2, 3, K), "p").tolist() == [0, 0, 0, 2, 2, 2]
+    assert rows.of(torch.empty(4, 1, K), "p").tolist() == [0, 0, 2, 2]  # two beams each
+    assert rows.of(torch.empty(6, K), "p").tolist() == [0, 0, 0, 2, 2, 2]
+    assert rows.of(torch.empty(2, 3, 2, K), "p").tolist() == [0] * 6 + [2] * 6
+    assert rows.of(torch.empty(1, 2, K), "p").tolist() == [0, 2]  # one a token
+    same = rows.of(torch.empty(2, 3, K), "p")
+    assert rows.of(torch.empty(2, 3, K), "q") is same  # one tensor for every layer
+    uniform = Rows(ints(1, 1, 1), CAPACITY, uniform=ints(1))
+    assert uniform.of(torch.empty(7, K), "p").tolist() == [1] * 7
+
+
+@pytest.mark.parametrize("shape", [(3, K), (3, 2, K), (1, 3, K), (0, K), (0, 2, K), (K,)])
+def test_rows_that_are_no_multiple(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ShapeError, match=rf"its.path sees x \({shape[0]},.*the batch has 2 adapter ids") as raised:
+        Rows(ints(0, 2), CAPACITY).of(torch.empty(shape), "its.path")
+    assert "one id per sequence" in str(raised.value)
+
+
+def test_ids_that_change_are_seen_and_looked_at() -> None:
+    ids = ints(0, 2)
+    rows, x = Rows(ids, CAPACITY), torch.empty(4, K)
+    assert rows.of(x, "p").tolist() == [0, 0, 2, 2]
+    ids[0] = -1
+    assert rows.of(x, "p").tolist() == [-1, -1, 2, 2]
+    for value, message in ((3, "from 2 to 3; accepted are -1"), (-2, "from -2 to 2")):
+        ids[0] = value
+        with pytest.raises(ShapeError, match=message):
+            rows.of(x, "p")
+    with torch.inference_mode():
+        ids = ints(0, 2)
+        rows = Rows(ids, CAPACITY)
+        assert rows.of(x, "p").tolist() == [0, 0, 2, 2]
+        ids[0] = 1  # such a tensor counts no changes
+        assert rows.of(x, "p").tolist() == [1, 1, 2, 2]
+
+
+def test_a_capture_inside_a_batch_of_names_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu:
+        is_cuda, shape, device = True, torch.Size((2, K)), torch.device("cpu")
+
+        def dim(self) -> int:
+            return 2
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    x: Any = OnGpu()
+    with pytest.raises(AdapterPoolError, match=r"pool.ids\(names, out=tensor\)"):
+        Rows(ints(0, 1), CAPACITY, named=True).of(x, "p")
+    static = ints(0, 1)
+    assert Rows(static, CAPACITY).of(x, "p") is static  # the graph reads the caller's tensor
+
+
+def test_a_thread_starts_with_nothing_open() -> None:
+    made, x, seen = layer(), torch.randn(2, K), []
+    made.pool_here.rows = Rows(ints(0, 2), CAPACITY)
+
+    def run() -> None:
+        seen.append((made.pool_here.rows, made.pool_here.held, made(x)))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen[0][:2] == (None, None)
+    assert close(seen[0][2], wanted(made, x, [-1, -1]))
+
+
+def test_no_adapter_at_all_is_the_base_bit_for_bit() -> None:
+    made, x = layer(), torch.randn(2, K)
+    made.pool_here.rows = Rows(ints(-1, -1), CAPACITY, none=True)
+    assert torch.equal(made(x), linear(x, made.weight, made.bias))
+
+
+def test_operands_that_do_not_fit_are_told_as_everywhere() -> None:
+    made = layer()
+    made.pool_here.rows = Rows(ints(0, 2), CAPACITY)
+    with pytest.raises(ShapeError, match=r"X \(2, 6\) and W \(4, 5\) do not fit"):
+        made(torch.randn(2, K + 1))
+    with pytest.raises(ShapeError, match=r"X is torch.float64, W torch.float32"):
+        made(torch.randn(2, K, dtype=torch.float64))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert made(torch.randn(2, K)).dtype == torch.bfloat16
+
+
+def test_gradients_flow_to_x() -> None:
+    made, x = layer(), torch.randn(4, K, requires_grad=True)
+    made.pool_here.rows = Rows(ints(0, 2, -1, 0), CAPACITY)
+    made(x).square().sum().backward()
+    got = x.grad
+    x.grad = None
+    wanted(made, x, [0, 2, -1, 0]).square().sum().backward()
+    assert got is not None
+    assert x.grad is not None
+    assert torch.allclose(got, x.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_made_and_unmade(kind: type[nn.Module]) -> None:
+    original = kind(K, N)
+    before = {name: id(value) for name, value in vars(original).items()}
+    keys, hooks = list(original.state_dict()), []
+    original.register_forward_hook(lambda *_: hooks.append(1))
+    made = into_pooled(original, CAPACITY, 6, 4, Here(), "auto", "p")
+    assert made is original
+    assert isinstance(made, _Pooled)
+    assert isinstance(made, kind)
+    assert base_class(made) is kind
+    assert list(made.state_dict()) == keys
+    assert {name: (b.dtype, tuple(b.shape)) for name, b in made.named_buffers()} == {
+        "pool_A": (torch.float32, (6, made.base_weight().shape[1])),
+        "pool_Bt": (torch.float32, (6, made.base_weight().shape[0])),
+        "pool_starts": (torch.int32, (3,)),
+        "pool_ranks": (torch.int32, (3,)),
+        "pool_scalings": (torch.float32, (3,)),
+    }
+    assert not any(buffer.any() for buffer in made.buffers())
+    made(torch.randn(2, made.base_weight().shape[1]))
+    assert hooks == [1]
+    undo(made)
+    assert type(original) is kind
+    assert {name: id(value) for name, value in vars(original).items()} == before
+    assert not set(vars(original)) & {*BUFFERS, *HOST}
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_copies_are_the_frozen_layer(kind: type[nn.Module]) -> None:
+    made = layer(kind)
+    for other in (copy.deepcopy(made), copy.copy(made), pickle.loads(pickle.dumps(made))):
+        assert type(other) is kind
+        assert not list(other.buffers())
+        assert not set(vars(other)) & set(HOST)
+        assert torch.equal(other.weight, made.weight)
+    assert isinstance(made, _Pooled)
+    assert len(list(made.buffers())) == 5
+
+
+def test_conversions_keep_the_adapters_and_float32_scalings() -> None:
+    made = layer()
+    made.pool_scalings.fill_(1e6)
+    made.half()
+    assert (made.pool_A.dtype, made.pool_scalings.dtype) == (torch.float16, torch.float32)
+    assert made.pool_scalings.tolist() == [1e6] * 3
+    assert made.pool_slots.A is made.pool_A
+    assert made.pool_slots.scalings is made.pool_scalings
+    assert made.pool_slots.max_rank == 4
+    made.double()
+    made.pool_scalings.copy_(torch.tensor([0.5, 9.0, 2.0]))
+    made.pool_here.rows = Rows(ints(0, 2), CAPACITY)
+    x = torch.randn(2, K, dtype=torch.float64)
+    assert close(made(x), wanted(made, x, [0, 2]))
+
+
+def test_data_parallel_is_refused() -> None:
+    with pytest.raises(AdapterPoolError, match="one process a GPU"):
+        layer()._replicate_for_data_parallel()
+
+
+def test_compiled_layer_reads_the_buffers() -> None:
+    made: Any = layer()
+    assert isinstance(made, PooledLinear)
+    made.pool_here.rows = Rows(ints(0, 2, -1), CAPACITY)
+    torch._dynamo.reset()
+    compiled, x = torch.compile(made, backend="aot_eager", fullgraph=True), torch.randn(3, K)
+    with torch.no_grad():
+        assert close(compiled(x), wanted(made, x, [0, 2, -1]))
+        made.pool_A.mul_(2)
+        made.pool_here.rows = Rows(ints(2, 2, 0), CAPACITY)
+        assert close(compiled(x), wanted(made, x, [2, 2, 0]))
