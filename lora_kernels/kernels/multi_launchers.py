@@ -5,6 +5,7 @@
 
 eager   the vendor's library for the base, a pass over the rows with adapters for XA, another for Y += XA B_l^T
 extend  that first pass, then one GEMM whose accumulator opens with XA B_l^T: two launches forward
+decode  all of the forward in one launch that reads W once, up to 64 rows; keeps no XA, so no backward follows
 """
 
 from __future__ import annotations
@@ -17,19 +18,21 @@ from torch import Tensor
 
 from lora_kernels.kernels.chip import Chip
 from lora_kernels.kernels.multi_config import (
+    multi_decode_config,
     multi_expand_config,
     multi_extend_config,
     multi_grads_config,
     multi_shrink_config,
     multi_spans,
 )
+from lora_kernels.kernels.multi_decode import multi_decode
 from lora_kernels.kernels.multi_extend import multi_expand_add_, multi_extend
 from lora_kernels.kernels.multi_grads import multi_grads
 from lora_kernels.kernels.multi_shrink import multi_shrink
 from lora_kernels.kernels.tuning import wide_loads
 from lora_kernels.slots import Slots
 
-PLANS = ("eager", "extend")
+PLANS = ("eager", "extend", "decode")
 
 
 def multi_lora_linear_fwd(
@@ -42,13 +45,18 @@ def multi_lora_linear_fwd(
     chip: Chip,
     tiles: Any = None,
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Y (M, N), in ``out`` where it is given, and XA (M, max_rank) by ``plan``; X (M, K), ids int32 (M,), M > 0.
+
+    decode takes up to 64 rows and gives no XA.
 
     ``tiles``: the configuration of the plan's main product; None takes the default of multi_config.py.
     """
     assert plan in PLANS, f"no plan {plan!r}"
     M, N, dtype, ids = X.shape[0], W.shape[0], X.dtype, ids.contiguous()
+    if plan == "decode":
+        tiles = tiles or multi_decode_config(M, N, X.shape[1], dtype, chip, wide_loads(X, W, slots.A))
+        return multi_decode(X, W, slots, ids, bias, tiles, chip.units, out), None
     XA = _shrink(X, slots.A, slots, ids, chip)
     wide = wide_loads(X, W, slots.B)
     if plan == "extend":
@@ -79,7 +87,7 @@ def multi_lora_linear_bwd(
 
     XA (M, max_rank) is the forward's; only dB wants it. M > 0.
     """
-    assert plan in PLANS, f"no plan {plan!r}"
+    assert plan in ("eager", "extend"), f"no backward by plan {plan!r}"
     need_x, need_a, need_b, need_bias = needs
     (M, K), dtype, ids = X.shape, X.dtype, ids.contiguous()
     dX = dA = dB = dYB = None

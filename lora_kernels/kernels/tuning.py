@@ -11,6 +11,7 @@ from lora_kernels.kernels.sm90_gluon_config import GluonConfig, gluon_shared_byt
 from lora_kernels.kernels.sm90_gluon_config import refusal as gluon_refusal
 
 RANK_BLOCK = 64  # ranks in one tile, 16 bit
+DECODE_ROWS = 64  # tokens that multi_decode takes
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,30 @@ class PtrConfig:
     GROUP_M: int = 8
 
 
-Config = GemmConfig | ShrinkConfig | SplitConfig | TmaConfig | TmaDxConfig | PtrConfig | GluonConfig
+# multi_decode's tasks that make XA: columns and ranks of one, whatever else is in the batch
+SHRINK_K, SHRINK_RANKS = 512, 16
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Tiles of multi_decode: BLOCK_M tokens at most, BLOCK_N rows of W a tile, whose K is SPLIT among as many programs.
+
+    LOW_N: columns of a task that multiplies XA and B. RANK_STAGES: pipeline depth of its walk over blocks of ranks.
+    maxnreg: registers a thread, so that the programs wanted on a multiprocessor fit; left alone, ptxas spills for more.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    SPLIT: int = 1
+    LOW_N: int = 32
+    RANK_STAGES: int = 4
+    maxnreg: int | None = None
+
+
+Config = GemmConfig | ShrinkConfig | SplitConfig | TmaConfig | TmaDxConfig | PtrConfig | DecodeConfig | GluonConfig
 
 
 def rank_block(dtype: torch.dtype) -> int:
@@ -137,6 +161,12 @@ def shared_bytes(config: Config, dtype: torch.dtype, r: int) -> int:
         case PtrConfig():  # A may be float32
             ring = config.num_stages * config.BLOCK_K * (config.BLOCK_M + config.BLOCK_N) * dtype.itemsize
             return max(ring, config.XA_STAGES * config.BLOCK_K * (config.BLOCK_M * dtype.itemsize + R * 4)) + KIB
+        case DecodeConfig():  # A and B may be float32; the loops of W, A and B follow each other in one memory
+            step, e = config.num_stages * config.BLOCK_K, dtype.itemsize
+            low = config.RANK_STAGES * SHRINK_RANKS * (config.BLOCK_M * e + config.BLOCK_N * 4)
+            return max(
+                step * (config.BLOCK_M + config.BLOCK_N) * e, step * (config.BLOCK_M * e + SHRINK_RANKS * 4), low
+            )
         case GluonConfig():
             return gluon_shared_bytes(config, dtype)
     return tiles * dtype.itemsize * config.num_stages
@@ -155,6 +185,8 @@ def is_valid(config: Config, dtype: torch.dtype, r: int, chip: Chip) -> str | No
         need += config.BLOCK_M * config.BLOCK_N // 2 * dtype.itemsize
     if need > chip.shared:
         return f"{config} needs about {need} bytes of shared memory, {chip.arch} has {chip.shared}"
+    if isinstance(config, DecodeConfig) and (config.BLOCK_M > DECODE_ROWS or SHRINK_K % config.BLOCK_K):
+        return f"{config}: BLOCK_M goes up to {DECODE_ROWS}, and BLOCK_K divides {SHRINK_K}"
     if isinstance(config, SplitConfig) and config.SPAN_M % config.BLOCK_M:
         return f"SPAN_M={config.SPAN_M} is not a multiple of BLOCK_M={config.BLOCK_M}"
     return None
