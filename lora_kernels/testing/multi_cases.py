@@ -97,7 +97,7 @@ def misplaced(problem: MultiProblem) -> tuple[Slots, Slots]:
         (-1, 8): (0, 0), (R, 8): (0, 0), (2**31 - 1, 8): (0, 0), (-(2**31), 8): (0, 0),
         (R - 2, 1000): (R - 2, min(2, most)), (0, -3): (0, 0), (0, 2**31 - 1): (0, most), (1, -(2**31)): (0, 0),
     }  # fmt: skip
-    scalings = slots.scalings.new_full((len(given),), 1.7)
+    scalings = slots.scalings.new_tensor([1.7 / (1 + slot % 3) for slot in range(len(given))])
 
     def of(pairs: list[tuple[int, int]]) -> Slots:
         starts, ranks = (slots.starts.new_tensor(numbers) for numbers in zip(*pairs, strict=True))
