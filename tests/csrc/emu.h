@@ -1,7 +1,8 @@
 // The machine of csrc/include/lora_kernels/gpu.cuh on one CPU thread, so that a kernel's own text runs under ASan.
 //
 // Every GPU thread is a fiber, all blocks are there at once, and which fiber goes on is drawn from a seed wherever one has
-// to wait. What the hardware may do late is done as late as it may, or at random: a copy poisons its destination when it is
+// to wait; in every
+// block one warp at a time falls far behind, and in every second launch who was woken last mostly goes on first. What the hardware may do late is done as late as it may, or at random: a copy poisons its destination when it is
 // issued and fills it when the wait for it (cp.async) or chance (bulk copies) says so. Shared memory starts as NaN.
 // What one block tells another through global memory is followed by vector clocks: a read needs a release after the
 // writer's block has met at a barrier, and an acquire before the reader's has.
@@ -105,7 +106,8 @@ struct Machine {
   const char* watched = nullptr;
   size_t watched_bytes = 0;
   int current = 0;
-  long idle = 0;
+  std::vector<int> slow;  // of each block the warp that seldom gets its turn
+  long idle = 0, turns = 0;
 
   uint32_t draw(size_t n) { return uint32_t(random() % n); }
   bool inside(const void* p) const { return p >= watched && p < watched + watched_bytes; }
@@ -196,7 +198,15 @@ inline void launch(int blocks, int threads, int shared, unsigned seed, const voi
       land_one();
       continue;
     }
-    std::swap(m.ready[m.draw(m.ready.size())], m.ready.back());
+    if (m.turns++ % 8192 == 0) {
+      m.slow.resize(blocks);
+      for (int& warp : m.slow) warp = int(m.draw(threads / 32));
+    }
+    for (int tries = seed % 2 && m.draw(16) ? 16 : 0; tries < 16; ++tries) {
+      std::swap(m.ready[m.draw(m.ready.size())], m.ready.back());
+      const Fiber& fiber = m.fibers[m.ready.back()];
+      if (fiber.thread / 32 != m.slow[fiber.block]) break;
+    }
     const int next = m.ready.back();
     m.ready.pop_back();
     enter(next);

@@ -54,7 +54,8 @@ struct AsyncRing {
   }
   LORA_DEVICE const char* acquire(int64_t i) {
     gpu::wait_copies(args.stages - 2);
-    gpu::sync_block<THREADS>(1);  // everyone's pieces are here, and everyone has read the stage that is filled next
+    // Everyone's pieces are here, and everyone has read the stage that is filled next.
+    gpu::sync_block<THREADS>(1);
     issue(i + args.stages - 1);
     return memory + int(i % args.stages) * stage_bytes(TOKENS);
   }
