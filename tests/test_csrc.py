@@ -1,0 +1,242 @@
+"""The front end of the compiled extension, and what setup.py makes of a machine; tests/csrc/ has the kernel."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_kernels import csrc, multi_lora_linear, multi_plan
+from lora_kernels.errors import BackendUnavailableError
+from lora_kernels.kernels.chip import CHIPS
+from lora_kernels.multi_cost import MultiProblem
+from lora_kernels.testing.multi import make_multi_problem, mix_ids
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """As if the extension were built and a GPU there; returns what its operator was given, call by call."""
+    given = []
+    monkeypatch.setattr(csrc, "available", lambda: None)
+    monkeypatch.setattr(torch.ops.lora_kernels, "multi_lora_decode", lambda *a: given.append(a) or a[0], raising=False)
+    multi_plan.candidates.cache_clear()
+    multi_plan.choose.cache_clear()
+    yield given
+    multi_plan.candidates.cache_clear()
+    multi_plan.choose.cache_clear()
+
+
+def problem(M=8, N=32, K=64, dtype=torch.bfloat16, **options):
+    return make_multi_problem(mix_ids("uniform", M, 3), N, K, (4, 0, 7), dtype, pool_layout=True, **options)
+
+
+def test_without_the_module_the_reason_is_what_setup_wrote(monkeypatch, tmp_path):
+    def missing(name):
+        raise ModuleNotFoundError("No module named 'lora_kernels._C'", name="lora_kernels._C")
+
+    monkeypatch.setattr(csrc.importlib, "import_module", missing)
+    monkeypatch.setattr(csrc, "_INFO", tmp_path / "_build_info.json")
+    assert csrc.available.__wrapped__() == "the package was installed without its compiled extension"
+    csrc._INFO.write_text(json.dumps({"built": "no", "why": "no nvcc"}))
+    assert csrc.available.__wrapped__().endswith("without its compiled extension: no nvcc")
+
+
+def test_a_module_that_does_not_load_says_so(monkeypatch):
+    def broken(name):
+        raise ImportError("undefined symbol: aoti_torch", name=None)
+
+    monkeypatch.setattr(csrc.importlib, "import_module", broken)
+    assert csrc.available.__wrapped__() == "the compiled extension does not load: undefined symbol: aoti_torch"
+
+
+@pytest.mark.parametrize(
+    ("with_cuda", "cuda", "usable", "capability", "why"),
+    [
+        (0, "13.0", True, (9, 0), "without CUDA (LORA_KERNELS_CSRC=cpu)"),
+        (1, None, True, (9, 0), "this torch is built without CUDA"),
+        (1, "13.0", False, (9, 0), "no usable NVIDIA GPU"),
+        (1, "13.0", True, (7, 5), "sm_75"),
+        (1, "13.0", True, (8, 6), None),
+    ],
+)
+def test_what_a_machine_allows(with_cuda, cuda, usable, capability, why, monkeypatch):
+    monkeypatch.setattr(csrc.importlib, "import_module", lambda name: types.SimpleNamespace(WITH_CUDA=with_cuda))
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    found = csrc.available.__wrapped__()
+    assert found is None if why is None else why in found
+
+
+def test_dtypes_and_widths_that_are_taken():
+    assert csrc.refusal(torch.bfloat16, 64) is None
+    assert csrc.refusal(torch.float16, 8) is None
+    assert "float32" in csrc.refusal(torch.float32, 64)
+    assert "K = 60" in csrc.refusal(torch.bfloat16, 60)
+    assert "K = 0" in csrc.refusal(torch.bfloat16, 0)
+
+
+def test_operands_that_cannot_be_read_as_they_lie():
+    p = problem()
+    assert csrc.unsuited(p.X, p.W, p.slots) is None
+    assert "W has strides (1, 32)" in csrc.unsuited(p.X, p.W.t().contiguous().t(), p.slots)
+    wide = torch.zeros(8, 65, dtype=torch.bfloat16)
+    assert "X has strides (65, 1)" in csrc.unsuited(wide[:, :64], p.W, p.slots)
+    assert "X begins at an address" in csrc.unsuited(
+        torch.zeros(513, dtype=torch.bfloat16)[1:].view(8, 64), p.W, p.slots
+    )
+    assert csrc.unsuited(wide[:1, :64], p.W, p.slots) is None  # the stride of a lone row is nobody's
+    assert "it converts none" in csrc.unsuited(p.X, p.W, problem(adapter_dtype=torch.float32).slots)
+
+
+def test_the_operator_gets_everything_in_its_order(here):
+    p = problem()
+    assert csrc.multi_lora_decode(p.X, p.W, p.slots, p.ids, p.bias) is p.X
+    (arguments,) = here
+    assert all(a is b for a, b in zip(arguments, (p.X, p.W, *p.slots, p.ids, p.bias), strict=True))
+
+
+def test_strided_ids_and_bias_become_lists(here):
+    p = problem()
+    twice = p.ids.repeat_interleave(2)
+    csrc.multi_lora_decode(p.X, p.W, p.slots, twice[::2], p.bias.repeat_interleave(2)[::2])
+    assert here[0][8].is_contiguous()
+    assert here[0][9].is_contiguous()
+
+
+def test_the_call_refuses_by_name(here):
+    p = problem(M=65)
+    with pytest.raises(BackendUnavailableError, match="65 rows"):
+        csrc.multi_lora_decode(p.X, p.W, p.slots, p.ids, p.bias)
+    p = problem(dtype=torch.float32)
+    with pytest.raises(BackendUnavailableError, match="float32"):
+        csrc.multi_lora_decode(p.X, p.W, p.slots, p.ids, p.bias)
+
+
+def test_the_planner_refuses_what_the_kernel_does_not_take(here):
+    def why(problem, unsuited=None):
+        return {plan.name: plan.refused for plan in multi_plan.candidates(problem, CHIPS["sm_90"], unsuited)}["cuda"]
+
+    fits = MultiProblem("fwd", 16, 4096, 4096, 8, 128, torch.bfloat16)
+    assert why(fits) is None
+    assert why(fits, "X lies askew") == "X lies askew"
+    assert "float32" in why(MultiProblem("fwd", 16, 4096, 4096, 8, 128, torch.float32))
+    assert "K = 100" in why(MultiProblem("fwd", 16, 4096, 100, 8, 128, torch.bfloat16))
+    assert "65 rows" in why(MultiProblem("fwd", 65, 4096, 4096, 8, 128, torch.bfloat16))
+    assert "forward" in why(MultiProblem("bwd", 16, 4096, 4096, 8, 128, torch.bfloat16))
+    with pytest.raises(BackendUnavailableError, match="askew"):
+        multi_plan.choose(fits, CHIPS["sm_90"], "cuda", "X lies askew")
+
+
+def test_the_planner_looks_at_the_tensors_of_a_call(here):
+    p = problem()
+    assert multi_plan.plan_call("fwd", p.X, p.W, p.slots, False, "cuda")[0].name == "cuda"
+    with pytest.raises(BackendUnavailableError, match="W has strides"):
+        multi_plan.plan_call("fwd", p.X, p.W.t().contiguous().t(), p.slots, False, "cuda")
+
+
+def test_cuda_by_name_on_a_cpu_is_refused(here):
+    p = problem()
+    with pytest.raises(BackendUnavailableError, match="tensors are on cpu"):
+        multi_lora_linear(p.X, p.W, p.slots, p.ids, p.bias, backend="cuda")
+
+
+@pytest.fixture(scope="module")
+def setup():
+    spec = importlib.util.spec_from_file_location("setup_of_the_package", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def machine(setup, monkeypatch, tmp_path):
+    """A torch with CUDA and a toolkit; returns a function that takes either away."""
+    torch_there, cuda_there = tmp_path / "torch", tmp_path / "cuda"
+    (torch_there / "lib").mkdir(parents=True)
+    (torch_there / "lib" / "libtorch_cuda.so").touch()
+
+    def have(torch=True, cuda=True, gpu_torch=True):
+        (torch_there / "lib" / "libtorch_cuda.so").unlink(missing_ok=True)
+        if gpu_torch:
+            (torch_there / "lib" / "libtorch_cuda.so").touch()
+        monkeypatch.setattr(setup, "torch_folder", lambda: torch_there if torch else None)
+        monkeypatch.setattr(setup, "cuda_folder", lambda: cuda_there if cuda else None)
+        return torch_there, cuda_there
+
+    return have
+
+
+def test_auto_builds_where_all_is_there_and_says_what_is_not(setup, machine):
+    torch_there, cuda_there = machine()
+    assert setup.plan("auto") == (torch_there, cuda_there, "")
+    machine(torch=False)
+    assert setup.plan("auto") == (None, None, "no torch with headers is installed")
+    machine(cuda=False)
+    assert setup.plan("auto").why.startswith("no CUDA toolkit")
+    machine(gpu_torch=False)
+    assert "LORA_KERNELS_CSRC=1" in setup.plan("auto").why
+
+
+def test_what_is_asked_for_is_built_or_fails(setup, machine):
+    torch_there, cuda_there = machine(gpu_torch=False)
+    assert setup.plan("1") == (torch_there, cuda_there, "")
+    assert setup.plan("cpu") == (torch_there, None, "")
+    assert setup.plan("0") == (None, None, "LORA_KERNELS_CSRC=0")
+    machine(cuda=False)
+    assert setup.plan("cpu").torch
+    for mode in ("1", "nonsense"):
+        with pytest.raises(SystemExit, match=r"no CUDA toolkit|accepted are"):
+            setup.plan(mode)
+
+
+def test_an_nvcc_without_headers_is_no_toolkit(setup, monkeypatch, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert setup.cuda_folder() != tmp_path
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda_runtime.h").touch()
+    assert setup.cuda_folder() == tmp_path
+
+
+def test_architectures_as_nvcc_wants_them(setup):
+    assert list(setup.architectures("80 120+PTX")) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_120,code=sm_120",
+        "-gencode=arch=compute_120,code=compute_120",
+    ]
+
+
+def test_setup_finds_torch_without_importing_it():
+    find = f"runpy.run_path({str(ROOT / 'setup.py')!r})['torch_folder']()"
+    code = f"import runpy, sys; print({find} is not None, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True False"
+
+
+@pytest.mark.slow
+def test_the_module_without_cuda_builds_loads_and_registers(tmp_path):
+    environment = {"LORA_KERNELS_CSRC": "cpu", "PATH": "/usr/local/bin:/usr/bin:/bin"}
+    build = [sys.executable, "setup.py", "-q", "build", "-b", str(tmp_path), "--build-lib", str(tmp_path / "lib")]
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "lora_kernels"):
+        (source / name).symlink_to(ROOT / name)
+    subprocess.run(build, cwd=source, env=environment, check=True, capture_output=True)
+    assert json.loads((tmp_path / "lib/lora_kernels/_build_info.json").read_text())["built"] == "without CUDA"
+    code = (
+        "import torch; from lora_kernels import csrc; print(csrc.available()); "
+        "print(torch.ops.lora_kernels.multi_lora_decode.default._schema)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "lib", capture_output=True, text=True, check=True
+    )
+    assert "without CUDA (LORA_KERNELS_CSRC=cpu)" in done.stdout
+    assert "Tensor? bias) -> Tensor" in done.stdout
