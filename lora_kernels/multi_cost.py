@@ -6,6 +6,7 @@ slot in use once where there are rows enough, slots of the mean rank, rows of on
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -69,24 +70,46 @@ def decode(q: MultiProblem, maker: str = "pointer") -> Launch:
     return Launch("multi_decode", 2 * q.M * (q.N * q.K + q.rank * (q.N + q.K)), q.dtype.itemsize * moved, maker)
 
 
-def gradients(q: MultiProblem) -> tuple[Launch, ...]:
-    """dA_l = dYB^T X and dB_l = dY^T XA, each one walk over its matrix."""
-    e, low = q.dtype.itemsize, q.M * q.rank
-    dA = Launch("multi_da", 2 * low * q.K, e * (q.M * q.K + low + q.R * q.K))
-    return dA, Launch("multi_db", 2 * low * q.N, e * (q.M * q.N + low + q.R * q.N))
+def rows(q: MultiProblem) -> Launch:
+    """The rows of every slot from M ids, read twice a slot: from memory once."""
+    return Launch("multi_rows", 0, 4 * (2 * q.M + 2 * q.L))
+
+
+def gradients(q: MultiProblem) -> Launch:
+    """dA_l = dYB^T X and dB_l = dY^T XA: one walk over each matrix, one launch for both."""
+    low = q.M * q.rank
+    moved = q.M * (q.K + q.N) + 2 * low + q.R * (q.K + q.N)
+    return Launch("multi_grads", 2 * low * (q.K + q.N), q.dtype.itemsize * moved)
+
+
+def sums(q: MultiProblem, spans: int = 4) -> Launch:
+    """dA_l and dB_l from float32 partials of ``spans`` spans of rows; none is launched for one span."""
+    return Launch("multi_sum", 0, (4 * spans + q.dtype.itemsize) * q.R * (q.K + q.N))
 
 
 def launches(name: str, q: MultiProblem) -> tuple[Launch, ...]:
-    """The launches of plan ``name``, in order; a backward's sort of M ids is left out."""
+    """The launches of plan ``name``, in order; the sum of partials, as long in every plan, is left out."""
     e = q.dtype.itemsize
     if q.op == "bwd":
         dX: tuple[Launch, ...] = ()
         if q.need_dx:
             base = library("matmul", q.M, q.K, q.N, e)
             dX = (base, expand(q, q.K)) if name == "eager" else (extend(q, q.K, q.N),)
-        return shrink(q, q.N), *dX, *gradients(q)
+        return shrink(q, q.N), *dX, rows(q), gradients(q)
     if name in ("decode", "cuda"):
         return (decode(q),)
     if name == "extend":
         return shrink(q, q.K), extend(q, q.N, q.K)
     return shrink(q, q.K), library("matmul", q.M, q.N, q.K, e), expand(q, q.N)
+
+
+# The kernels by the names of their launches, and what each does to a forward Problem; N and K change places for dX.
+KERNELS: dict[str, Callable[[MultiProblem], Launch]] = {
+    "multi_shrink": lambda q: shrink(q, q.K),
+    "multi_extend": lambda q: extend(q, q.N, q.K),
+    "multi_expand": lambda q: expand(q, q.N),
+    "multi_decode": decode,
+    "multi_rows": rows,
+    "multi_grads": gradients,
+    "multi_sum": sums,
+}

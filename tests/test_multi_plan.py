@@ -27,7 +27,7 @@ def test_launches_of_each_plan():
     assert launches(PREFILL, "extend") == ["multi_shrink", "multi_extend"]
     assert launches(PREFILL, "eager") == ["multi_shrink", "matmul", "multi_expand"]
     bwd = MultiProblem("bwd", 8192, 4096, 4096, 8, 128, torch.bfloat16)
-    assert launches(bwd, "extend") == ["multi_shrink", "multi_extend", "multi_da", "multi_db"]
+    assert launches(bwd, "extend") == ["multi_shrink", "multi_extend", "multi_rows", "multi_grads"]
 
 
 def test_decode_is_one_launch_and_the_choice_for_few_rows():

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_kernels import cost
+from lora_kernels import cost, multi_cost
 from lora_kernels.kernels.chip import CHIPS, Chip
 from lora_kernels.stacked_cost import StackedProblem, stacked_dx, stacked_extend
 
@@ -144,8 +144,10 @@ def _compile_cases(
     for row in failed:
         yield _READING, row
     for case, bare, gpu in compiled:
+        names = [_launch_name(kernel) for kernel in gpu.kernels]
+        named = names.index(case.kernel) if case.kernel in names else 0  # multi_grads follows multi_rows
         for index, kernel in enumerate(gpu.kernels):
-            yield _READING, _filled(bare, case, kernel, index > 0)
+            yield _READING, _filled(bare, case, kernel, index != named)
 
 
 def _bare(arch: str, case: Case) -> Row:
@@ -154,9 +156,13 @@ def _bare(arch: str, case: Case) -> Row:
     return Row(arch, case.kernel, variant, _name(case.dtype), tiles, case.M, case.N, case.K, case.r)
 
 
+def _launch_name(kernel: Kernel) -> str:
+    return kernel.name.strip("_").removesuffix("_kernel")
+
+
 def _filled(bare: Row, case: Case, kernel: Kernel, second: bool) -> Row:
     """The row of a compiled kernel; ``second``: it is not the one the case is named for."""
-    name = kernel.name.strip("_").removesuffix("_kernel") if second else bare.kernel
+    name = _launch_name(kernel) if second else bare.kernel
     occupancy = kernel.occupancy
     row = dataclasses.replace(
         bare,
@@ -195,6 +201,9 @@ def _work(case: Case, name: str) -> cost.Launch | None:
     mask, bits = bool(case.dropout), case.dropout == "bits"
     if name in _MATRICES:
         return cost.Launch(name, 0, _MATRICES[name] * case.dtype.itemsize * case.M * case.N)
+    if case.L:
+        mix = multi_cost.MultiProblem("fwd", case.M, case.N, case.K, case.L, case.L * case.r, case.dtype)
+        return multi_cost.KERNELS[name](mix) if name in multi_cost.KERNELS else None
     if case.Ns:
         ranks = (case.r,) * len(case.Ns)
         stack = StackedProblem("fwd", case.M, case.Ns, case.K, ranks, case.dtype, mask, bits=bits)

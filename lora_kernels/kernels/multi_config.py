@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from lora_kernels.kernels.chip import Chip
@@ -17,13 +19,25 @@ from lora_kernels.kernels.tuning import (
 
 
 def multi_shrink_config(M: int, dtype: torch.dtype, chip: Chip, max_rank: int, wide: bool = True) -> ShrinkConfig:
-    """Tiles of multi_shrink: those of the pass for one adapter."""
-    return shrink_config(M, dtype, chip, max_rank, False, wide)
+    """Tiles of multi_shrink: those of the pass for one adapter, but at most 32 rows, which hold fewer slots to walk.
+
+    64 rows spill on sm_80, 86, 89 and 120; 32 rows with 64 ranks on four warps on sm_100; eight warps for 16 on sm_90.
+    """
+    one = shrink_config(M, dtype, chip, max_rank, False, wide)
+    if dtype == torch.float32 or not wide:
+        return replace(one, BLOCK_M=min(one.BLOCK_M, 32), BLOCK_K=32, num_warps=4)
+    few, rows = max_rank <= 16, min(one.BLOCK_M, 32)
+    warps = 8 if rows == 32 and not few and not chip.is_amd else 4
+    return replace(one, BLOCK_M=rows, BLOCK_K=128 if few and not chip.is_amd else 64, num_warps=warps)
 
 
 def multi_extend_config(M: int, N: int, dtype: torch.dtype, chip: Chip, max_rank: int, wide: bool = True) -> GemmConfig:
-    """Tiles of multi_extend: those of the product for one adapter."""
-    return gemm_config(M, N, dtype, chip, wide)
+    """Tiles of multi_extend: those of the product for one adapter, but 16 rows on four warps spill on sm_80 and sm_90.
+
+    Without ``wide`` loads it is eight warps that spill, on sm_80.
+    """
+    one = gemm_config(M, N, dtype, chip, wide)
+    return replace(one, num_warps=8) if wide and one.BLOCK_M == 16 and not chip.is_amd else one
 
 
 def multi_expand_config(M: int, N: int, dtype: torch.dtype, chip: Chip, max_rank: int, wide: bool = True) -> GemmConfig:
@@ -32,8 +46,12 @@ def multi_expand_config(M: int, N: int, dtype: torch.dtype, chip: Chip, max_rank
 
 
 def multi_grads_config(M: int, dtype: torch.dtype, chip: Chip, max_rank: int) -> SplitConfig:
-    """Tiles of multi_grads: those of the passes for one adapter; how many spans is multi_spans' to say."""
-    return split_config(M, dtype, chip, max_rank)
+    """Tiles of multi_grads: those of the passes for one adapter; how many spans is multi_spans' to say.
+
+    In float32 with two stages: with one, sm_90 has 32 registers and spills 6.
+    """
+    one = split_config(M, dtype, chip, max_rank)
+    return replace(one, num_stages=2) if dtype == torch.float32 else one
 
 
 def multi_spans(M: int, N: int, K: int, R: int, chip: Chip) -> int:

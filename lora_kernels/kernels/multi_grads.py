@@ -24,7 +24,7 @@ from lora_kernels.kernels.multi_shrink import slot_rows
 from lora_kernels.kernels.tuning import SplitConfig, rank_tile
 from lora_kernels.slots import Slots
 
-ROWS_BLOCK = 2048  # ids a step of multi_rows
+ROWS_BLOCK = 1024  # ids a step of multi_rows
 SUM_BLOCK = 1024  # elements a program of the last sum
 
 

@@ -16,6 +16,7 @@ from lora_kernels.kernels.lora_linear import extend, one_pass
 from lora_kernels.kernels.lora_linear_bwd import da, dx_da, dyb_db
 from lora_kernels.kernels.shipped_case import Case, Provider, layers
 from lora_kernels.kernels.shipped_gluon import gluon_cases
+from lora_kernels.kernels.shipped_multi import multi_cases
 from lora_kernels.kernels.shipped_sm90 import ptr_cases, tma_cases
 from lora_kernels.kernels.shipped_stacked import stacked_cases
 from lora_kernels.kernels.shrink import shrink
@@ -50,7 +51,7 @@ def pointer_cases(chip: Chip) -> Iterator[Case]:
             yield layer.case("expand", patch, partial(expand_add_, X, XA, A, drop, patch))
 
 
-PROVIDERS: tuple[Provider, ...] = (pointer_cases, tma_cases, ptr_cases, gluon_cases, stacked_cases)
+PROVIDERS: tuple[Provider, ...] = (pointer_cases, tma_cases, ptr_cases, gluon_cases, stacked_cases, multi_cases)
 
 
 def shipped_cases(arch: str) -> Iterator[Case]:

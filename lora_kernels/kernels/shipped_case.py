@@ -31,6 +31,7 @@ class Case:
 
     ``label`` names the variant: two cases of one kernel, label, dtype and configuration compile to the same code.
     ``Ns``: the widths of stacked projections of r ranks each, N their sum; empty where there is one.
+    ``L``: slots of r ranks each that a mixed batch uses; 0 where every row has the one adapter.
     """
 
     kernel: str
@@ -44,6 +45,7 @@ class Case:
     config: Config
     launch: Callable[[], object]
     Ns: tuple[int, ...] = ()
+    L: int = 0
 
 
 Provider = Callable[[Chip], Iterator[Case]]  # the cases of one family of kernels; repetitions are left out later

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lora_kernels import ops  # noqa: F401  (registers the operators)
 from lora_kernels.testing.multi import make_multi_problem, mix_ids
 
 
