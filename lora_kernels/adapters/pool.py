@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.adapters.pool_files import Source, Update, converted, read_updates
+from lora_kernels.adapters.pool_files import Source, check_ranks, convert_updates, read_updates
 from lora_kernels.adapters.pool_model import PooledModel, Targets
 from lora_kernels.adapters.pool_report import AdapterInfo, table
 from lora_kernels.adapters.pool_state import PoolState
-from lora_kernels.errors import AdapterBusyError, AdapterPoolError, ConfigError, ShapeError, UnservableAdapterError
+from lora_kernels.errors import AdapterBusyError, AdapterPoolError, ConfigError, ShapeError
 from lora_kernels.layers.pooled import Here, Rows
 
 Asked = Sequence[str | None] | Tensor
@@ -56,10 +56,15 @@ class AdapterPool:
         target_modules: Targets = None,
         backend: str = "auto",
     ) -> None:
-        max_rank = min(MAX_RANK, max_rank_total) if max_rank is None else max_rank
-        for name, size in (("capacity", capacity), ("max_rank_total", max_rank_total), ("max_rank", max_rank)):
+        sizes = {
+            "capacity": capacity,
+            "max_rank_total": max_rank_total,
+            "max_rank": 1 if max_rank is None else max_rank,
+        }
+        for name, size in sizes.items():
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ConfigError(f"{name} = {size!r}: accepted is an integer of at least 1")
+        max_rank = min(MAX_RANK, max_rank_total) if max_rank is None else max_rank
         if max_rank > max_rank_total:
             raise ConfigError(f"max_rank = {max_rank}: no more than max_rank_total = {max_rank_total} can be held")
         self.capacity, self.max_rank_total, self.max_rank = capacity, max_rank_total, max_rank
@@ -86,17 +91,20 @@ class AdapterPool:
         """
         if not isinstance(name, str) or not name:
             raise AdapterPoolError(f"an adapter's name is a string of at least one character, not {name!r}")
-        with self._opened():
-            model, layers, left_out = self._pooled.model, dict(self._pooled.layers), self._pooled.left_out
-        updates = read_updates(model, layers, left_out, adapter, config, follow_symlinks)
-        self._check_ranks(name, updates)
-        with self._state.converting([update.A for update in updates.values()]):
-            for path, (A, B, scaling) in updates.items():
-                A = converted(f"{path}.lora_A", A, layers[path].pool_A)
-                updates[path] = Update(A, converted(f"{path}.lora_B", B, layers[path].pool_Bt), scaling)
         with self._opened() as state:
-            replaced = state.idle(name, "replace it") if name in state.held else None
-            return state.put(name, updates, pin or (replaced is not None and replaced.pinned))
+            state.running += 1  # the pool stays open meanwhile
+        try:
+            layers = self._pooled.layers
+            updates = read_updates(self._pooled.model, layers, self.left_out, adapter, config, follow_symlinks)
+            check_ranks(name, updates, self.max_rank)
+            with state.converting([update.A for update in updates.values()]):
+                updates = convert_updates(updates, layers)
+            with self._lock:
+                replaced = state.idle(name, "replace it") if name in state.held else None
+                return state.put(name, updates, pin or (replaced is not None and replaced.pinned))
+        finally:
+            with self._lock:
+                state.running -= 1
 
     def evict(self, name: str) -> None:
         """Take the adapter out. Raises UnknownAdapterError; AdapterBusyError if a running batch uses it;
@@ -179,11 +187,13 @@ class AdapterPool:
             return state.entry(name)
 
     def close(self) -> None:
-        """Give the model back as it was, without adapters; the pool is then of no more use. AdapterBusyError while a
-        batch is open."""
+        """Give the model back as it was, without adapters; the pool is then of no more use. AdapterBusyError while
+        batches or loads run."""
         with self._lock:
             if self._state.running:
-                raise AdapterBusyError(f"{self._state.running} batches are open; close the pool once they have ended")
+                raise AdapterBusyError(
+                    f"{self._state.running} batches or loads are running; close the pool once they end"
+                )
             if not self._closed:
                 self._closed = True
                 self._state.held.clear()
@@ -235,11 +245,3 @@ class AdapterPool:
                 rows = Rows(ids, self.capacity, named=True, none=not held, uniform=uniform)
             state.begin(held)
             return rows, held
-
-    def _check_ranks(self, name: str, updates: Mapping[str, Update]) -> None:
-        path, update = max(updates.items(), key=lambda item: item[1].rank)
-        if update.rank > self.max_rank:
-            raise UnservableAdapterError(
-                f"{name!r} has rank {update.rank} in {path}, and this pool takes up to max_rank={self.max_rank}; make "
-                f"it with max_rank={update.rank}"
-            )

@@ -189,8 +189,29 @@ def _check_tensor(key: str, tensor: Tensor, shape: tuple[int, int]) -> None:
         raise AdapterFormatError(f"{key} holds NaN or infinity, expected finite numbers")
 
 
-def converted(key: str, tensor: Tensor, like: Tensor) -> Tensor:
-    """The tensor in the dtype and on the device of its place in the pool; AdapterFormatError where that overflows."""
+def check_ranks(name: str, updates: Mapping[str, Update], max_rank: int) -> None:
+    """Raise UnservableAdapterError where one has too large a rank."""
+    path, update = max(updates.items(), key=lambda item: item[1].rank)
+    if update.rank > max_rank:
+        raise UnservableAdapterError(
+            f"{name!r} has rank {update.rank} in {path}, and this pool takes up to max_rank={max_rank}; make it with "
+            f"max_rank={update.rank}"
+        )
+
+
+def convert_updates(updates: Mapping[str, Update], layers: Mapping[str, _Pooled]) -> dict[str, Update]:
+    """The updates in the dtype and on the device of their layers; AdapterFormatError where that overflows."""
+    return {
+        path: Update(
+            _converted(f"{path}.lora_A", A, layers[path].pool_A),
+            _converted(f"{path}.lora_B", B, layers[path].pool_Bt),
+            scaling,
+        )
+        for path, (A, B, scaling) in updates.items()
+    }
+
+
+def _converted(key: str, tensor: Tensor, like: Tensor) -> Tensor:
     value = tensor.detach().to(device=like.device, dtype=like.dtype)
     if not _is_finite(value):
         raise AdapterFormatError(f"{key} holds numbers too large for {like.dtype}, the dtype of its layer")

@@ -15,7 +15,8 @@ from lora_kernels.errors import AdapterBusyError, AdapterPoolError, PoolFullErro
 
 
 class PoolState:
-    """``held``: the adapters, the least recently used first. ``users``: open batches of each slot; ``running``: all."""
+    """``held``: the adapters, the least recently used first. ``users``: open batches of each slot. ``running``: all,
+    and loads."""
 
     def __init__(self, pooled: PooledModel, capacity: int, max_rank_total: int) -> None:
         self.pooled, self.capacity = pooled, capacity

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lora_kernels.adapters import AdapterPool, save_adapter
-from lora_kernels.adapters.pool_files import Update, converted, read_updates
+from lora_kernels.adapters.pool_files import Update, check_ranks, convert_updates, read_updates
 from lora_kernels.config import LoRAConfig
 from lora_kernels.errors import AdapterFormatError, UnservableAdapterError
 from lora_kernels.inject import apply_lora
@@ -154,10 +154,21 @@ def test_modules_that_are_not_pooled_are_named_with_the_reason(model: nn.Module,
         read(model, one.tensors, config)
 
 
-def test_converted() -> None:
-    like = torch.zeros(1, dtype=torch.float16)
-    given = torch.tensor([1.5, -70000.0], requires_grad=True)
-    assert converted("k", given[:1], like).dtype == torch.float16
-    assert not converted("k", given[:1], torch.zeros(1)).requires_grad
-    with pytest.raises(AdapterFormatError, match=r"k holds numbers too large for torch.float16"):
-        converted("k", given, like)
+def test_conversion(model: nn.Module, adapter: Any) -> None:
+    one = adapter(0, 3)
+    one.tensors[KEY.format("B")].requires_grad_()
+    updates = read(model, one.tensors, one.config)
+    pool = AdapterPool(model.half(), capacity=1, max_rank_total=8)
+    updates = convert_updates(updates, pool._pooled.layers)
+    assert {tensor.dtype for update in updates.values() for tensor in update[:2]} == {torch.float16}
+    assert not any(update.B.requires_grad for update in updates.values())
+    large = {"blocks.0.q": updates["blocks.0.q"]._replace(B=torch.full((6, 3), 70000.0))}
+    with pytest.raises(AdapterFormatError, match=r"blocks\.0\.q\.lora_B holds numbers too large for torch\.float16"):
+        convert_updates(large, pool._pooled.layers)
+
+
+def test_ranks() -> None:
+    updates = {f"l{r}": Update(torch.zeros(r, 2), torch.zeros(2, r), 1.0) for r in (2, 5, 3)}
+    check_ranks("a", updates, 5)
+    with pytest.raises(UnservableAdapterError, match="'a' has rank 5 in l5, and this pool takes up to max_rank=4"):
+        check_ranks("a", updates, 4)

@@ -88,7 +88,7 @@ def test_every_token_as_its_adapter_alone(served: Any, adapter: Any, seed: int) 
     pool, held = lk.AdapterPool(model, **sizes), dict[str, Any]()
     places = {name: buffer.data_ptr() for name, buffer in model.named_buffers()}
     static = torch.full((10,), -1, dtype=torch.int32)
-    for case in range(80):
+    for case in range(60):
         did |= {churn(rng, pool, held, adapter) for _ in range(rng.randint(0, 3))}
         poison(pool)
         names = mix(rng, list(held)) if held else [None]
