@@ -155,6 +155,7 @@ TESTED_ELSEWHERE = {
     "kernels/shipped_sm90.py": "test_compile_matrix.py",
     "kernels/shipped_stacked.py": "test_compile_matrix.py",
     "kernels/shipped_gluon.py": "test_compile_matrix.py",
+    "kernels/shipped_decode.py": "test_compile_matrix.py",
     "kernels/shipped_multi.py": "test_compile_matrix.py",
     "testing/gluon_emulator_engines.py": "testing/test_gluon_emulator.py",
     "testing/gluon_emulator_language.py": "testing/test_gluon_emulator.py",

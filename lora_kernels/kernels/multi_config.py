@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
 
-from lora_kernels.kernels.chip import Chip
+from lora_kernels.kernels.chip import KIB, Chip
 from lora_kernels.kernels.tuning import (
+    DECODE_ROWS,
+    DecodeConfig,
     GemmConfig,
     ShrinkConfig,
     SplitConfig,
@@ -61,3 +64,29 @@ def multi_spans(M: int, N: int, K: int, R: int, chip: Chip) -> int:
     """
     wanted = 2 * chip.units // max(1, -(-N // 128) + -(-K // 128))
     return max(1, min(wanted, M // (16 * max(R, 1)), -(-M // 256)))
+
+
+@functools.lru_cache(maxsize=1024)
+def multi_decode_config(M: int, N: int, K: int, dtype: torch.dtype, chip: Chip, wide: bool = True) -> DecodeConfig:
+    """Tiles of multi_decode: two programs a multiprocessor that stream W, and room for one more that serves adapters.
+
+    M decides of the tokens' side, of memory and of rows of W a tile, never of how a sum is cut: a row's bits are those
+    of any M.
+    """
+    tokens = min(DECODE_ROWS, max(16, 1 << (M - 1).bit_length()))
+    full = dtype == torch.float32  # dots on scalar units keep BLOCK_K columns of both operands in registers
+    step = 16 if full else 64 if wide else 32
+    split = max(1, min(2 * chip.units // -(-N // 64), -(-K // (2 * step)), 16))
+    if chip.is_amd:
+        return DecodeConfig(tokens, 64, step, num_warps=4, num_stages=2, SPLIT=split, RANK_STAGES=1)
+    if full or not wide:
+        rows = 64 if wide or tokens == 16 else 32  # an address for every element
+        warps, most = 4 if wide or tokens < 64 else 8, 168 if wide and tokens < 64 else 255
+        return DecodeConfig(tokens, rows, step, warps, num_stages=2, SPLIT=split, RANK_STAGES=1, maxnreg=most)
+    if chip.shared < 128 * KIB:
+        stages = 4 if tokens == 16 else 3
+        return DecodeConfig(tokens, 64, step, num_warps=4, num_stages=stages, SPLIT=split, maxnreg=168)
+    if tokens == 64:  # X comes from L2 once for every tile: half as often
+        return DecodeConfig(tokens, 128, step, num_warps=8, num_stages=4, SPLIT=split, maxnreg=128)
+    stages = 5 if tokens == 16 else 4
+    return DecodeConfig(tokens, 64, step, num_warps=4, num_stages=stages, SPLIT=split, maxnreg=168)

@@ -117,20 +117,22 @@ def arrive(
     if count % LOW == expected:
         tl.atomic_xchg(count_ptr + tile, 0, sem="relaxed")
         BLOCK_M: tl.constexpr = offs_m.shape[0]
-        offs_c = tl.arange(0, BLOCK_N)
-        offs_n = tile * BLOCK_N + offs_c
-        mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-        places = plane_ptr + offs_m[:, None] * BLOCK_N + offs_c[None, :]
-        y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for share in tl.static_range(SPLIT):
-            y += tl.load(places + share * BLOCK_M * BLOCK_N, mask=mask, other=0.0)
-        if count >= LOW:
-            y += tl.load(places + SPLIT * BLOCK_M * BLOCK_N, mask=mask, other=0.0)
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + offs_n.to(tl.int64) * stride_bias, mask=offs_n < N, other=0.0)
-            y += bias.to(tl.float32)[None, :]
-        y_ptrs = Y_ptr + offs_m[:, None].to(tl.int64) * stride_ym + offs_n[None, :]
-        tl.store(y_ptrs, y.to(Y_ptr.dtype.element_ty), mask=mask)
+        COLUMNS: tl.constexpr = 64 if BLOCK_N > 64 else BLOCK_N  # at a time: what registers hold of several planes
+        for col in range(0, BLOCK_N, COLUMNS):
+            offs_c = col + tl.arange(0, COLUMNS)
+            offs_n = tile * BLOCK_N + offs_c
+            mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+            places = plane_ptr + offs_m[:, None] * BLOCK_N + offs_c[None, :]
+            y = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
+            for share in tl.static_range(SPLIT):
+                y += tl.load(places + share * BLOCK_M * BLOCK_N, mask=mask, other=0.0)
+            if count >= LOW:
+                y += tl.load(places + SPLIT * BLOCK_M * BLOCK_N, mask=mask, other=0.0)
+            if HAS_BIAS:
+                bias = tl.load(bias_ptr + offs_n.to(tl.int64) * stride_bias, mask=offs_n < N, other=0.0)
+                y += bias.to(tl.float32)[None, :]
+            y_ptrs = Y_ptr + offs_m[:, None].to(tl.int64) * stride_ym + offs_n[None, :]
+            tl.store(y_ptrs, y.to(Y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from lora_kernels.kernels.expand import expand_add_
 from lora_kernels.kernels.lora_linear import extend, one_pass
 from lora_kernels.kernels.lora_linear_bwd import da, dx_da, dyb_db
 from lora_kernels.kernels.shipped_case import Case, Provider, layers
+from lora_kernels.kernels.shipped_decode import decode_cases
 from lora_kernels.kernels.shipped_gluon import gluon_cases
 from lora_kernels.kernels.shipped_multi import multi_cases
 from lora_kernels.kernels.shipped_sm90 import ptr_cases, tma_cases
@@ -51,7 +52,15 @@ def pointer_cases(chip: Chip) -> Iterator[Case]:
             yield layer.case("expand", patch, partial(expand_add_, X, XA, A, drop, patch))
 
 
-PROVIDERS: tuple[Provider, ...] = (pointer_cases, tma_cases, ptr_cases, gluon_cases, stacked_cases, multi_cases)
+PROVIDERS: tuple[Provider, ...] = (
+    pointer_cases,
+    tma_cases,
+    ptr_cases,
+    gluon_cases,
+    stacked_cases,
+    multi_cases,
+    decode_cases,
+)
 
 
 def shipped_cases(arch: str) -> Iterator[Case]:
