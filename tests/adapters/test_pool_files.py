@@ -99,6 +99,8 @@ ONE = torch.ones(1)
 REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "shape-of-A": (with_tensors(blocks__0__q__lora_A__weight=torch.zeros(3, 7)), AdapterFormatError,
                    r"blocks.0.q.lora_A.weight has shape \(3, 7\), expected \(3, 8\)"),
+    "A-transposed": (with_tensors(blocks__0__q__lora_A__weight=torch.zeros(8, 3)), AdapterFormatError,
+                     r"shape \(8, 3\), expected \(3, 8\)"),
     "rank-of-B": (with_tensors(blocks__0__q__lora_B__weight=torch.zeros(6, 2)), AdapterFormatError,
                   r"shape \(6, 2\), expected \(6, 3\)"),
     "integers": (with_tensors(blocks__0__q__lora_A__weight=torch.zeros(3, 8, dtype=torch.int8)), AdapterFormatError,

@@ -138,7 +138,7 @@ def test_a_thread_starts_with_nothing_open() -> None:
 
 def test_no_adapter_at_all_is_the_base_bit_for_bit() -> None:
     made, x = layer(), torch.randn(2, K)
-    made.pool_here.rows = Rows(ints(-1, -1), CAPACITY, none=True)
+    made.pool_here.rows = Rows(ints(-1, -1, -1), CAPACITY, none=True)  # of no matter how many rows
     assert torch.equal(made(x), linear(x, made.weight, made.bias))
 
 
