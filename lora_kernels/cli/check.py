@@ -16,6 +16,7 @@ from itertools import groupby
 from pathlib import Path
 
 from lora_kernels import cost
+from lora_kernels.cli.compile_csrc import csrc_rows, why_none
 from lora_kernels.cli.compile_matrix import Row, compile_matrix
 from lora_kernels.kernels.chip import CHIPS
 
@@ -62,6 +63,10 @@ def run_check(args: argparse.Namespace) -> int:
     dtypes = args.dtypes or (QUICK_DTYPES if args.quick else ())
     started = time.monotonic()
     rows = compile_matrix(archs, dtypes, args.kernels or (), args.jobs)
+    if reason := why_none():
+        print(f"csrc/ is left out: {reason}\n")
+    else:
+        rows = sorted([*rows, *csrc_rows(archs, dtypes, args.kernels or (), args.jobs)], key=lambda row: row.key)
     for arch, group in groupby(rows, key=lambda row: row.arch):
         print(f"{arch}\n{table(list(group))}\n")
     red = [row for row in rows if row.faults]
@@ -107,7 +112,7 @@ def cells(row: Row) -> tuple[str, ...]:
         str(row.warps),
         row.limit,
         ", ".join(f"{count(unit)} {unit}" for unit in MATRIX_UNITS if count(unit)) or "-",
-        str(count("UTMALDG") or "-"),
+        str(count("UTMALDG", 0) + count("UBLKCP", 0) or "-"),
         str(count("LDGSTS") or "-"),
         f"{row.moved / 1e6:.1f}" if known else "-",
         f"{row.flop / 1e9:.2f}" if known else "-",
@@ -150,7 +155,7 @@ the bfloat16 launches of a training step, 8192 tokens, adapters in float32.
 PAGE_LEGEND = """
 tiles: rows x columns x reduction step, w warps, s pipeline stages. regs: registers a thread. blocks/SM, warps/SM: how
 many fit one multiprocessor at once, and the resource that limits them. matrix instr.: matrix instructions in the code;
-TMA: loads by descriptor (UTMALDG); cp.async: asynchronous copies (LDGSTS). MB, GFLOP: of one launch. us, bound: the
-cost model's time for it, the larger of FLOP over the rate it assumes for such kernels and bytes over {gbps} of the
+TMA: loads by descriptor (UTMALDG) or bulk copies (UBLKCP); cp.async: asynchronous copies (LDGSTS). MB, GFLOP: of one
+launch. us, bound: the cost model's time for it, the larger of FLOP over the rate it assumes for such kernels and bytes over {gbps} of the
 bandwidth, plus {launch} us a launch, and which of them that is. "of ...": the second kernel of another's launch.
 """

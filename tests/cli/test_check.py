@@ -19,6 +19,13 @@ RED = replace(ROW, kernel="shrink", spills=4, stack=8, M=64, faults=("4 spill in
 UNKNOWN = replace(ROW, kernel="new", instructions={}, flop=0, moved=0, seconds=0.0, bound="")
 
 
+@pytest.fixture(autouse=True)
+def no_csrc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is compiled here; test_compile_csrc.py has the rows of csrc/."""
+    monkeypatch.setattr(check, "why_none", lambda: None)
+    monkeypatch.setattr(check, "csrc_rows", lambda *_: [])
+
+
 def _run(*arguments: str) -> int:
     parser = argparse.ArgumentParser()
     check.add_parser(parser.add_subparsers())
@@ -96,3 +103,17 @@ def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "| shrink |" not in page  # of 64 rows
     assert "1 kernels must not ship" in page
     assert "- sm_90 shrink r=16 bfloat16 128x128x64 w8 s3: 4 spill instructions; 8 bytes of stack" in page
+
+
+def test_rows_of_csrc_stand_among_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = replace(ROW, kernel="a_kernel", instructions={"HMMA": 3, "UBLKCP": 2})
+    monkeypatch.setattr(check, "compile_matrix", lambda *_: [ROW])
+    monkeypatch.setattr(check, "csrc_rows", lambda *_: [own])
+    assert _run("--archs", "sm_90") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:4]] == ["sm_90", "kernel", "a_kernel", "extend"]
+    monkeypatch.setattr(check, "why_none", lambda: "no nvcc in PATH")
+    assert _run("--archs", "sm_90") == 0
+    assert "csrc/ is left out: no nvcc in PATH" in capsys.readouterr().out
