@@ -35,12 +35,15 @@ def multi_shrink_config(M: int, dtype: torch.dtype, chip: Chip, max_rank: int, w
 
 
 def multi_extend_config(M: int, N: int, dtype: torch.dtype, chip: Chip, max_rank: int, wide: bool = True) -> GemmConfig:
-    """Tiles of multi_extend: those of the product for one adapter, but 16 rows on four warps spill on sm_80 and sm_90.
+    """Tiles of multi_extend: those of the product for one adapter, but for 16 rows, where ptxas aims at 64 registers.
 
-    Without ``wide`` loads it is eight warps that spill, on sm_80.
+    In 16 bit half the step in one more stage leaves it room for the walk over slots; in float32 eight warps do, unless
+    every element has an address (not ``wide``).
     """
     one = gemm_config(M, N, dtype, chip, wide)
-    return replace(one, num_warps=8) if wide and one.BLOCK_M == 16 and not chip.is_amd else one
+    if one.BLOCK_M > 16 or chip.is_amd or not wide:
+        return one
+    return replace(one, num_warps=8) if dtype == torch.float32 else replace(one, BLOCK_K=32, num_stages=4)
 
 
 def multi_expand_config(M: int, N: int, dtype: torch.dtype, chip: Chip, max_rank: int, wide: bool = True) -> GemmConfig:
