@@ -39,7 +39,7 @@ void check_list(const char* name, const Tensor& T, ScalarType dtype, int64_t len
 
 // Counters and partial sums, for one stream: launches that may overlap must not share them. Kept, its counters zeroed once; a
 // stream capture has its own, from its graph's pool, with one fill of 64 KiB where the graph first wants it.
-void* workspace(const Tensor& like, int64_t bytes, int device, void* stream) {
+Tensor workspace(const Tensor& like, int64_t bytes, int device, void* stream) {
   struct Held {
     unsigned long long capture;
     Tensor memory;
@@ -56,15 +56,14 @@ void* workspace(const Tensor& like, int64_t bytes, int device, void* stream) {
   const auto key = std::make_pair(device, std::make_pair(stream, capturing));
   const auto found = held.find(key);
   if (found != held.end() && found->second.capture == capture && found->second.memory.numel() >= bytes) {
-    return found->second.memory.mutable_data_ptr();
+    return found->second.memory;
   }
   const int64_t size = (bytes + (1 << 20) - 1) >> 20 << 20;
   Tensor memory = torch::stable::new_empty(like, {size}, ScalarType::Byte);
   Tensor counters = torch::stable::narrow(memory, 0, 0, 4 * COUNTERS);
   torch::stable::zero_(counters);
-  void* data = memory.mutable_data_ptr();
-  held.insert_or_assign(key, Held{capture, std::move(memory)});
-  return data;
+  held.insert_or_assign(key, Held{capture, memory});
+  return memory;
 }
 
 Tensor multi_lora_decode(const Tensor& X, const Tensor& W, const Tensor& A, const Tensor& B, const Tensor& starts,
@@ -113,7 +112,8 @@ Tensor multi_lora_decode(const Tensor& X, const Tensor& W, const Tensor& A, cons
   const char* problem = decode_blocks(args, bfloat16, device, &blocks);
   if (!problem) {
     const int64_t bytes = workspace_bytes(args.M, args.K, args.max_rank, blocks);
-    problem = launch_decode(args, bfloat16, workspace(X, bytes, device, stream), bytes, device, stream);
+    const Tensor memory = workspace(X, bytes, device, stream);  // held until the launch is in the stream
+    problem = launch_decode(args, bfloat16, memory.mutable_data_ptr(), bytes, device, stream);
   }
   STD_TORCH_CHECK(!problem, "multi_lora_decode: ", problem);
   return Y;

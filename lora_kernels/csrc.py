@@ -21,6 +21,7 @@ from lora_kernels.slots import Slots
 DTYPES = (torch.bfloat16, torch.float16)
 ROWS = 64  # of X, at most
 _PIECE = 16  # bytes that the kernel copies at once
+_COUNTERS = 16384  # of the workspace: 64 for every 16 ranks of the largest adapter, one for every 64 rows of W
 _INFO = Path(__file__).with_name("_build_info.json")
 
 
@@ -62,6 +63,8 @@ def unsuited(X: Tensor, W: Tensor, slots: Slots) -> str | None:
     """Why these operands of a dtype and K that are taken cannot be read as they lie, or None. Looks at no data."""
     if slots.A.dtype != X.dtype or slots.B.dtype != X.dtype:
         return f"adapters of {slots.A.dtype} and {slots.B.dtype} beside X of {X.dtype}: it converts none"
+    if 2 + 64 * -(-slots.max_rank // 16) + -(-W.shape[0] // 64) > _COUNTERS:
+        return f"W of {W.shape[0]} rows and adapters up to rank {slots.max_rank} need more counters than it has"
     for name, T in (("X", X), ("W", W), ("A", slots.A)):
         rows, columns = T.stride()
         if (columns != 1 and T.shape[1] > 1) or (rows * T.itemsize % _PIECE and T.shape[0] > 1):

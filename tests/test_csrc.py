@@ -92,6 +92,7 @@ def test_operands_that_cannot_be_read_as_they_lie():
         torch.zeros(513, dtype=torch.bfloat16)[1:].view(8, 64), p.W, p.slots
     )
     assert csrc.unsuited(wide[:1, :64], p.W, p.slots) is None  # the stride of a lone row is nobody's
+    assert "more counters" in csrc.unsuited(p.X, p.W, p.slots._replace(max_rank=5000))
     assert "it converts none" in csrc.unsuited(p.X, p.W, problem(adapter_dtype=torch.float32).slots)
 
 

@@ -156,6 +156,7 @@ PAGE_LEGEND = """
 tiles: rows x columns x reduction step, w warps, s pipeline stages. regs: registers a thread. blocks/SM, warps/SM: how
 many fit one multiprocessor at once, and the resource that limits them. matrix instr.: matrix instructions in the code;
 TMA: loads by descriptor (UTMALDG) or bulk copies (UBLKCP); cp.async: asynchronous copies (LDGSTS). MB, GFLOP: of one
-launch. us, bound: the cost model's time for it, the larger of FLOP over the rate it assumes for such kernels and bytes over {gbps} of the
-bandwidth, plus {launch} us a launch, and which of them that is. "of ...": the second kernel of another's launch.
+launch. us, bound: the cost model's time for it, the larger of FLOP over the rate it assumes for such kernels and bytes
+over {gbps} of the bandwidth, plus {launch} us a launch, and which of them that is. "of ...": the second kernel of
+another's launch.
 """

@@ -46,7 +46,7 @@ BUGS = {
         "int count) {\n",
         (),
     ),
-    "wrong parity": ("decode_ring.cuh", "int(i / args.stages) & 1", "~int(i / args.stages) & 1", ()),
+    "wrong parity": ("decode_ring.cuh", "i / args.stages & 1", "~(i / args.stages) & 1", ()),
     "counter not reset": ("decode.cuh", "if (mix.found) gpu::reset(counter);", "", ()),
     "columns past K": ("decode.cuh", "const bool inside = k0 + column < args.K;", "const bool inside = true;", ()),
     "scaling forgotten": ("decode.cuh", "const float scaling = mix.scaling[leader];", "const float scaling = 1;", ()),
@@ -84,7 +84,7 @@ BUGS = {
     "an adapter twice in eight tokens": ("decode.cuh", "first = first && mix", "first = first || mix", ()),
     "rows past N": ("decode.cuh", "if (n0 + e < args.N) Y[e]", "Y[e]", ASAN),
     "tokens past M": ("decode.cuh", "      if (m >= args.M) continue;\n      uint16_t* Y", "      uint16_t* Y", ASAN),
-    "planes in no fixed place": ("decode.cuh", "/ k_units(args.K) != tile;", "/ k_units(args.K) == tile && false;", ()),
+    "planes in no fixed place": ("decode.cuh", "deal.tile(block) != tile;", "false;", ()),
 }
 QUICK = (
     "released before the block has met",

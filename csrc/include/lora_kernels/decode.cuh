@@ -45,7 +45,7 @@ struct Decode {
 
   static LORA_DEVICE void run(const DecodeArgs& args) {
     char* shared = gpu::shared();
-    const Deal deal{int64_t(tiles_of(args.N)) * k_units(args.K), gpu::blocks()};
+    const Deal deal{int64_t(tiles_of(args.N)) * k_units(args.K), gpu::blocks(), k_units(args.K)};
     Ring ring(args, shared + stages_at(TOKENS), shared, deal);
     ring.start();
     if (ring.producer()) return ring.run();
@@ -112,8 +112,7 @@ struct Decode {
       shrink(leader, part - mix.before[leader], task % splits, part);
     }
     if (!args.b_vector) return;
-    const int steps = k_units(args.K);
-    for (int64_t tile = deal.begin(gpu::block()) / steps; (tile + 1) * steps <= deal.begin(gpu::block() + 1); ++tile) {
+    for (int64_t tile = deal.tile(gpu::block()); (tile + 1) * deal.steps <= deal.begin(gpu::block() + 1); ++tile) {
       for (int m = warp; m < args.M; m += WARPS) {
         if (mix.leader[m] != m) continue;
         for (int r = lane; r < mix.rank[m]; r += 32) {
@@ -221,11 +220,10 @@ struct Decode {
   }
 
   LORA_DEVICE void stream(Ring& ring) {
-    const int steps = k_units(args.K);
-    const int64_t first = deal.begin(gpu::block()), count = deal.begin(gpu::block() + 1) - first;
-    int tile = int(first / steps), step = int(first % steps);
+    const int steps = deal.steps, count = deal.count(gpu::block());
+    int tile = deal.tile(gpu::block()), step = deal.step(gpu::block());
     bool waited = tasks() == 0;
-    for (int64_t i = 0; i < count; ++tile, step = 0) {
+    for (int i = 0; i < count; ++tile, step = 0) {
       const bool begun = step == 0;
       float d[2][OCTETS][4] = {};
       for (; step < steps && i < count; ++step, ++i) {
@@ -290,12 +288,11 @@ struct Decode {
 
   // Publishes this block's part of a tile that several blocks share; true for the last, which then has the whole in `sums`.
   LORA_DEVICE bool last_part(int tile) {
-    const int steps = k_units(args.K);
     for (int i = thread; i < TOKENS * ROWS / 4; i += COMPUTE) {
       const int m = i / (ROWS / 4), n = i % (ROWS / 4) * 4;
       gpu::publish(plane(gpu::block(), tile) + m * ROWS + n, gpu::load_shared(sums + m * SUM_PITCH + n));
     }
-    const int from = deal.owner(int64_t(tile) * steps), to = deal.owner(int64_t(tile + 1) * steps - 1);
+    const int from = deal.owner(int64_t(tile) * deal.steps), to = deal.owner(int64_t(tile + 1) * deal.steps - 1);
     if (!last_to_arrive(tile_counter(tile), to - from + 1)) return false;
     for (int i = thread; i < TOKENS * ROWS / 4; i += COMPUTE) {
       const int m = i / (ROWS / 4), n = i % (ROWS / 4) * 4;
@@ -311,7 +308,7 @@ struct Decode {
   }
   // Where `block` leaves its part: it shares at most its first tile and its last one with others.
   LORA_DEVICE float* plane(int block, int tile) const {
-    const bool later = deal.begin(block) / k_units(args.K) != tile;
+    const bool later = deal.tile(block) != tile;
     return args.planes + (int64_t(block) * 2 + later) * (TOKENS * ROWS);
   }
 
@@ -323,8 +320,11 @@ struct Decode {
     LORA_UNROLL
     for (int token = 0; token < 2; ++token) {
       LORA_UNROLL
-      for (int e = 0; e < 8; ++e) {
-        y[token][e] = sums[(octet * 8 + 2 * quad + token) * SUM_PITCH + group * 8 + e];
+      for (int half = 0; half < 8; half += 4) {
+        const float* sum = sums + (octet * 8 + 2 * quad + token) * SUM_PITCH + group * 8 + half;
+        const gpu::Chunk c = gpu::load_shared(sum);
+        LORA_UNROLL
+        for (int e = 0; e < 4; ++e) y[token][half + e] = gpu::as_float(c.w[e]);
       }
     }
     if (args.bias) {

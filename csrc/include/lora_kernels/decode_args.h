@@ -68,8 +68,11 @@ LORA_BOTH int k_units(int K) { return int(ceil_div(K, BLOCK_K)); }
 // Stream-K: the units (tile, step of K), tile-major, are dealt out evenly and without a gap to the blocks.
 struct Deal {
   int64_t units;
-  int blocks;
+  int blocks, steps;  // steps: units of a tile
   LORA_BOTH int64_t begin(int block) const { return units * block / blocks; }
+  LORA_BOTH int count(int block) const { return int(begin(block + 1) - begin(block)); }
+  LORA_BOTH int tile(int block) const { return int(begin(block) / steps); }  // of its first unit
+  LORA_BOTH int step(int block) const { return int(begin(block) % steps); }
   LORA_BOTH int owner(int64_t unit) const { return int(((unit + 1) * blocks - 1) / units); }
 };
 

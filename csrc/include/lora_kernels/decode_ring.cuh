@@ -15,23 +15,20 @@ struct AsyncRing {
   static constexpr bool BULK = false;
   const DecodeArgs& args;
   char* memory;
-  Deal deal;
-  int64_t first, last;
+  int count, tile, step;  // units of this block; where the next one lies
   uint64_t policy;
 
-  LORA_DEVICE AsyncRing(const DecodeArgs& args_, char* memory_, char*, Deal deal_)
-      : args(args_), memory(memory_), deal(deal_), first(deal_.begin(gpu::block())),
-        last(deal_.begin(gpu::block() + 1)), policy(gpu::streaming_policy()) {}
+  LORA_DEVICE AsyncRing(const DecodeArgs& args_, char* memory_, char*, Deal deal)
+      : args(args_), memory(memory_), count(deal.count(gpu::block())), tile(deal.tile(gpu::block())),
+        step(deal.step(gpu::block())), policy(gpu::streaming_policy()) {}
 
   LORA_DEVICE bool producer() const { return false; }
   LORA_DEVICE void run() {}
 
-  LORA_DEVICE void issue(int64_t i) {  // the i-th unit of this block; past the last an empty group, to keep count
-    const int64_t unit = first + i;
-    if (unit < last) {
-      const int steps = k_units(args.K);
-      const int tile = int(unit / steps), k0 = int(unit % steps) * BLOCK_K;
-      char* stage = memory + int(i % args.stages) * stage_bytes(TOKENS);
+  LORA_DEVICE void issue(int i) {  // the i-th unit of this block; past the last an empty group, to keep count
+    if (i < count) {
+      const int k0 = step * BLOCK_K;
+      char* stage = memory + i % args.stages * stage_bytes(TOKENS);
       constexpr int PIECES = BLOCK_K / 8;
       for (int piece = gpu::thread(); piece < (ROWS + TOKENS) * PIECES; piece += THREADS) {
         const int row = piece / PIECES, k = k0 + piece % PIECES * 8;
@@ -46,20 +43,21 @@ struct AsyncRing {
           gpu::copy16(to, static_cast<const uint16_t*>(args.X) + m * args.stride_xm + k);
         }
       }
+      if (++step == k_units(args.K)) step = 0, ++tile;
     }
     gpu::commit_copies();
   }
   LORA_DEVICE void start() {
     for (int i = 0; i < args.stages - 1; ++i) issue(i);
   }
-  LORA_DEVICE const char* acquire(int64_t i) {
+  LORA_DEVICE const char* acquire(int i) {
     gpu::wait_copies(args.stages - 2);
     // Everyone's pieces are here, and everyone has read the stage that is filled next.
     gpu::sync_block<THREADS>(1);
     issue(i + args.stages - 1);
-    return memory + int(i % args.stages) * stage_bytes(TOKENS);
+    return memory + i % args.stages * stage_bytes(TOKENS);
   }
-  LORA_DEVICE void release(int64_t) {}
+  LORA_DEVICE void release(int) {}
 };
 
 // cp.async.bulk, sm_90: one more warp copies whole rows ahead, without descriptors; full and empty barriers a stage.
@@ -71,11 +69,9 @@ struct BulkRing {
   char* memory;
   uint64_t *full, *empty;
   Deal deal;
-  int64_t first, last;
 
   LORA_DEVICE BulkRing(const DecodeArgs& args_, char* memory_, char* barriers, Deal deal_)
-      : args(args_), memory(memory_), full(reinterpret_cast<uint64_t*>(barriers)), empty(full + MAX_STAGES),
-        deal(deal_), first(deal_.begin(gpu::block())), last(deal_.begin(gpu::block() + 1)) {}
+      : args(args_), memory(memory_), full(reinterpret_cast<uint64_t*>(barriers)), empty(full + MAX_STAGES), deal(deal_) {}
 
   LORA_DEVICE bool producer() const { return gpu::thread() >= 32 * WARPS; }
 
@@ -90,11 +86,11 @@ struct BulkRing {
     gpu::sync_block<THREADS>(0);
   }
   LORA_DEVICE void run() {  // the producer's warp, from the first unit to the last
-    const int lane = gpu::thread() % 32, steps = k_units(args.K);
+    const int lane = gpu::thread() % 32, count = deal.count(gpu::block());
     const uint64_t policy = gpu::streaming_policy();
-    int stage = 0, phase = 0;
-    for (int64_t unit = first; unit < last; ++unit) {
-      const int tile = int(unit / steps), k0 = int(unit % steps) * BLOCK_K;
+    int stage = 0, phase = 0, tile = deal.tile(gpu::block()), step = deal.step(gpu::block());
+    for (int i = 0; i < count; ++i) {
+      const int k0 = step * BLOCK_K;
       const int rows = args.N - tile * ROWS < ROWS ? args.N - tile * ROWS : ROWS;
       const int bytes = 2 * (args.K - k0 < BLOCK_K ? args.K - k0 : BLOCK_K);
       char* to = memory + stage * stage_bytes(TOKENS);
@@ -110,16 +106,17 @@ struct BulkRing {
         gpu::bulk_copy(to + row_offset(ROWS + m), X + m * args.stride_xm, bytes, full + stage);
       }
       if (++stage == args.stages) stage = 0, phase ^= 1;
+      if (++step == deal.steps) step = 0, ++tile;
     }
   }
-  LORA_DEVICE const char* acquire(int64_t i) {
-    const int stage = int(i % args.stages);
-    gpu::barrier_wait(full + stage, int(i / args.stages) & 1);
+  LORA_DEVICE const char* acquire(int i) {
+    const int stage = i % args.stages;
+    gpu::barrier_wait(full + stage, i / args.stages & 1);
     return memory + stage * stage_bytes(TOKENS);
   }
-  LORA_DEVICE void release(int64_t i) {
+  LORA_DEVICE void release(int i) {
     gpu::sync_warp();
-    if (gpu::thread() % 32 == 0) gpu::barrier_arrive(empty + int(i % args.stages));
+    if (gpu::thread() % 32 == 0) gpu::barrier_arrive(empty + i % args.stages);
   }
 };
 
