@@ -128,6 +128,10 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"slots": {"scalings": torch.ones(L, dtype=torch.float16)}},
         ShapeError, "torch.float16 .*; expected torch.float32",
     ),
+    "slots-starts-spaced": (
+        {"slots": {"starts": ints(0, 9, 3, 9, 3, 9)[::2]}},
+        ShapeError, r"starts has stride 2; .* starts.contiguous\(\)",
+    ),
     "slots-starts-elsewhere": (
         {"slots": {"starts": ints(0, 0, 3).to("meta")}},
         ShapeError, "starts is on meta, X on cpu",

@@ -68,6 +68,8 @@ def check_slots(slots: Slots, N: int, K: int, device: torch.device) -> None:
     ):
         if T.shape != (L,) or T.dtype != dtype:
             raise ShapeError(f"{name} is {T.dtype} {tuple(T.shape)}; expected {dtype} (L,), one of each for every slot")
+        if not T.is_contiguous():  # kernels read them one after another
+            raise ShapeError(f"{name} has stride {T.stride(0)}; expected contiguous numbers: pass {name}.contiguous()")
     if not 0 <= max_rank <= R:
         raise ShapeError(f"max_rank={max_rank} with A of {R} rows; expected 0 to {R}")
     for name, T in zip(("A", "B", "starts", "ranks", "scalings"), slots[:5], strict=True):
