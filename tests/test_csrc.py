@@ -14,7 +14,8 @@ from lora_kernels import csrc, multi_lora_linear, multi_plan
 from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.kernels.chip import CHIPS
 from lora_kernels.multi_cost import MultiProblem
-from lora_kernels.testing.multi import make_multi_problem, mix_ids
+from lora_kernels.testing.multi import make_multi_problem, mix_ids, multi_plain, multi_truth
+from lora_kernels.testing.rule import assert_close
 
 ROOT = Path(__file__).parent.parent
 
@@ -146,6 +147,43 @@ def test_cuda_by_name_on_a_cpu_is_refused(here):
     p = problem()
     with pytest.raises(BackendUnavailableError, match="tensors are on cpu"):
         multi_lora_linear(p.X, p.W, p.slots, p.ids, p.bias, backend="cuda")
+
+
+GPU = pytest.mark.skipif(csrc.available() is not None, reason=f"csrc cannot run: {csrc.available()}")
+
+
+@GPU
+@pytest.mark.parametrize("dtype", csrc.DTYPES)
+@pytest.mark.parametrize(
+    ("M", "N", "K"), [(1, 4096, 4096), (8, 200, 520), (16, 1000, 1032), (17, 65, 136), (64, 4096, 512)]
+)
+@pytest.mark.parametrize(("distribution", "pool_layout"), [("half", True), ("distinct", False), ("none", True)])
+def test_on_a_gpu_it_is_right_and_the_same_every_time(dtype, M, N, K, distribution, pool_layout):
+    ids = mix_ids(distribution, M, 5, device="cuda")
+    ids[-1:] = 5  # names no slot
+    p = make_multi_problem(ids, N, K, (16, 0, 8, 33, 64), dtype, pool_layout=pool_layout, gap=3 * pool_layout)
+    unsuited = csrc.unsuited(p.X, p.W, p.slots)
+    assert unsuited is None
+    Y = csrc.multi_lora_decode(p.X, p.W, p.slots, p.ids, p.bias)
+    assert_close(Y, multi_plain(p).Y, multi_truth(p).Y)
+    for _ in range(20):
+        assert torch.equal(csrc.multi_lora_decode(p.X, p.W, p.slots, p.ids, p.bias), Y)
+
+
+@GPU
+def test_on_a_gpu_one_graph_serves_every_mix():
+    p = make_multi_problem(
+        mix_ids("none", 16, 4, device="cuda"), 4096, 4096, (16, 8, 0, 64), torch.bfloat16, pool_layout=True
+    )
+    call = lambda: csrc.multi_lora_decode(p.X, p.W, p.slots, p.ids, p.bias)  # noqa: E731
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        Y = call()
+    for seed in range(200):
+        p.ids.copy_(mix_ids(("uniform", "half", "none", "identical")[seed % 4], 16, 5, seed=seed, device="cuda"))
+        graph.replay()
+        assert torch.equal(Y, call()), seed
 
 
 @pytest.fixture(scope="module")
