@@ -3,8 +3,8 @@
 //   decode_emu_test SEED COUNT [EDGES]     COUNT drawn batches, after the list of edges unless EDGES is 0
 //
 // With EMU_SMALL only what up to 16 tokens in bf16 need is compiled, and larger batches are left out.
-// Every batch runs with both rings, in two orders of threads and blocks, and all must agree bit for bit; counters must be
-// zero afterwards; A and B hold NaN wherever no adapter is; every array ends where its last element does.
+// Every batch runs with both rings, in two orders of threads and blocks, and all must agree bit for bit, as must one of its
+// tokens in a batch of its own; counters must be zero afterwards; A and B hold NaN wherever no adapter is; every array ends where its last element does.
 #include <cstdint>
 
 #include "lora_kernels/decode.cuh"
@@ -46,7 +46,7 @@ struct Norms {
 
 template <class Number>
 struct Layer {
-  const Batch& batch;
+  Batch batch;
   int R = 0, max_rank = 0, L;
   std::vector<int32_t> starts, ranks, ids;
   std::vector<float> scalings;
@@ -139,6 +139,15 @@ struct Layer {
     return Y;
   }
 
+  Layer alone(int m) const {  // token m in a batch of its own
+    Layer one(*this);
+    one.batch.M = 1;
+    one.X = Matrix(1, batch.K, batch.pad, nan());
+    std::copy_n(X.bits.begin() + m * X.stride, batch.K, one.X.bits.begin());
+    one.ids = {ids[m]};
+    return one;
+  }
+
   int slot_of(int m) const {  // -1: the base alone
     const int id = ids[m];
     if (id < 0 || id >= L || ranks[id] <= 0 || ranks[id] > max_rank) return -1;
@@ -210,6 +219,11 @@ void examine(const Batch& batch, double u, Small& small) {
   const std::vector<uint16_t> Y = layer.template run<AsyncRing>(seed), other = layer.template run<BulkRing>(seed + 7);
   if (std::memcmp(Y.data(), other.data(), 2 * Y.size())) {
     emu::fault(("the rings or the orders disagree: " + words(batch, bfloat16)).c_str());
+  }
+  const int m = pick(batch.M);
+  const std::vector<uint16_t> one = layer.alone(m).template run<BulkRing>(seed + 11);
+  if (std::memcmp(Y.data() + int64_t(m) * batch.N, one.data(), 2 * one.size())) {
+    emu::fault(("a token gets something else when it is alone: " + words(batch, bfloat16)).c_str());
   }
   Norms ours, plain, truth;
   layer.judge(Y, ours, plain, truth);
