@@ -129,7 +129,7 @@ class _Pooled(nn.Module):
         return multi_lora_linear(x, W, slots, ids.view(x.shape[:-1]), bias, backend=self.pool_backend)
 
     def _slots_now(self) -> Slots:
-        """The buffers; a traced graph reads them as buffers, which stay where they are, and not as ``pool_slots``."""
+        """The buffers; a traced graph reads them so, and not as ``pool_slots``: the shape of a buffer stays."""
         A, Bt, starts, ranks, scalings = (self._buffers[name] for name in BUFFERS)
         return Slots(A, Bt.t(), starts, ranks, scalings, self.pool_slots.max_rank)  # type: ignore[arg-type,union-attr]
 

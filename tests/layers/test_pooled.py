@@ -237,3 +237,15 @@ def test_compiled_layer_reads_the_buffers() -> None:
         made.pool_A.mul_(2)
         made.pool_here.rows = Rows(ints(2, 2, 0), CAPACITY)
         assert close(compiled(x), wanted(made, x, [2, 2, 0]))
+
+
+def test_one_graph_for_batches_of_every_size() -> None:
+    made: Any = layer()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(made, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for ids in ([0, 2, -1], [2, 0], [0, 1, 2, -1, 2]):
+            made.pool_here.rows, x = Rows(ints(*ids), CAPACITY), torch.randn(len(ids), K)
+            assert close(compiled(x), wanted(made, x, ids))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
