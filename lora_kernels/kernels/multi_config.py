@@ -79,17 +79,16 @@ def multi_decode_config(M: int, N: int, K: int, dtype: torch.dtype, chip: Chip, 
     tokens = min(DECODE_ROWS, max(16, 1 << (M - 1).bit_length()))
     full = dtype == torch.float32  # dots on scalar units keep BLOCK_K columns of both operands in registers
     step = 16 if full else 64 if wide else 32
-    split = max(1, min(2 * chip.units // -(-N // 64), -(-K // (2 * step)), 16))
+    split = max(1, min(2 * chip.units // -(-N // 64), -(-K // (2 * step)), 8))  # of more planes ptxas spills
     if chip.is_amd:
         return DecodeConfig(tokens, 64, step, num_warps=4, num_stages=2, SPLIT=split, RANK_STAGES=1)
     if full or not wide:
         rows = 64 if wide or tokens == 16 else 32  # an address for every element
         warps, most = 4 if wide or tokens < 64 else 8, 168 if wide and tokens < 64 else 255
         return DecodeConfig(tokens, rows, step, warps, num_stages=2, SPLIT=split, RANK_STAGES=1, maxnreg=most)
-    if chip.shared < 128 * KIB:
-        stages = 4 if tokens == 16 else 3
-        return DecodeConfig(tokens, 64, step, num_warps=4, num_stages=stages, SPLIT=split, maxnreg=168)
+    small = chip.shared < 128 * KIB
+    stages = (5 if tokens == 16 else 4) - small
     if tokens == 64:  # X comes from L2 once for every tile: half as often
-        return DecodeConfig(tokens, 128, step, num_warps=8, num_stages=4, SPLIT=split, maxnreg=128)
-    stages = 5 if tokens == 16 else 4
+        low = 16 if small else 32  # 32 spill on sm_120
+        return DecodeConfig(tokens, 128, step, num_warps=8, num_stages=stages, SPLIT=split, LOW_N=low, maxnreg=128)
     return DecodeConfig(tokens, 64, step, num_warps=4, num_stages=stages, SPLIT=split, maxnreg=168)

@@ -24,7 +24,7 @@ from lora_kernels.testing.multi import (
 from lora_kernels.testing.rule import Pool
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-RANKS = [4, 0, 70, 16, 1, 33]
+RANKS = [4, 0, 16, 1, 65]
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def test_mixes(distribution, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("M", [1, 2, 16, 33, 64])
+@pytest.mark.parametrize("M", [1, 2, 16, 64])
 def test_rows_and_shares(M, dtype, device):
     """One share of K and more of them than steps; adapters in float32, packed; a sum over several spans of K."""
     ids = mix_ids("uniform", M, len(RANKS), seed=M, device=device)
@@ -76,7 +76,7 @@ def test_the_configurations_that_ship(arch, device):
 
 
 def test_same_bits_in_every_run_grid_and_order(device, workspaces):
-    q = make_multi_problem(mix_ids("uniform", 16, 6, device=device), 70, 96, RANKS, torch.bfloat16)
+    q = make_multi_problem(mix_ids("uniform", 16, 5, device=device), 70, 96, RANKS, torch.bfloat16)
     first = run(q)
     for units, order in ((3, 0), (1, 0), (7, 1), (9, 2)):
         if device == "cpu":
@@ -89,9 +89,9 @@ def test_same_bits_in_every_run_grid_and_order(device, workspaces):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_rows_bits_do_not_depend_on_the_others(dtype, device):
-    q = make_multi_problem(mix_ids("uniform", 16, 6, device=device), 40, 520, RANKS, dtype)
+    q = make_multi_problem(mix_ids("uniform", 16, 5, device=device), 40, 520, RANKS, dtype)
     whole = run(q)
-    ids, X = mix_ids("half", 16, 6, seed=1, device=device), q.X.flip(0).clone()
+    ids, X = mix_ids("half", 16, 5, seed=1, device=device), q.X.flip(0).clone()
     ids[5], X[5] = q.ids[5], q.X[5]
     assert torch.equal(run(q, X=X, ids=ids)[5], whole[5])
     alone = run(q, X=q.X[5:6], ids=q.ids[5:6], config=small(16, SPLIT=2))
@@ -140,7 +140,7 @@ def test_without_ranks(slots, device):
 
 def test_no_rank_is_padded(device, workspaces):
     """The elements of XA's parts that a launch writes: the true rank of each row, once a span of K; none without."""
-    q = make_multi_problem(mix_ids("uniform", 9, 6, device=device), 32, SHRINK_K + 40, RANKS, torch.float32)
+    q = make_multi_problem(mix_ids("uniform", 9, 5, device=device), 32, SHRINK_K + 40, RANKS, torch.float32)
     for ids in (torch.full_like(q.ids, -1), q.ids):
         run(q, ids=ids)
         (space,) = workspaces.values()
@@ -164,7 +164,7 @@ def test_one_launch_a_call(device, monkeypatch):
 
 
 def test_strides_and_an_output(device):
-    q = make_multi_problem(mix_ids("uniform", 18, 6, device=device), 40, 72, RANKS, torch.bfloat16)
+    q = make_multi_problem(mix_ids("uniform", 18, 5, device=device), 40, 72, RANKS, torch.bfloat16)
     X, W = torch.empty(36, 72, device=device, dtype=q.X.dtype)[::2].copy_(q.X), q.W.t().contiguous().t()
     A, bias = q.slots.A.t().contiguous().t(), q.bias.repeat_interleave(3)[::3]
     out = torch.full((18, 50), 7.0, dtype=X.dtype, device=device)
@@ -209,7 +209,7 @@ def test_the_plan_by_its_name(device):
 @pytest.mark.timeout(120)
 def test_fuzz(device):
     pool = Pool()
-    for number, case in enumerate(fuzz_mixes(12, seed=7, max_M=64)):
+    for number, case in enumerate(fuzz_mixes(8, seed=7, max_M=64)):
         if device == "cpu":
             from lora_kernels.testing import interpreter
 
