@@ -89,6 +89,7 @@ def multi_decode_config(M: int, N: int, K: int, dtype: torch.dtype, chip: Chip, 
     small = chip.shared < 128 * KIB
     stages = (5 if tokens == 16 else 4) - small
     if tokens == 64:  # X comes from L2 once for every tile: half as often
-        low = 16 if small else 32  # 32 spill on sm_120
-        return DecodeConfig(tokens, 128, step, num_warps=8, num_stages=stages, SPLIT=split, LOW_N=low, maxnreg=128)
+        if small:  # eight warps spill on sm_120
+            return DecodeConfig(tokens, 128, step, 4, num_stages=stages, SPLIT=split, LOW_N=16, maxnreg=255)
+        return DecodeConfig(tokens, 128, step, num_warps=8, num_stages=stages, SPLIT=split, maxnreg=128)
     return DecodeConfig(tokens, 64, step, num_warps=4, num_stages=stages, SPLIT=split, maxnreg=168)
