@@ -27,7 +27,7 @@ def test_edges_and_drawn_batches_are_right(tmp_path):
     program = build(tmp_path, HEADERS, "-O0", *ASAN)
     done = run(program, 1, 0)
     assert done.returncode == 0, done.stderr
-    assert "10 batches are right" in done.stdout
+    assert "11 batches are right" in done.stdout
 
 
 @pytest.mark.slow
@@ -72,7 +72,9 @@ BUGS = {
         "ring.release(i);\n        accumulate(d, stage, step * BLOCK_K);",
         (),
     ),
-    "start past the end of A": ("decode.cuh", " || start > args.R - rank", "", ASAN),
+    "start before A": ("decode.cuh", "        if (start < 0) rank = 0;\n", "", ASAN),
+    "rank past the end of A": ("decode.cuh", "        if (rank > args.R - start) rank = args.R - start;\n", "", ASAN),
+    "rank beyond the largest": ("decode.cuh", "        if (rank > args.max_rank) rank = args.max_rank;\n", "", ASAN),
     "id past the last slot": ("decode.cuh", "id >= 0 && id < args.L", "id >= 0", ASAN),
     "sums overwritten": ("decode.cuh", "      sync();  // the sums may be overwritten\n", "", ()),
     "published words through L1": (

@@ -56,7 +56,7 @@ struct Decode {
     self.leave();
   }
 
-  // A slot that is empty, or whose rows are not all in A, gives its tokens the base alone; so does an id that names none.
+  // An empty slot, one that starts outside of A, and an id that names none give the base alone; a rank ends with A and max_rank.
   LORA_DEVICE void read_mix() {
     const int m = thread;
     if (m < MAX_TOKENS) {
@@ -65,7 +65,9 @@ struct Decode {
       float scaling = 0;
       if (id >= 0 && id < args.L) {
         start = args.starts[id], rank = args.ranks[id], scaling = args.scalings[id];
-        if (rank < 0 || rank > args.max_rank || start < 0 || start > args.R - rank) rank = 0;
+        if (start < 0) rank = 0;
+        if (rank > args.max_rank) rank = args.max_rank;
+        if (rank > args.R - start) rank = args.R - start;
       }
       mix.slot[m] = rank > 0 ? id : -1;
       mix.start[m] = start, mix.rank[m] = rank, mix.scaling[m] = scaling;
