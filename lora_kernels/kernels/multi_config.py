@@ -16,9 +16,15 @@ from lora_kernels.kernels.tuning import (
     SplitConfig,
     expand_config,
     gemm_config,
+    rank_tile,
     shrink_config,
     split_config,
 )
+
+
+def extend_rank_tile(max_rank: int, dtype: torch.dtype) -> int:
+    """Ranks a step of multi_extend and multi_expand_add_: 64 spill on sm_100, and halve the blocks of sm_90."""
+    return min(32, rank_tile(max_rank, dtype))
 
 
 def multi_shrink_config(M: int, dtype: torch.dtype, chip: Chip, max_rank: int, wide: bool = True) -> ShrinkConfig:
@@ -37,18 +43,19 @@ def multi_shrink_config(M: int, dtype: torch.dtype, chip: Chip, max_rank: int, w
 def multi_extend_config(M: int, N: int, dtype: torch.dtype, chip: Chip, max_rank: int, wide: bool = True) -> GemmConfig:
     """Tiles of multi_extend: those of the product for one adapter, but for 16 rows, where ptxas aims at 64 registers.
 
-    In 16 bit half the step in one more stage leaves it room for the walk over slots; in float32 eight warps do, unless
-    every element has an address (not ``wide``).
+    In 16 bit half the step in one more stage leaves it room for the walk over slots; in float32 eight warps and three
+    stages do (two spill on sm_80), unless every element has an address (not ``wide``).
     """
     one = gemm_config(M, N, dtype, chip, wide)
     if one.BLOCK_M > 16 or chip.is_amd or not wide:
         return one
-    return replace(one, num_warps=8) if dtype == torch.float32 else replace(one, BLOCK_K=32, num_stages=4)
+    return replace(one, num_warps=8, num_stages=3) if dtype == torch.float32 else replace(one, BLOCK_K=32, num_stages=4)
 
 
 def multi_expand_config(M: int, N: int, dtype: torch.dtype, chip: Chip, max_rank: int, wide: bool = True) -> GemmConfig:
-    """Tiles of multi_expand_add_: those of the pass for one adapter."""
-    return expand_config(M, N, dtype, chip, wide)
+    """Tiles of multi_expand_add_: those of the pass for one adapter, but for 16 rows, where eight warps spill."""
+    one = expand_config(M, N, dtype, chip, wide)
+    return replace(one, num_warps=4) if one.BLOCK_M == 16 else one
 
 
 def multi_grads_config(M: int, dtype: torch.dtype, chip: Chip, max_rank: int) -> SplitConfig:

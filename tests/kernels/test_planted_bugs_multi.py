@@ -29,7 +29,9 @@ BUGS = [
     ("XA is added, not selected", "multi_shrink.py", "s = tl.where(mine[:, None], acc * tl.load(scalings_ptr + slot), s)", "s += acc * tl.load(scalings_ptr + slot)"),
     ("a 32-bit row of X", "multi_shrink.py", "P_ptr + offs_m[:, None].to(tl.int64) * stride_pm", "P_ptr + offs_m[:, None] * stride_pm"),
     ("every block of ranks is the first", "multi_shrink.py", "first_rank = tl.program_id(1) * BLOCK_R", "first_rank = tl.program_id(1) * 0"),
-    ("terms are added, not selected", "multi_extend.py", "acc = tl.where(mine[:, None], term, acc)", "acc += term"),
+    ("another slot's rows are not left out", "multi_extend.py", "s = tl.load(s_ptrs, mask=mine[:, None] & (offs_r < max_rank)[None, :]", "s = tl.load(s_ptrs, mask=(offs_m < 10**6)[:, None] & (offs_r < max_rank)[None, :]"),
+    ("zeros times NaN reach the others' rows", "multi_extend.py", "tl.where(finite, t, 0.0).to(s.dtype)", "t"),
+    ("what is not finite is lost", "multi_extend.py", "acc = tl.where(mine[:, None] & (lost > 0)[None, :], float(\"nan\"), acc)", "acc = acc"),
     ("ranks beyond a tile are left out", "multi_extend.py", "tl.range(0, rank, BLOCK_R,", "tl.range(0, tl.minimum(rank, BLOCK_R), BLOCK_R,"),
     ("every slot has the first columns of B", "multi_extend.py", "t_rows = (start + offs_r)[:, None]", "t_rows = offs_r[:, None]"),
     ("B is read past a slot's rank", "multi_extend.py", "mask=mask_n[None, :] & (offs_r < rank)[:, None]", "mask=mask_n[None, :]"),
@@ -109,6 +111,8 @@ def judge(modules, device):
     p = make_multi_problem(ids, 16, 24, (3, 4, 2), torch.float32)
     needs = (True, False, False, False)
     sound = run(launchers, p, needs=needs)
+    p.slots.B[2, 5] = float("nan")  # XA stays finite
+    assert not run(launchers, p, needs=needs)["Y"][ids == 1, 2].isfinite().any(), "NaN is lost: plain PyTorch's is not"
     p.slots.A[3:7] = p.slots.B[:, 3:7] = float("nan")
     broken = run(launchers, p, needs=needs)
     for name in ("Y", "dX"):
