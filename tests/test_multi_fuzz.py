@@ -213,7 +213,7 @@ def shards(count: int) -> list[Any]:
 
 
 # From which size each of the reference's orders is taken: at these the small layers here take all of them.
-ORDERS = {"MASKED_PRODUCTS": (0, 3_000_000), "MASKED_ROWS": (0, 256), "RUN_ROWS": (1, 64), "SORTED_ROWS": (0, 512)}
+ORDERS = {"MASKED_PRODUCTS": (0, 4_000_000), "MASKED_ROWS": (0, 256), "RUN_ROWS": (1, 64), "SORTED_ROWS": (0, 512)}
 
 
 @pytest.mark.parametrize("shard", shards(10))

@@ -7,8 +7,8 @@ masked    X times every adapter that is there, other rows' ranks set to zero, on
 sorted    rows brought together by adapter before the base product, slices of it, and put back
 groups    each adapter's rows gathered, its product added to their places in Y
 
-Which is fastest on a CPU depends on the number of rows and on the dtype: 16-bit products of few rows cost 20 to 50 us
-each whatever their size, so there one large product wins. docs/multi_lora_linear.md has the measurements.
+Which is fastest on a CPU depends on the number of rows, on the dtype and on the CPU: 16-bit products of few rows cost
+20 to 50 us each whatever their size, so there one large product wins. docs/multi_lora_linear.md has the measurements.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -25,10 +26,10 @@ from torch.nn.functional import linear
 from lora_kernels.reference.lora_linear import _as
 from lora_kernels.slots import Slots
 
-RUN_ROWS = 64  # mean run from which slices beat gathered rows in float32
+RUN_ROWS = 64  # mean run from which slices beat gathered rows
 SORTED_ROWS = 512  # up to which moving whole rows of X and Y costs less than adding to scattered ones
-MASKED_ROWS = 256  # up to which one product for all adapters costs less than one each, in 16 bit
-MASKED_PRODUCTS = 3_000_000  # M r (K + N) that take as long as the host needs to start one adapter's two products
+MASKED_ROWS = 256  # up to which one product for all adapters costs less than one each, where 16 bits come in tiles
+MASKED_PRODUCTS = 4_000_000  # M r (K + N) that take as long as one adapter's two products take to start, in 16 bit
 
 
 class Run(NamedTuple):
@@ -119,20 +120,42 @@ def owned(runs: list[tuple[int, int, int]], held: list[tuple[int, int, float]]) 
     return [Run(begin, end, *held[slot]) for slot, begin, end in runs if 0 <= slot < len(held) and held[slot][1]]
 
 
+@functools.cache
+def tiles_of_16_bit() -> bool:
+    """Whether this CPU multiplies whole tiles of bfloat16 (AMX): then products cost little and their starts much."""
+    capabilities: Callable[[], Mapping[str, object]] = getattr(torch.cpu, "get_capabilities", dict)
+    return bool(capabilities().get("amx_bf16"))
+
+
+def order_for(M: int, N: int, K: int, dtype: torch.dtype, rows: Rows, runs: list[Run]) -> str:
+    """The order that is fastest for M rows of which ``runs`` sorted ones have adapters."""
+    half = dtype.itemsize == 2
+    tiles, ranks = half and tiles_of_16_bit(), sum(run.r for run in runs)
+    if half and (
+        M * ranks * (K + N) <= MASKED_PRODUCTS * len(runs)
+        or (tiles and (M <= MASKED_ROWS or ranks * (K + N) <= 2 * N * K))
+    ):
+        return "masked"
+    if rows.runs <= len(rows.in_order) + 1 or (not tiles and rows.runs * RUN_ROWS <= M):
+        return "runs"
+    return "sorted" if tiles or (not half and M <= SORTED_ROWS) else "groups"
+
+
 def multi_lora_linear_infer(X: Tensor, W: Tensor, slots: Slots, ids: Tensor, bias: Tensor | None) -> Tensor:
     """Y (M, N) for X (M, K), W (N, K), ids (M,), bias (N,) or None; A and B are rounded to X's dtype."""
-    (M, K), N = X.shape, W.shape[0]
     rows, held = rows_of(ids), places(slots)
-    half = X.dtype.itemsize == 2
-    if rows.runs <= 1 or (not half and rows.runs * RUN_ROWS <= M):
+    if rows.runs <= 1:
         return _add_runs(linear(X, W, bias), X, slots, owned(rows.in_place, held))
     runs = owned(rows.in_order, held)
-    ranks = sum(run.r for run in runs)
     if not runs:
         return linear(X, W, bias)
-    if M * ranks * (K + N) <= MASKED_PRODUCTS * len(runs) or (half and _wide(M, N, K, ranks)):
+    N, K = W.shape
+    order = order_for(X.shape[0], N, K, X.dtype, rows, runs)
+    if order == "masked":
         return _masked(X, W, slots, bias, held, rows)
-    if half or M <= SORTED_ROWS:
+    if order == "runs":
+        return _add_runs(linear(X, W, bias), X, slots, owned(rows.in_place, held))
+    if order == "sorted":
         X = X.index_select(0, rows.order)
         return _add_runs(linear(X, W, bias), X, slots, runs).index_select(0, rows.back)
     Y = linear(X, W, bias)
@@ -141,11 +164,6 @@ def multi_lora_linear_infer(X: Tensor, W: Tensor, slots: Slots, ids: Tensor, bia
         xa = X.index_select(0, own) @ _as(slots.A[first : first + r], X).t()
         Y.index_add_(0, own, xa @ _as(slots.B[:, first : first + r], X).t(), alpha=scaling)
     return Y
-
-
-def _wide(M: int, N: int, K: int, ranks: int) -> bool:
-    """Whether one 16-bit product over all ``ranks`` beats one each for every adapter."""
-    return M <= MASKED_ROWS or ranks * (K + N) <= 2 * N * K
 
 
 def _add_runs(Y: Tensor, X: Tensor, slots: Slots, runs: list[Run]) -> Tensor:

@@ -16,7 +16,7 @@ from lora_kernels.adapters.files import CONFIG_NAME, WEIGHTS_NAME
 from lora_kernels.config import LoRAConfig
 from lora_kernels.inject import apply_lora
 from lora_kernels.report import injection_of
-from lora_kernels.testing import within_rule
+from lora_kernels.testing import Pool
 
 CONFIG = LoRAConfig(r=2, lora_alpha=6, target_modules=["q", "v"], modules_to_save=["head"], bias="lora_only")
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(3))
@@ -129,13 +129,17 @@ class Served(nn.Module):
             return model(x.to(dtype))
 
     @classmethod
-    def check(cls, y: Tensor, x: Tensor, adapters: list[Adapter | None]) -> None:
-        """Each row of y is by the error rule what its adapter alone gives."""
-        for row, adapter in enumerate(adapters):
-            plain = cls.alone(x[row], adapter, x.dtype)
-            truth = cls.alone(x[row], adapter, torch.float64, x.dtype)
-            verdict = within_rule(y[row], plain, truth, what=f"row {row}")
-            assert verdict, verdict.message
+    def check(cls, y: Tensor, x: Tensor, adapters: list[Adapter | None], pool: Pool | None = None) -> None:
+        """The rows of y are by the error rule what the adapter of each alone gives; judged together with what else
+        is in ``pool``, when that is closed."""
+        plain, truth = (
+            torch.stack([cls.alone(row, adapter, dtype, x.dtype) for row, adapter in zip(x, adapters, strict=True)])
+            for dtype in (x.dtype, torch.float64)
+        )
+        judge = pool or Pool()
+        judge.assert_close(y, plain, truth, what="rows")
+        if pool is None:
+            judge.close()
 
     @staticmethod
     def bits(model: nn.Module) -> dict[str, Any]:

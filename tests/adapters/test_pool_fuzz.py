@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_kernels as lk
-from lora_kernels.testing import within_rule
+from lora_kernels.testing import Pool
 
 NAMES = [f"n{i}" for i in range(8)]
 SHAPES: list[tuple[tuple[str, ...], tuple[int, ...]]] = [
@@ -62,7 +62,7 @@ def churn(rng: random.Random, pool: lk.AdapterPool, held: dict[str, Any], adapte
     return "replaced" if name in before else "loaded"
 
 
-def judge(served: Any, x: Tensor, y: Tensor, adapters: list[Any], what: str) -> None:
+def judge(served: Any, x: Tensor, y: Tensor, adapters: list[Any], together: Pool) -> None:
     """x, y (tokens, 8) and the adapter of each."""
     plain, truth = torch.empty_like(y), torch.empty_like(y, dtype=torch.float64)
     for one in {id(one): one for one in adapters}.values():
@@ -70,8 +70,7 @@ def judge(served: Any, x: Tensor, y: Tensor, adapters: list[Any], what: str) -> 
         plain[rows] = served.alone(x[rows], one, x.dtype)
         for row in rows:
             truth[row] = served.alone(x[row], one, torch.float64, x.dtype)
-    verdict = within_rule(y, plain, truth, what=what)
-    assert verdict, verdict.message
+    together.assert_close(y, plain, truth, what="tokens")
 
 
 def mix(rng: random.Random, names: list[str]) -> list[str | None]:
@@ -81,14 +80,14 @@ def mix(rng: random.Random, names: list[str]) -> list[str | None]:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_every_token_as_its_adapter_alone(served: Any, adapter: Any, seed: int) -> None:
-    rng, did = random.Random(seed), set()
+    rng, did, together = random.Random(seed), set(), Pool()
     torch.manual_seed(seed)
     model = served().eval()
     sizes = {"capacity": rng.choice((3, 4, 5)), "max_rank_total": rng.choice((12, 24)), "max_rank": 9}
     pool, held = lk.AdapterPool(model, **sizes), dict[str, Any]()
     places = {name: buffer.data_ptr() for name, buffer in model.named_buffers()}
     static = torch.full((10,), -1, dtype=torch.int32)
-    for case in range(60):
+    for _ in range(60):
         did |= {churn(rng, pool, held, adapter) for _ in range(rng.randint(0, 3))}
         poison(pool)
         names = mix(rng, list(held)) if held else [None]
@@ -109,7 +108,8 @@ def test_every_token_as_its_adapter_alone(served: Any, adapter: Any, seed: int) 
                 with pool.batch(static):
                     pool.ids(names, out=static)
                     y = model(x)
-        judge(served, x.reshape(-1, 8), y.reshape(-1, 8), each, f"seed {seed}, case {case}, {names}")
+        judge(served, x.reshape(-1, 8), y.reshape(-1, 8), each, together)
+    together.close()
     assert {name: buffer.data_ptr() for name, buffer in model.named_buffers()} == places
     assert did >= {"loaded", "replaced", "evict", "unknown"}
 
@@ -123,6 +123,7 @@ def test_threads_load_while_others_run_batches(served: Any, adapter: Any) -> Non
         pool.load(name, one.tensors, one.config, pin=True)
     changing = {f"{name}{i}": adapter(10 * i, r) for name, i, r in (("x", 1, 2), ("x", 2, 9), ("x", 3, 4), ("x", 4, 6))}
     errors: list[BaseException] = []
+    together = Pool()
     stop, busy = threading.Event(), threading.Event()
 
     def guarded(work: Any, seed: int) -> threading.Thread:
@@ -141,8 +142,8 @@ def test_threads_load_while_others_run_batches(served: Any, adapter: Any) -> Non
         with torch.no_grad(), pool.batch(names):
             y = model(x)
             again = model(x)
-        served.check(y, x, [(fixed | changing).get(name) for name in names])  # type: ignore[arg-type]
-        served.check(again, x, [(fixed | changing).get(name) for name in names])  # type: ignore[arg-type]
+        served.check(y, x, [(fixed | changing).get(name) for name in names], together)  # type: ignore[arg-type]
+        served.check(again, x, [(fixed | changing).get(name) for name in names], together)  # type: ignore[arg-type]
 
     def serve(name: str) -> Any:
         def work(rng: random.Random) -> None:
@@ -182,6 +183,7 @@ def test_threads_load_while_others_run_batches(served: Any, adapter: Any) -> Non
     for thread in loading:
         thread.join(timeout=30)
     assert not errors, errors[0]
+    together.close()
     assert not any(thread.is_alive() for thread in serving + loading)
     assert not any(pool.info(name).batches for name in pool.names)
     pool.close()

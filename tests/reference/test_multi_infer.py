@@ -22,39 +22,46 @@ def test_fuzz(shard):
     pool.close()
 
 
-ORDERS = {  # name: rows, run, dtype
-    "masked for few rows": (64, 1, torch.float32),
-    "runs": (128, 64, torch.float32),
-    "one run": (40, 40, torch.bfloat16),
-    "masked": (64, 1, torch.bfloat16),
-    "sorted": (64, 1, torch.float32),
-    "sorted in 16 bit": (300, 1, torch.float16),
-    "groups": (600, 1, torch.float32),
+ORDERS = {  # what is meant: rows, run, dtype, whether 16 bits come in tiles, ranks
+    "runs, one": (40, 40, torch.bfloat16, False, (16, 0, 7, 1)),
+    "runs, as many as adapters": (40, 10, torch.float32, False, (16, 3, 7, 1)),
+    "runs, long": (1024, 64, torch.float32, False, (16, 0, 7, 1)),
+    "masked, few rows": (64, 1, torch.bfloat16, False, (16, 0, 7, 1)),
+    "masked, tiles": (64, 1, torch.bfloat16, True, (16, 0, 7, 1)),
+    "sorted": (64, 1, torch.float32, False, (16, 0, 7, 1)),
+    "sorted, tiles": (300, 1, torch.float16, True, (16, 30, 40, 20)),
+    "groups": (600, 1, torch.float32, False, (16, 0, 7, 1)),
+    "groups in 16 bit": (64, 1, torch.bfloat16, False, (16, 30, 40, 20)),
 }
 
 
 @pytest.mark.parametrize("name", ORDERS)
 def test_every_order_is_taken_where_it_is_meant_and_is_right(name, monkeypatch):
-    M, run, dtype = ORDERS[name]
-    ranks = (16, 0, 7, 1) if name != "sorted in 16 bit" else (16, 30, 40, 20)
-    ids = mix_ids("uniform", M, 4, run=run, seed=3)
+    M, run, dtype, tiles, ranks = ORDERS[name]
+    ids = mix_ids("distinct" if run == 10 else "uniform", M, 4, run=run, seed=3)
     p = make_multi_problem(ids, 20, 28, ranks, dtype, pool_layout=True, gap=3)
-    if name != "masked for few rows":
+    monkeypatch.setattr(multi_infer, "tiles_of_16_bit", lambda: tiles)
+    if name != "masked, few rows":
         monkeypatch.setattr(multi_infer, "MASKED_PRODUCTS", 0)
     taken = []
     masked, add_runs = multi_infer._masked, multi_infer._add_runs
     monkeypatch.setattr(multi_infer, "_masked", lambda *args: taken.append("masked") or masked(*args))
     monkeypatch.setattr(multi_infer, "_add_runs", lambda Y, X, *a: taken.append(X is p.X) or add_runs(Y, X, *a))
     Y = multi_lora_linear_infer(p.X, p.W, p.slots, p.ids, p.bias)
-    expected = {
-        "masked": ["masked"],
-        "masked for few rows": ["masked"],
-        "groups": [],
-        "runs": [True],
-        "one run": [True],
-    }.get(name, [False])
-    assert taken == expected
+    meant = {"masked": ["masked"], "runs": [True], "sorted": [False], "groups": []}
+    assert taken == meant[name.partition(",")[0].partition(" in")[0]]
     assert_close(Y, multi_plain(p).Y, multi_truth(p).Y)
+
+
+def test_a_cpu_is_asked_once_whether_it_has_tiles(monkeypatch):
+    multi_infer.tiles_of_16_bit.cache_clear()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    assert multi_infer.tiles_of_16_bit()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert multi_infer.tiles_of_16_bit()
+    multi_infer.tiles_of_16_bit.cache_clear()
+    assert not multi_infer.tiles_of_16_bit()
+    multi_infer.tiles_of_16_bit.cache_clear()
 
 
 @pytest.mark.parametrize("starts", [(4, 0, 8), (0, 4, 8), (8, 4, 0), (0, 0, 4)])
