@@ -31,7 +31,7 @@ class Rows:
         self, ids: Tensor, capacity: int, *, named: bool = False, none: bool = False, uniform: Tensor | None = None
     ) -> None:
         self.ids, self.capacity, self.named, self.none, self.uniform = ids, capacity, named, none, uniform
-        self._kept: dict[tuple[int, torch.device], Tensor] = {}
+        self._kept: dict[tuple[int, bool, torch.device], Tensor] = {}
         self._version = 0 if named else -1  # of ids, when they were last looked at
 
     def of(self, x: Tensor, path: str) -> Tensor:
@@ -54,9 +54,11 @@ class Rows:
         version = -1 if ids.is_inference() else ids._version  # -1: changes cannot be noticed
         if version != self._version or version < 0:
             self._look(version)
-        kept = self._kept.get((M, device))
+        key = M, self._fits(x, M), device  # of as many rows x may still be laid out otherwise
+        kept = self._kept.get(key)
         if kept is None:
-            kept = self._kept[M, device] = self._repeated(x, M, path).to(device)
+            with torch.inference_mode(False):  # a forward with gradients may be next
+                kept = self._kept[key] = self._repeated(x, M, path).to(device)
         return kept
 
     def _look(self, version: int) -> None:
@@ -70,13 +72,17 @@ class Rows:
                     f"adapter ids go from {low} to {high}; accepted are -1 (no adapter) and 0 to {self.capacity - 1}"
                 )
 
+    def _fits(self, x: Tensor, M: int) -> bool:
+        n = self.ids.numel()
+        return n == M or bool(n and M and (M if x.dim() <= 2 else x.shape[0]) % n == 0)
+
     def _repeated(self, x: Tensor, M: int, path: str) -> Tensor:
         n = self.ids.numel()
-        first = M if x.dim() <= 2 else x.shape[0]
-        if n == M or (n and first % n == 0 and M):
+        if self._fits(x, M):
             return self.ids if n == M else self.ids.repeat_interleave(M // n)
         if self.uniform is not None:
             return self.uniform.expand(M).contiguous()
+        first = M if x.dim() <= 2 else x.shape[0]
         raise ShapeError(
             f"{path} sees x {tuple(x.shape)}, and the batch has {n} adapter ids: {first} rows are no multiple of them. "
             "Give one id per sequence (whose rows follow one another, with their beams) or one per token of every "

@@ -89,6 +89,21 @@ def test_rows_that_are_no_multiple(shape: tuple[int, ...]) -> None:
     assert "one id per sequence" in str(raised.value)
 
 
+def test_as_many_rows_laid_out_otherwise_are_looked_at_again() -> None:
+    rows = Rows(ints(0, 2), CAPACITY)
+    rows.of(torch.empty(2, 3, K), "p")
+    with pytest.raises(ShapeError, match=r"p sees x \(3, 2, 5\)"):  # tokens first
+        rows.of(torch.empty(3, 2, K), "p")
+
+
+def test_gradients_after_inference_mode_in_one_batch() -> None:
+    made, x = layer(), torch.randn(4, K)
+    made.pool_here.rows = Rows(ints(0, 2), CAPACITY, named=True)
+    with torch.inference_mode():
+        before = made(x)
+    assert torch.equal(made(x.requires_grad_()), before)
+
+
 def test_ids_that_change_are_seen_and_looked_at() -> None:
     ids = ints(0, 2)
     rows, x = Rows(ids, CAPACITY), torch.empty(4, K)
