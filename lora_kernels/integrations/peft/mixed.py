@@ -58,12 +58,17 @@ def mixed_forward(
 def _ids_of(names: Sequence[str], there: list[str], x: Tensor) -> Tensor:
     """int32 (M,), the slot of each row of x; the same tensor for every layer of a model."""
     global _ids
+    if torch.compiler.is_compiling():
+        return _made(names, there, x)
     key = (tuple(names), tuple(there), x.shape[:-1], x.device)
-    if _ids is not None and _ids[0] == key and not torch.compiler.is_compiling():
-        return _ids[1]
+    last = _ids  # read once: another thread may put its own batch there at any time
+    if last is None or last[0] != key:
+        with torch.inference_mode(False):  # a forward with gradients may be next
+            last = _ids = key, _made(names, there, x)
+    return last[1]
+
+
+def _made(names: Sequence[str], there: list[str], x: Tensor) -> Tensor:
     slot = {name: number for number, name in enumerate(there)}
     ids = torch.tensor([slot.get(name, -1) for name in names], dtype=torch.int32).to(x.device)
-    ids = ids.view(-1, *(1,) * (x.dim() - 2)).expand(x.shape[:-1]).reshape(-1)
-    if not torch.compiler.is_compiling():
-        _ids = key, ids
-    return ids
+    return ids.view(-1, *(1,) * (x.dim() - 2)).expand(x.shape[:-1]).reshape(-1)

@@ -111,7 +111,7 @@ def linear_reason(base: nn.Module) -> str | None:
 def kwargs_reason(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """What a call with more than its input asks for."""
     if kwargs.get("adapter_names") is not None:
-        return "adapter_names was passed with more than its input"
+        return "adapter_names was passed: a batch of several adapters"
     if kwargs.get("alora_offsets") is not None:
         return "alora_offsets was passed"
     return f"it was called with more than its input: {', '.join(kwargs) or f'{len(args)} positional'}"

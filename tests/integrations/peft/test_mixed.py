@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig
 
 from lora_kernels.integrations.families import fill_adapters
+from lora_kernels.integrations.peft import mixed
 from lora_kernels.integrations.peft.accelerate import accelerate
 
 NAMES = ["default", "other", "__base__", "default", "late"]
@@ -56,6 +57,32 @@ def test_a_weight_that_changes_in_any_way_counts_at_once(model, example):
             after = ours(x, adapter_names=names)
             assert not torch.equal(after, before)
             before = after
+
+
+def test_gradients_after_inference_mode(model, example, run):
+    ours, x = accelerate(model, verbose=False), example(5)
+    with torch.inference_mode():
+        before = ours(x, adapter_names=NAMES)
+    torch.testing.assert_close(run(ours, x, adapter_names=NAMES)["y"], before)
+
+
+def test_the_ids_of_another_thread_are_never_taken_for_ones_own(monkeypatch):
+    """What is remembered is replaced by another thread just while it is looked at."""
+    x = torch.zeros(2, 3)
+    mine = mixed._ids_of(["a", "b"], ["a", "b"], x)
+
+    class Key(tuple):
+        def __eq__(self, other):
+            mixed._ids = (), torch.full((2,), 7)
+            return tuple.__eq__(self, other)
+
+        def __ne__(self, other):
+            return not self == other
+
+        __hash__ = tuple.__hash__
+
+    monkeypatch.setattr(mixed, "_ids", (Key(mixed._ids[0]), mine))
+    assert mixed._ids_of(["a", "b"], ["a", "b"], x) is mine
 
 
 def test_what_takes_pefts_own_forward(model, example, same, calls):
