@@ -172,7 +172,9 @@ class BuildExt(build_ext):
         """The module from its objects. CUDA's runtime is linked in: it looks for a driver at its first call only."""
         libraries = [f"-L{PLAN.torch}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
         if PLAN.cuda:
-            folder = next(d for d in ("lib64", "lib") if (PLAN.cuda / d / "libcudart_static.a").is_file())
+            folder = next((d for d in ("lib64", "lib") if (PLAN.cuda / d / "libcudart_static.a").is_file()), None)
+            if folder is None:
+                raise RuntimeError(f"{PLAN.cuda} has no libcudart_static.a in lib64 or lib")
             libraries += [f"-L{PLAN.cuda}/{folder}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         hidden = ["-Wl,--exclude-libs,ALL", "-Wl,-z,relro,-z,now", "-s"]
         module.parent.mkdir(parents=True, exist_ok=True)

@@ -253,6 +253,12 @@ def test_architectures_as_nvcc_wants_them(setup):
     ]
 
 
+def test_a_toolkit_without_the_static_runtime_is_a_note(setup, monkeypatch, tmp_path):
+    monkeypatch.setattr(setup, "PLAN", setup.Plan(tmp_path, tmp_path), raising=False)
+    with pytest.raises(RuntimeError, match=r"no libcudart_static\.a in lib64 or lib"):  # which BuildExt.run notes
+        setup.BuildExt.link(None, tmp_path / "module.so", [])
+
+
 def test_setup_finds_torch_without_importing_it():
     find = f"runpy.run_path({str(ROOT / 'setup.py')!r})['torch_folder']()"
     code = f"import runpy, sys; print({find} is not None, 'torch' in sys.modules)"
