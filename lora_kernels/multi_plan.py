@@ -23,13 +23,13 @@ from torch import Tensor
 from lora_kernels.cost import Plan, seconds
 from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.kernels.chip import Chip
+from lora_kernels.kernels.tuning import DECODE_ROWS
 from lora_kernels.multi_cost import MultiProblem, launches
 from lora_kernels.plan import chip_for, requested_backend, resolve_backend, split_name
 from lora_kernels.slots import Slots
 from lora_kernels.variants import switched_off
 
 PLANS = ("eager", "extend", "decode", "cuda")
-DECODE_ROWS = 64  # what the one-launch kernels take
 
 
 @functools.cache
