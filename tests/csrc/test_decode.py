@@ -72,7 +72,7 @@ BUGS = {
         "ring.release(i);\n        accumulate(d, stage, step * BLOCK_K);",
         (),
     ),
-    "start before A": ("decode.cuh", "        if (start < 0) rank = 0;\n", "", ASAN),
+    "start before A": ("decode.cuh", "        if (start < 0) start = 0, rank = 0;\n", "", ASAN),
     "rank past the end of A": ("decode.cuh", "        if (rank > args.R - start) rank = args.R - start;\n", "", ASAN),
     "rank beyond the largest": ("decode.cuh", "        if (rank > args.max_rank) rank = args.max_rank;\n", "", ASAN),
     "id past the last slot": ("decode.cuh", "id >= 0 && id < args.L", "id >= 0", ASAN),

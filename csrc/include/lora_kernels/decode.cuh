@@ -65,7 +65,7 @@ struct Decode {
       float scaling = 0;
       if (id >= 0 && id < args.L) {
         start = args.starts[id], rank = args.ranks[id], scaling = args.scalings[id];
-        if (start < 0) rank = 0;
+        if (start < 0) start = 0, rank = 0;
         if (rank > args.max_rank) rank = args.max_rank;
         if (rank > args.R - start) rank = args.R - start;
       }
