@@ -29,6 +29,7 @@ from lora_kernels.slots import Slots
 RUN_ROWS = 64  # mean run from which slices beat gathered rows
 SORTED_ROWS = 512  # up to which moving whole rows of X and Y costs less than adding to scattered ones
 MASKED_ROWS = 256  # up to which one product for all adapters costs less than one each, where 16 bits come in tiles
+KEPT_SCALES = 8  # layers of a model that hold their adapters in different places
 MASKED_PRODUCTS = 4_000_000  # M r (K + N) that take as long as one adapter's two products take to start, in 16 bit
 
 
@@ -48,6 +49,7 @@ class Rows:
     def __init__(self, ids: Tensor) -> None:
         self.ids = ids
         self._index: dict[int, Tensor] = {}
+        self._scales: dict[tuple[object, ...], Tensor] = {}
 
     @functools.cached_property
     def runs(self) -> int:
@@ -81,6 +83,22 @@ class Rows:
         if L not in self._index:
             self._index[L] = torch.where((self.ids < 0) | (self.ids >= L), L, self.ids)
         return self._index[L]
+
+    def scales(self, L: int, there: tuple[tuple[int, int, float, int], ...], dtype: torch.dtype) -> Tensor:
+        """(M, ranks) for the adapters ``there`` (first, rank, scaling, slot) side by side: a row's own scaling in its
+        own columns, else 0. Kept, as the layers of a model hold the same adapters in the same places."""
+        key = L, there, dtype
+        scales = self._scales.get(key)
+        if scales is None:
+            ends = list(itertools.accumulate(r for _, r, _, _ in there))
+            table = torch.zeros(L + 1, ends[-1], dtype=dtype, device=self.ids.device)
+            for end, (_, r, scaling, slot) in zip(ends, there, strict=True):
+                table[slot].narrow(0, end - r, r).fill_(scaling)
+            scales = table.index_select(0, self.index(L))
+            if len(self._scales) >= KEPT_SCALES:
+                self._scales.clear()
+            self._scales[key] = scales
+        return scales
 
 
 def _runs(ids: Tensor) -> list[tuple[int, int, int]]:
@@ -180,18 +198,18 @@ def _masked(
 ) -> Tensor:
     """X times the A of every adapter that is there, each row keeping its own ranks, times their B."""
     L = len(held)
-    there = sorted((*held[slot], slot) for slot, _, _ in rows.in_order if 0 <= slot < L and held[slot][1])
-    firsts, ends = [first for first, *_ in there], list(itertools.accumulate(r for _, r, _, _ in there))
-    A, B = slots.A, slots.B
-    if ends[-1] != A.shape[0] or firsts != [0, *ends[:-1]]:
+    there = tuple(sorted((*held[slot], slot) for slot, _, _ in rows.in_order if 0 <= slot < L and held[slot][1]))
+    A, Bt = slots.A, slots.B.t()
+    ends = list(itertools.accumulate(r for _, r, _, _ in there))
+    if ends[-1] != A.shape[0] or [first for first, *_ in there] != [0, *ends[:-1]]:
         A = torch.cat([A.narrow(0, first, r) for first, r, _, _ in there])
-        B = torch.cat([B.narrow(1, first, r) for first, r, _, _ in there], 1)
-    table = X.new_zeros(L + 1, ends[-1], dtype=torch.promote_types(X.dtype, torch.float32))  # 16 bit would round s
-    for end, (_, r, scaling, slot) in zip(ends, there, strict=True):  # repeat_interleave would wake every thread
-        table[slot].narrow(0, end - r, r).fill_(scaling)
+        if Bt.stride(1) == 1:
+            Bt = torch.cat([Bt.narrow(0, first, r) for first, r, _, _ in there])
+        else:
+            Bt = torch.cat([slots.B.narrow(1, first, r) for first, r, _, _ in there], 1).t()
+    own = rows.scales(L, there, torch.promote_types(X.dtype, torch.float32))  # 16 bit would round s
     XA = X @ _as(A, X).t()
-    own = table.index_select(0, rows.index(L))
     XA *= own
     if X.dtype == torch.float16:  # whose products overflow leaves no NaN in the others' rows
         XA.masked_fill_(own == 0, 0)
-    return linear(X, W, bias).addmm_(XA, _as(B, X).t())
+    return linear(X, W, bias).addmm_(XA, _as(Bt, X))
