@@ -47,12 +47,13 @@ def errors(got: Answers, plain: Answers, truth: Answers, dtype: torch.dtype) -> 
     return {kind: _together([(got[n], plain[n], truth[n]) for n in names], dtype) for kind, names in kinds.items()}
 
 
-def fault(draws: Sequence[Errors], dtype: torch.dtype) -> str | None:
-    """What is wrong, or None: of each kind the draws must keep the rule on the average.
+def fault(draws: Sequence[Errors], dtype: torch.dtype, share: float = 1.0) -> str | None:
+    """What is wrong, or None: of each kind the draws must keep ``share`` of the rule's limits on the average.
 
     In 16 bits one early rounding decides most of a model's error, so the ratio of one draw says little: over 16 seeds
     of four families it ran from 0.3 to 2.4, ours above and below PEFT's alike, and where a ReLU is passed or not from
-    0.04 to 12. The average is geometric, over the middle half of the draws.
+    0.04 to 12. In float32 one draw of 16 of T5's went to 4.5 by maximum, the others ran from 0.7 to 2.3. The average
+    is geometric, over the middle half of the draws.
     """
     limits = limits_for(dtype)
     for kind in draws[0]:
@@ -60,7 +61,7 @@ def fault(draws: Sequence[Errors], dtype: torch.dtype) -> str | None:
             ratios = sorted(max(draw[kind][norm], 1e-9) for draw in draws)
             middle = ratios[len(draws) // 4 : len(draws) - len(draws) // 4]
             mean = math.exp(sum(map(math.log, middle)) / len(middle))
-            if not mean <= limit:
+            if not mean <= share * limit:
                 return f"{kind}: error is {mean:.3g}x PEFT's by {name} (limit {limit:g}x)"
     return None
 

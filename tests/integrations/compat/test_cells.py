@@ -1,8 +1,10 @@
 import pytest
 
 from lora_kernels.errors import ConfigError
+from lora_kernels.integrations.compat import cells
 from lora_kernels.integrations.compat.cells import ABSENT, FUSED, REFUSED, WRONG, try_cell
 from lora_kernels.integrations.compat.features import FEATURES
+from lora_kernels.integrations.compat.judge import fault
 from lora_kernels.integrations.families import FAMILIES
 from lora_kernels.integrations.peft import linear
 
@@ -24,6 +26,18 @@ def test_a_wrong_layer_is_wrong(feature, off, monkeypatch):
     cell = try_cell(feature, FAMILIES["GPT-2"])
     assert cell.status == WRONG
     assert "PEFT's by" in cell.reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "drawn", "status"), [((1.9,), 1, FUSED), ((4.6, 1, 0.9, 1.2, 5), 5, FUSED), ((4.6,) * 5, 5, WRONG)]
+)
+def test_a_draw_in_doubt_is_judged_with_others(ratios, drawn, status, monkeypatch):
+    seen = iter(ratios)
+    monkeypatch.setattr(cells, "errors", lambda *_: {"gradient": (next(seen), 0.5)})
+    judged = []
+    monkeypatch.setattr(cells, "fault", lambda draws, *a: judged.append(len(draws)) or fault(draws, *a))
+    assert try_cell(TRAIN, FAMILIES["GPT-2"]).status == status
+    assert judged[-1] == drawn
 
 
 def test_what_is_thrown_is_told(monkeypatch):
