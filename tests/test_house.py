@@ -57,7 +57,7 @@ ALLOWED["cli"] = ALLOWED["finetune"] | {
     "tuned",
     "variants",
 }
-ALLOWED["cli"] |= {"csrc", "multi_cost"}
+ALLOWED["cli"] |= {"csrc", "reference"}
 # The optional dependencies and the files that may name them at import time or inside a function.
 OPTIONAL = {"triton", "transformers", "peft", "matplotlib", "sklearn", "tqdm", "accelerate", "datasets", "optuna"}
 

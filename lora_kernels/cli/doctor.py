@@ -16,6 +16,7 @@ from lora_kernels import csrc
 from lora_kernels.finetune.extras import installed
 from lora_kernels.finetune.movies import TEXT, cache_folder
 from lora_kernels.plan import backend_status, requested_backend
+from lora_kernels.reference.products import library
 from lora_kernels.tuned import table_for, user_table
 
 LIBRARIES = ("torch", "triton", "safetensors", "transformers", "peft", "scikit-learn", "matplotlib", "tqdm")
@@ -50,6 +51,7 @@ def report() -> dict[str, dict[str, str]]:
         "devices": _devices(),
         "backends": {
             **{name: f"cannot run: {why}" if why else "can run" for name, why in backend_status().items()},
+            "float32 on a CPU": "multiplied by {}: {}".format(*library()),
             "asked for": asked + (" (LORA_KERNELS_BACKEND)" if "LORA_KERNELS_BACKEND" in os.environ else ""),
         },
         "tuned plans": _tuned(torch.cuda.get_device_name() if torch.cuda.is_available() else ""),

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.reference.lora_linear import Needs, _as, _inv_keep, lora_linear_bwd, lora_linear_fwd
+from lora_kernels.reference.products import mm
 from lora_kernels.reference.weight_norm import row_blocks, wide
 
 
@@ -84,7 +85,7 @@ def dora_linear_fwd(
         Y = scale_columns(Z, g, bias, None if keep_z else Z)
     else:
         Y, XA = lora_linear_fwd(X, W, A, B * g[:, None], bias, scaling, keep, p)
-        Z = dropped(X, keep, p) @ W.t()
+        Z = mm(dropped(X, keep, p), W.t())
         Y.addcmul_(Z, g - 1)
     return Y, XA, Z if keep_z else None
 
@@ -121,7 +122,7 @@ def dora_linear_bwd(
         dm = column_dots(dY, Z).add_((dgB * B).sum(1)).div_(norm).to(m.dtype)
     dB = (dgB * g[:, None]).to(B.dtype) if needs.B and dgB is not None else None
     if dX is not None:
-        dX.addcmul_(scale_columns(dY, g - 1) @ W, _as(keep, X), value=_inv_keep(keep, p))
+        dX.addcmul_(mm(scale_columns(dY, g - 1), W), _as(keep, X), value=_inv_keep(keep, p))
     return dX, dA, dB, dm, dbias
 
 

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
-from torch.nn.functional import linear
+
+from lora_kernels.reference.products import linear, mm, scaled_mm
 
 
 class Needs(NamedTuple):
@@ -43,18 +43,6 @@ def _as(T: Tensor, X: Tensor) -> Tensor:
     return T if T.dtype == X.dtype else T.to(X.dtype)
 
 
-def _scaled_mm(P: Tensor, Q: Tensor, factor: float, like: Tensor | None = None) -> Tensor:
-    """factor * P Q with the factor applied before rounding, in one matrix product.
-
-    ``like``: any tensor of the result's shape and dtype. addmm wants one, and reads nothing of it at beta=0.
-    """
-    if factor == 1.0:
-        return P @ Q
-    if like is None or like.dtype != P.dtype:
-        like = P.new_empty(P.shape[0], Q.shape[1])
-    return torch.addmm(like, P, Q, beta=0, alpha=factor)
-
-
 def lora_linear_fwd(
     X: Tensor,
     W: Tensor,
@@ -74,7 +62,7 @@ def lora_linear_fwd(
     B = B if B.dtype is dtype else B.to(dtype)
     if keep is not None:  # a product with bool takes three times as long on a CPU
         XD, scaling = X * _as(keep, X), scaling * _inv_keep(keep, p)
-    XA = torch.addmm(X.new_empty(X.shape[0], A.shape[0]), XD, A.t(), beta=0, alpha=scaling)
+    XA = scaled_mm(XD, A.t(), scaling)
     return linear(X, W, bias).addmm_(XA, B.t()), XA
 
 
@@ -95,19 +83,19 @@ def lora_linear_bwd(
     dX = dA = dB = dbias = None
     D = None if keep is None else _as(keep, X)
     if needs.X or needs.A:
-        dYB = _scaled_mm(dY, _as(B, X), scaling, XA)
+        dYB = scaled_mm(dY, _as(B, X), scaling, XA)
         if needs.A:
             XD = X if D is None else X * D
-            dA = _as(_scaled_mm(dYB.t(), XD, _inv_keep(keep, p), A), A)
+            dA = _as(scaled_mm(dYB.t(), XD, _inv_keep(keep, p), A), A)
             del XD
         if needs.X:
-            dX = dY @ W
+            dX = mm(dY, W)
             if D is None:
                 dX.addmm_(dYB, _as(A, X))
             else:
                 dX.addcmul_(dYB @ _as(A, X), D, value=_inv_keep(keep, p))
     if needs.B:
-        dB = _as(dY.t() @ XA, B)
+        dB = _as(mm(dY.t(), XA), B)
     if needs.bias:
         dbias = dY.sum(0)
     return dX, dA, dB, dbias

@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels.reference.lora_linear import _as, _inv_keep, _scaled_mm
+from lora_kernels.reference.lora_linear import _as, _inv_keep
+from lora_kernels.reference.products import add_mm_, linear, mm, scaled_mm
 
 
 class StackedNeeds(NamedTuple):
@@ -43,7 +44,7 @@ def _down(
     """[f_0 P_0 Q_0, f_1 P_1 Q_1, ...] side by side, each scaled before it is rounded; and the widths of the blocks."""
     widths = [q.shape[1] for q in Q]
     if shared is not None and len(set(factors)) == 1:  # one product over the stacked Q
-        return _scaled_mm(shared, Q[0] if len(Q) == 1 else torch.cat(list(Q), 1), factors[0]), widths
+        return scaled_mm(shared, Q[0] if len(Q) == 1 else torch.cat(list(Q), 1), factors[0]), widths
     out = P[0].new_empty(P[0].shape[0], sum(widths))
     for part, p, q, factor in zip(columns(out, widths), P, Q, factors, strict=True):
         torch.addmm(part, p, q, beta=0, alpha=factor, out=part)
@@ -66,7 +67,7 @@ def lora_linear_stacked_fwd(
     XA, ranks = _down([XD] * len(A), down, [s * _inv_keep(keep, p) for s in scaling], shared=XD)
     Y = []
     for w, b, up, xa in zip(W, bias, B, columns(XA, ranks), strict=True):
-        Y.append(torch.nn.functional.linear(X, w, b).addmm_(xa, _as(up, X).t()))
+        Y.append(linear(X, w, b).addmm_(xa, _as(up, X).t()))
     return Y, XA
 
 
@@ -92,16 +93,16 @@ def lora_linear_stacked_bwd(
         dYB, _ = _down(dY, [_as(b, X) for b in B], scaling)
         if needs.X:
             A_all = _as(A[0] if len(A) == 1 else torch.cat(list(A)), X)
-            dX = dY[0] @ W[0]
+            dX = mm(dY[0], W[0])
             for dy, w in zip(dY[1:], W[1:], strict=True):
-                dX.addmm_(dy, w)
+                add_mm_(dX, dy, w)
             if D is None:
                 dX.addmm_(dYB, A_all)
             else:
                 dX.addcmul_(dYB @ A_all, D, value=_inv_keep(keep, p))
         if needs.A:
             XD = X if D is None else X * D
-            dA = _as(_scaled_mm(dYB.t(), XD, _inv_keep(keep, p)), A[0])
-    dB = [_as(dy.t() @ xa, b) if need else None for dy, xa, b, need in zip(dY, XA, B, needs.B, strict=True)]
+            dA = _as(scaled_mm(dYB.t(), XD, _inv_keep(keep, p)), A[0])
+    dB = [_as(mm(dy.t(), xa), b) if need else None for dy, xa, b, need in zip(dY, XA, B, needs.B, strict=True)]
     dbias = [dy.sum(0) if need else None for dy, need in zip(dY, needs.bias, strict=True)]
     return dX, dA, dB, dbias

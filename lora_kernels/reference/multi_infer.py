@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from lora_kernels.reference.lora_linear import _as
+from lora_kernels.reference.products import linear
 from lora_kernels.slots import Slots
 
 RUN_ROWS = 64  # mean run from which slices beat gathered rows

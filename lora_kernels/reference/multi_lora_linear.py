@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import Tensor
-from torch.nn.functional import linear
 
-from lora_kernels.reference.lora_linear import Needs, _as, _scaled_mm
+from lora_kernels.reference.lora_linear import Needs, _as
 from lora_kernels.reference.multi_infer import owned, places, rows_of
+from lora_kernels.reference.products import linear, mm, scaled_mm
 from lora_kernels.slots import Slots
 
 
@@ -62,7 +62,7 @@ def multi_lora_linear_fwd(
     Y = linear(X, W, bias)
     XA = X.new_zeros(X.shape[0], slots.max_rank)
     for rows, first, r, scaling in parts(slots, ids):
-        xa = _scaled_mm(X[rows], _as(slots.A[first : first + r], X).t(), scaling)
+        xa = scaled_mm(X[rows], _as(slots.A[first : first + r], X).t(), scaling)
         XA[rows, :r] = xa
         _add_mm(Y, rows, xa, _as(slots.B[:, first : first + r], X).t())
     return Y, XA
@@ -82,7 +82,7 @@ def multi_lora_linear_bwd(
     dA and dB are zero where no row of the batch belongs.
     """
     A, B = slots.A, slots.B
-    dX = dY @ W if needs.X else None
+    dX = mm(dY, W) if needs.X else None
     dA = A.new_zeros(A.shape) if needs.A else None
     dB = B.new_zeros(B.shape) if needs.B else None
     if dX is not None or dA is not None or dB is not None:
@@ -90,7 +90,7 @@ def multi_lora_linear_bwd(
             own = slice(first, first + r)
             dy = dY[rows]
             if dX is not None or dA is not None:
-                dyb = _scaled_mm(dy, _as(B[:, own], X), scaling)
+                dyb = scaled_mm(dy, _as(B[:, own], X), scaling)
                 if dX is not None:
                     _add_mm(dX, rows, dyb, _as(A[own], X))
                 if dA is not None:

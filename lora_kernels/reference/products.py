@@ -1,0 +1,124 @@
+"""Matrix products of the reference path, by the faster of the two libraries that PyTorch has for float32 on a CPU.
+
+    linear(X, W, bias) = X W^T + bias        mm(P, Q) = P Q
+    scaled_mm(P, Q, f) = f P Q               add_mm_(Y, P, Q): Y += P Q
+
+``F.linear`` and ``@`` take MKL for float32, which leaves a tenth to a fifth of an AMD core's rate unused (Zen 4, two
+threads, 512 x 768 x 3072: 15.2 ms, oneDNN 12.2; XA 0.28, 0.23; dY^T XA 0.91, 0.45). torch.compile's CPU backend calls
+oneDNN by an operator of its own, which is called here where it was measured to win: products that are large enough on
+AMD processors with AVX-512. Everything else, other dtypes, devices and layouts, are PyTorch's usual operators.
+docs/lora_linear.md has the figures; ``LORA_KERNELS_CPU_GEMM`` = auto, torch or onednn decides otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_kernels.errors import ConfigError
+
+SWITCH = "LORA_KERNELS_CPU_GEMM"
+CHOICES = ("auto", "torch", "onednn")
+MULTIPLICATIONS = 1 << 22  # from which oneDNN gains more than its 12 us a call and its 0.5 ms a new shape
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+def library() -> tuple[str, str]:
+    """ "onednn" or "torch", whose float32 products a CPU gets, and why.
+
+    Raises:
+        ConfigError: the environment asks for something else.
+    """
+    asked = os.environ.get(SWITCH, "auto")
+    if asked not in CHOICES:
+        raise ConfigError(f"{SWITCH} is {asked!r}; accepted are {', '.join(CHOICES)}")
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return "torch", "this torch has no oneDNN product"
+    if asked != "auto":
+        return asked, f"by {SWITCH}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    if _vendor() == "AuthenticAMD" and capability == "AVX512":
+        return "onednn", "faster than MKL on an AMD processor with AVX-512"
+    return "torch", f"PyTorch's own choice; oneDNN is not known to be faster here ({capability})"
+
+
+def _vendor() -> str:
+    """The processor's maker as it names itself: AuthenticAMD, GenuineIntel; "" where nothing says."""
+    if not _CPUINFO.is_file():
+        return platform.processor().rpartition(", ")[2]  # Windows: "AMD64 Family 25 Model 17 Stepping 1, AuthenticAMD"
+    lines = (line.partition(":") for line in _CPUINFO.read_text().splitlines())
+    return next((value.strip() for name, _, value in lines if name.strip() == "vendor_id"), "")
+
+
+@functools.cache
+def _onednn() -> Callable[..., Tensor] | None:
+    """oneDNN's X W^T + bias (X, W, bias, "none", [], ""), where it is the library."""
+    return torch.ops.mkldnn._linear_pointwise.default if library()[0] == "onednn" else None
+
+
+def _takes(X: Tensor, W: Tensor) -> bool:
+    """Whether X W^T is a product that oneDNN gets: large, float32, on a CPU, of no autograd graph."""
+    return (
+        X.size(0) * W.numel() >= MULTIPLICATIONS
+        and X.dtype is torch.float32
+        and W.dtype is torch.float32
+        and X.is_cpu
+        and W.is_cpu
+        and _onednn() is not None
+        and torch._C._get_mkldnn_enabled()
+        and not (torch.is_grad_enabled() and (X.requires_grad or W.requires_grad))
+    )
+
+
+def _dense(T: Tensor) -> bool:
+    """Whether rows or columns follow one another without gaps."""
+    return T.is_contiguous() or T.t().is_contiguous()
+
+
+def _run(X: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
+    product = _onednn()
+    assert product is not None
+    return product(X, W, bias, "none", [], "")
+
+
+def linear(X: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+    """X W^T + bias (M, N) for X (M, K), W (N, K), bias (N,) or None."""
+    if _takes(X, W) and X.is_contiguous() and _dense(W) and (bias is None or bias.dtype is X.dtype):
+        return _run(X, W, bias)
+    return torch.nn.functional.linear(X, W, bias)
+
+
+def mm(P: Tensor, Q: Tensor) -> Tensor:
+    """P Q (m, n) for P (m, k), Q (k, n)."""
+    if _takes(P, Q.t()):  # oneDNN copies a first operand that is not contiguous: let it be the small one
+        small = P.size(0) <= Q.size(1)
+        if (small or P.is_contiguous()) and _dense(Q):
+            return _run(P, Q.t())
+        if not small and _dense(P):
+            return _run(Q.t(), P).t().contiguous()
+    return P @ Q
+
+
+def add_mm_(Y: Tensor, P: Tensor, Q: Tensor) -> Tensor:
+    """Y += P Q in place, for an inner size so large that another pass over Y is nothing beside the product."""
+    return Y.add_(mm(P, Q)) if _takes(P, Q.t()) else Y.addmm_(P, Q)
+
+
+def scaled_mm(P: Tensor, Q: Tensor, factor: float, like: Tensor | None = None) -> Tensor:
+    """factor * P Q with the factor applied before rounding to 16 bit, in one matrix product.
+
+    ``like``: any tensor of the result's shape and dtype. addmm wants one, and reads nothing of it at beta=0.
+    """
+    if factor == 1.0:
+        return mm(P, Q)
+    if _takes(P, Q.t()):
+        return mm(P, Q).mul_(factor)
+    if like is None or like.dtype != P.dtype:
+        like = P.new_empty(P.shape[0], Q.shape[1])
+    return torch.addmm(like, P, Q, beta=0, alpha=factor)
