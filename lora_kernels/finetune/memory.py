@@ -22,9 +22,10 @@ def state_bytes(model: nn.Module, trainable_only: bool = True) -> int:
 def saved_for_backward(model: nn.Module, inputs: Any) -> int:
     """Bytes that one forward in training mode keeps alive for its backward, parameters and buffers left out.
 
-    Measured by autograd's own hooks; memory shared by several saved tensors is counted once.
+    Measured by autograd's own hooks; memory shared by several saved tensors is counted once. The model is left as it
+    was, running statistics included.
     """
-    training = model.training
+    training, buffers = model.training, [(buffer, buffer.clone()) for buffer in model.buffers()]
     weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
@@ -40,5 +41,8 @@ def saved_for_backward(model: nn.Module, inputs: Any) -> int:
             outputs = call_model(model, inputs)  # alive until all is counted, so that no address is used twice
     finally:
         model.train(training)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
     del outputs
     return sum(kept.values())

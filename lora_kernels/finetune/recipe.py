@@ -107,11 +107,13 @@ def _run(task: Task, recipe: Recipe, out: Path, say: Say, resume: bool) -> dict[
         return {}
     rate = history.tokens / history.seconds
     say(f"trained {len(history.steps)} steps in {history.seconds:.1f} s, {rate:,.0f} tokens/s")
-    report = task.report(trainer, loaders["test"])
+    fresh = task.load_model().to(recipe.device)  # once for all that follows: reading a large model takes long
+    report = task.report(trainer, loaders["test"], fresh)
     for line in task.show(trainer, report):
         say(line)
 
     save_adapter(model, out / "adapter")
+    memory = _memory(model, fresh, loaders["train"], recipe.device)
     figures: dict[str, Any] = {
         "settings": options.settings,
         "environment": {
@@ -124,9 +126,10 @@ def _run(task: Task, recipe: Recipe, out: Path, say: Say, resume: bool) -> dict[
         "parameters": {"trainable": trainable, "total": total},
         "training": _training_figures(history),
         "test": report,
-        "adapter": _check_adapter(task, trainer, loaders["test"], out / "adapter", say),
-        "memory": _memory(task, model, loaders["train"], recipe, say),
+        "adapter": _check_adapter(fresh, trainer, loaders["test"], out / "adapter", say),
+        "memory": memory,
     }
+    _say_memory(memory, say)
     if recipe.beside_peft:
         figures["beside_peft"] = _beside_peft(task, model, loaders["train"], recipe, out / "adapter", say)
     plot_history(history, out / "training.png", task.monitor)
@@ -149,12 +152,16 @@ def _training_figures(history: History) -> dict[str, Any]:
     }
 
 
-def _check_adapter(task: Task, trainer: Trainer, loader: Any, folder: Path, say: Say) -> dict[str, Any]:
-    """The saved adapter in a fresh model, and merged, against the trained model, on batches spread over ``loader``."""
+def _check_adapter(fresh: nn.Module, trainer: Trainer, loader: Any, folder: Path, say: Say) -> dict[str, Any]:
+    """The saved adapter in ``fresh``, and merged, against the trained model, on batches spread over ``loader``."""
     batches = list(itertools.islice(loader, 0, None, max(1, len(loader) // _CHECKED)))
-    fresh = load_adapter(task.load_model(), folder)
     again = Trainer(
-        fresh, trainer.optimizer, trainer.criterion, trainer.device, trainer.options, metrics=trainer.metrics
+        load_adapter(fresh, folder),
+        trainer.optimizer,
+        trainer.criterion,
+        trainer.device,
+        trainer.options,
+        metrics=trainer.metrics,
     )
     reloaded = [_difference(*pair) for pair in _side_by_side(trainer, again, batches)]
     merge_lora(fresh)
@@ -190,21 +197,22 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> tuple[int, int, int, float]
     return len(a), equal.numel(), int(equal.sum()), float((a.float() - b.float()).abs().max())
 
 
-def _memory(task: Task, model: LoRA, loader: Any, recipe: Recipe, say: Say) -> dict[str, Any]:
+def _memory(model: LoRA, full: nn.Module, loader: Any, device: str) -> dict[str, int]:
     """Beside full fine-tuning: gradients and optimizer state computed, activations measured on one batch."""
-    inputs, _ = split_batch(to_device(next(iter(loader)), torch.device(recipe.device)))
-    full = task.load_model().to(recipe.device).requires_grad_(True)
-    figures = {
+    inputs, _ = split_batch(to_device(next(iter(loader)), torch.device(device)))
+    return {
         "state_bytes": state_bytes(model),
         "full_state_bytes": state_bytes(full, trainable_only=False),
         "saved_bytes": saved_for_backward(model, inputs),
-        "full_saved_bytes": saved_for_backward(full, inputs),
+        "full_saved_bytes": saved_for_backward(full.requires_grad_(True), inputs),
     }
+
+
+def _say_memory(figures: dict[str, int], say: Say) -> None:
     for name, what in (("state", "gradients and AdamW's state"), ("saved", "saved for the backward of one batch")):
         ours, theirs = figures[f"{name}_bytes"], figures[f"full_{name}_bytes"]
         share = 100 * (ours / theirs - 1)
         say(f"memory, {what}: {ours / MIB:.1f} MiB; in full fine-tuning {theirs / MIB:.1f} MiB ({share:+.0f} %)")
-    return figures
 
 
 def _beside_peft(task: Task, model: nn.Module, loader: Any, recipe: Recipe, folder: Path, say: Say) -> dict[str, Any]:

@@ -40,3 +40,10 @@ def test_measuring_leaves_no_trace():
     assert torch.equal(torch.rand(2), expected)
     assert not model.training
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_measuring_leaves_running_statistics():
+    model = nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    saved_for_backward(model, torch.randn(4, 64))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -65,7 +65,7 @@ class NextLetter(Task):
     def metrics(self):
         return {"accuracy": lambda logits, targets: (logits.argmax(-1) == targets)[targets >= 0].float().mean()}
 
-    def report(self, trainer, loader):
+    def report(self, trainer, loader, untrained):
         return trainer.evaluate(loader)
 
     def show(self, trainer, report):
@@ -90,6 +90,28 @@ def test_another_kind_of_task_goes_the_whole_way(tmp_path):
     assert figures["training"]["steps"][0]["weight"] == 8 * 5
     assert said[0] == "64 rows"
     assert (tmp_path / "training.png").exists()
+
+
+def test_the_model_is_read_twice_and_checked_as_it_was_read(tmp_path, monkeypatch):
+    """Once to be trained, once for all that is compared with it; a report finds that one untrained."""
+    read, load, report = [], NextLetter.load_model, NextLetter.report
+
+    def loaded(self):
+        read.append(load(self))
+        return read[-1]
+
+    def reported(self, trainer, loader, untrained):
+        assert untrained is read[1]
+        expected = load(self).state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in untrained.state_dict().items())
+        return report(self, trainer, loader, untrained)
+
+    monkeypatch.setattr(NextLetter, "load_model", loaded)
+    monkeypatch.setattr(NextLetter, "report", reported)
+    figures = run(NextLetter(), recipe(), tmp_path, lambda line: None)
+    assert len(read) == 2
+    assert figures["adapter"]["reloaded_max_difference"] == 0
+    assert figures["memory"]["full_state_bytes"] == 3 * 4 * (8 * 16 + 16 * 17 + 8 * 17)
 
 
 def test_a_seed_is_a_result(tmp_path):

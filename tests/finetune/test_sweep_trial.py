@@ -43,7 +43,7 @@ class Signs(Task):
     criterion = nn.CrossEntropyLoss()
     metrics = {"accuracy": lambda logits, targets: (logits.argmax(-1) == targets).float().mean()}  # noqa: RUF012
 
-    def report(self, trainer, loader):
+    def report(self, trainer, loader, untrained):
         return trainer.evaluate(loader)
 
     def show(self, trainer, report):

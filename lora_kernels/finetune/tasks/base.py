@@ -69,8 +69,11 @@ class Task(ABC):
         """Name -> mean over a batch, from (logits, targets)."""
 
     @abstractmethod
-    def report(self, trainer: Trainer, loader: Any) -> dict[str, Any]:
-        """Final figures of the trainer's model over ``loader``, as JSON values."""
+    def report(self, trainer: Trainer, loader: Any, untrained: nn.Module) -> dict[str, Any]:
+        """Final figures of the trainer's model over ``loader``, as JSON values.
+
+        untrained: what load_model gives, on the trainer's device, for figures from before; to be left as it is.
+        """
 
     @abstractmethod
     def show(self, trainer: Trainer, report: Mapping[str, Any]) -> list[str]:

@@ -118,8 +118,8 @@ class CausalLM(Task):
     def metrics(self) -> Mapping[str, Metric]:
         return {"accuracy": token_accuracy}
 
-    def report(self, trainer: Trainer, loader: Any) -> dict[str, Any]:
-        base = Trainer(self.load_model(), trainer.optimizer, trainer.criterion, trainer.device, trainer.options,
+    def report(self, trainer: Trainer, loader: Any, untrained: nn.Module) -> dict[str, Any]:
+        base = Trainer(untrained, trainer.optimizer, trainer.criterion, trainer.device, trainer.options,
                        metrics=trainer.metrics)  # fmt: skip
         before, after = base.evaluate(loader), trainer.evaluate(loader)
         return {

@@ -127,7 +127,7 @@ class Classification(Task):
     def metrics(self) -> Mapping[str, Metric]:
         return {"accuracy": lambda logits, targets: (logits.argmax(-1) == targets).float().mean()}
 
-    def report(self, trainer: Trainer, loader: Any) -> dict[str, Any]:
+    def report(self, trainer: Trainer, loader: Any, untrained: nn.Module) -> dict[str, Any]:
         outputs = [(logits.argmax(-1).cpu(), targets.cpu()) for logits, targets in trainer.predict(loader)]
         predicted, actual = (torch.cat(column) for column in zip(*outputs, strict=True))
         classes = self.splits.test.classes

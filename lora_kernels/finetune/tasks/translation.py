@@ -160,10 +160,10 @@ class Translation(Task):
             model.train(training)
         return found
 
-    def report(self, trainer: Trainer, loader: Any) -> dict[str, Any]:
+    def report(self, trainer: Trainer, loader: Any, untrained: nn.Module) -> dict[str, Any]:
         pairs = self.splits.test
         translations = self.translate(trainer.model, pairs.sources)
-        before = self.translate(self.load_model().to(trainer.device), pairs.sources)
+        before = self.translate(untrained, pairs.sources)
         rows = zip(pairs.sources, pairs.targets, before, translations, strict=True)
         names = ("source", "reference", "before", "translation")
         return {

@@ -60,7 +60,7 @@ def test_report_and_what_is_shown(task):
     model = Longest()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trainer = Trainer(model, optimizer, task.criterion, metrics=task.metrics)
-    report = task.report(trainer, task.loader("test", 4))
+    report = task.report(trainer, task.loader("test", 4), task.load_model())
     assert report["accuracy"] == pytest.approx(1 / 3)
     assert report["confusion_matrix"] == [[0, 0, 3], [0, 0, 3], [0, 0, 3]]
     assert trainer.evaluate(task.loader("test", 4))["accuracy"] == pytest.approx(1 / 3)

@@ -102,7 +102,7 @@ def test_report_measures_the_trainers_model(task, monkeypatch):
 
     monkeypatch.setattr(Translation, "translate", translate)
     trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), task.criterion, metrics=task.metrics)
-    report = task.report(trainer, task.loader("test", 8))
+    report = task.report(trainer, task.loader("test", 8), task.load_model())
     assert report["bleu"] == pytest.approx(100)
     assert report["bleu_before"] < 20
     assert report["examples"][0]["translation"] == report["examples"][0]["reference"]
