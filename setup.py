@@ -1,8 +1,9 @@
 """The optional compiled extension: csrc/ as lora_kernels/_C.abi3.so. Everything else stands in pyproject.toml.
 
-LORA_KERNELS_CSRC   auto (default)  with CUDA where there are nvcc, its headers and a torch built for CUDA; else without
+LORA_KERNELS_CSRC   auto (default)  what there is a compiler for: the CPU's operator, and CUDA's kernels where there are nvcc, its
+                                    headers and a torch built for CUDA
                     1               with CUDA, or the installation fails and says why
-                    cpu             without CUDA: the operators' schemas alone
+                    cpu             the CPU's operator, or the installation fails and says why
                     0               not at all
 LORA_KERNELS_ARCHS  what nvcc compiles for, default "80 90a 100 120+PTX"
 MAX_JOBS, CXX, CUDA_HOME as usual.
@@ -14,6 +15,7 @@ isolated build as well. What came of it is written to lora_kernels/_build_info.j
 import importlib.util
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -30,11 +32,15 @@ from setuptools.command.build_py import build_py
 HERE = Path(__file__).resolve().parent
 MODES = ("auto", "1", "cpu", "0")
 ARCHS = os.environ.get("LORA_KERNELS_ARCHS", "80 90a 100 120+PTX")
+INSTRUCTIONS = {  # of the files that are compiled for more than the oldest processor; the operator asks which may run
+    "update_avx2": ("-mavx2", "-mfma"),
+    "update_avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
+}
 MODULE, PYTHON_ABI, TORCH_ABI = "_C.abi3.so", "0x030b0000", "0x020b000000000000"  # CPython 3.11, torch 2.11
 
 
 class Plan(NamedTuple):
-    """What is built: without a torch nothing, without a CUDA toolkit no kernels. ``why``: the reason for nothing."""
+    """What is built: without a torch nothing, without a CUDA toolkit no kernels. ``why``: the reason for what is not."""
 
     torch: Path | None
     cuda: Path | None
@@ -73,15 +79,16 @@ def plan(mode: str) -> Plan:
         return Plan(None, None, "LORA_KERNELS_CSRC=0")
     torch, cuda = torch_folder(), None if mode == "cpu" else cuda_folder()
     missing = "no torch with headers is installed" if torch is None else ""
-    if mode != "cpu" and cuda is None:
-        missing = missing or "no CUDA toolkit (nvcc and its headers) in CUDA_HOME, PATH or /usr/local/cuda"
-    if missing and mode != "auto":
-        raise SystemExit(f"lora_kernels: LORA_KERNELS_CSRC={mode}, but {missing}")
-    if missing or torch is None:
+    if torch is None and mode == "auto":
         return Plan(None, None, missing)
-    if mode == "auto" and not (torch / "lib/libtorch_cuda.so").is_file():
-        return Plan(None, None, "this torch is built without CUDA; LORA_KERNELS_CSRC=1 builds all the same")
-    return Plan(torch, cuda)
+    toolkit = "no CUDA toolkit (nvcc and its headers) in CUDA_HOME, PATH or /usr/local/cuda" if cuda is None else ""
+    if missing := missing or (toolkit if mode == "1" else ""):
+        raise SystemExit(f"lora_kernels: LORA_KERNELS_CSRC={mode}, but {missing}")
+    if mode == "cpu":
+        return Plan(torch, None, "LORA_KERNELS_CSRC=cpu")
+    if mode == "auto" and torch is not None and not (torch / "lib/libtorch_cuda.so").is_file():
+        return Plan(torch, None, "this torch is built without CUDA; LORA_KERNELS_CSRC=1 builds its kernels all the same")
+    return Plan(torch, cuda, toolkit)
 
 
 def architectures(names: str) -> Iterator[str]:
@@ -130,7 +137,8 @@ class BuildExt(build_ext):
                 ) from error
             notes.note(built="no", why=str(error).strip()[:2000])
             return
-        notes.note(built=f"with CUDA for {ARCHS}" if PLAN.cuda else "without CUDA", torch=f"headers of {PLAN.torch}")
+        built = f"with CUDA for {ARCHS}" if PLAN.cuda else "without CUDA"
+        notes.note(built=built, why=PLAN.why, torch=f"headers of {PLAN.torch}")
 
     def get_outputs(self) -> list[str]:
         return []  # what is there is there: setuptools need not find what a failed build has not made
@@ -145,13 +153,15 @@ class BuildExt(build_ext):
         objects.mkdir(parents=True, exist_ok=True)
         cxx = os.environ.get("CXX", "c++")
         options = ["-std=c++20", "-O3", f"-I{HERE}/csrc/include"]
+        host = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall"]
         abi = [f"-DTORCH_TARGET_VERSION={TORCH_ABI}", f"-DPy_LIMITED_API={PYTHON_ABI}"]
         headers = [f"-I{PLAN.torch}/include", f"-I{sysconfig.get_paths()['include']}"]
         if PLAN.cuda:
             headers += [f"-isystem{PLAN.cuda}/include", "-DLORA_KERNELS_CUDA"]
         jobs = [
-            [cxx, *options, *abi, *headers, "-fPIC", "-fvisibility=hidden", "-Wall", "-c", str(source)]
+            [cxx, *options, *abi, *headers, *host, *INSTRUCTIONS.get(source.stem, ()), "-c", str(source)]
             for source in sorted(HERE.glob("csrc/*.cpp"))
+            if source.stem not in INSTRUCTIONS or platform.machine() in ("x86_64", "AMD64")
         ]
         if PLAN.cuda:
             nvcc = [

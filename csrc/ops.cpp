@@ -2,12 +2,14 @@
 // the stable ABI alone: one binary serves every torch from TORCH_TARGET_VERSION (setup.py) on, and every Python.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "lora_kernels/update_args.h"
 
 #if defined(LORA_KERNELS_CUDA)
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <map>
 #include <mutex>
@@ -18,6 +20,7 @@
 
 // Weak: a torch without CUDA does not have it, and the module must load there too.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#endif
 
 namespace lora {
 namespace {
@@ -25,6 +28,47 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+void parallel(int64_t count, int64_t grain, void (*f)(int64_t, int64_t, void*), void* context) {
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { f(begin, end, context); });
+}
+
+void check_update(bool good, const char* what) { STD_TORCH_CHECK(good, "multi_lora_update_: ", what); }
+
+// Y (M, N) += scaling_l X A_l^T B_l^T by row, on a CPU; X, Y, A and B float or bfloat16.
+void multi_lora_update_(Tensor Y, const Tensor& X, const Tensor& A, const Tensor& B, const Tensor& starts, const Tensor& ranks,
+                        const Tensor& scalings, int64_t max_rank, const Tensor& ids) {
+  const ScalarType dtype = X.scalar_type();
+  check_update(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "float32 or bfloat16 only");
+  for (const Tensor* T : {static_cast<const Tensor*>(&Y), &X, &A, &B}) {
+    check_update(T->is_cpu() && T->dim() == 2 && T->scalar_type() == dtype, "Y, X, A and B must be matrices of one dtype on the CPU");
+  }
+  UpdateArgs args{};
+  args.M = X.size(0), args.K = X.size(1), args.N = Y.size(1), args.R = A.size(0), args.L = starts.size(0);
+  check_update(Y.size(0) == args.M && A.size(1) == args.K && B.size(0) == args.N && B.size(1) == args.R,
+               "expected Y (M, N), X (M, K), A (R, K) and B (N, R)");
+  for (const Tensor* T : {static_cast<const Tensor*>(&Y), &X, &A}) {
+    check_update(T->size(1) <= 1 || T->stride(1) == 1, "rows of Y, X and A must be of neighbouring elements");
+  }
+  for (const Tensor* T : {&starts, &ranks, &ids, &scalings}) {
+    const int64_t length = T == &ids ? args.M : args.L;
+    check_update(T->is_cpu() && T->dim() == 1 && T->size(0) == length && (length <= 1 || T->stride(0) == 1) &&
+                     T->scalar_type() == (T == &scalings ? ScalarType::Float : ScalarType::Int),
+                 "starts, ranks and ids must be contiguous int32, scalings float32");
+  }
+  check_update(0 <= max_rank && max_rank <= args.R, "max_rank must be 0 to R");
+  args.X = X.const_data_ptr(), args.A = A.const_data_ptr(), args.B = B.const_data_ptr(), args.Y = Y.mutable_data_ptr();
+  args.ids = static_cast<const int32_t*>(ids.const_data_ptr());
+  args.starts = static_cast<const int32_t*>(starts.const_data_ptr());
+  args.ranks = static_cast<const int32_t*>(ranks.const_data_ptr());
+  args.scalings = static_cast<const float*>(scalings.const_data_ptr());
+  args.half = dtype == ScalarType::BFloat16;
+  args.max_rank = max_rank;
+  args.stride_xm = X.stride(0), args.stride_ar = A.stride(0), args.stride_ym = Y.stride(0);
+  args.stride_bn = B.stride(0), args.stride_br = B.stride(1);
+  multi_lora_update(args, parallel);
+}
+
+#if defined(LORA_KERNELS_CUDA)
 void check_rows(const char* name, const Tensor& T, ScalarType dtype) {  // that 16 bytes of a row can be read at once
   STD_TORCH_CHECK(T.dim() == 2 && T.scalar_type() == dtype, "multi_lora_decode: ", name, " must be a matrix in X's dtype");
   const bool rows = (T.size(1) <= 1 || T.stride(1) == 1) && (T.size(0) <= 1 || T.stride(0) % 8 == 0);
@@ -118,10 +162,12 @@ Tensor multi_lora_decode(const Tensor& X, const Tensor& W, const Tensor& A, cons
   STD_TORCH_CHECK(!problem, "multi_lora_decode: ", problem);
   return Y;
 }
+#endif
 
 }  // namespace
 }  // namespace lora
 
+#if defined(LORA_KERNELS_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CUDA, m) { m.impl("multi_lora_decode", TORCH_BOX(&lora::multi_lora_decode)); }
 constexpr int WITH_CUDA = 1;
 #else
@@ -132,7 +178,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lora_kernels, m) {
   m.def(
       "multi_lora_decode(Tensor X, Tensor W, Tensor A, Tensor B, Tensor starts, Tensor ranks, Tensor scalings, int max_rank, "
       "Tensor ids, Tensor? bias) -> Tensor");
+  m.def(
+      "multi_lora_update_(Tensor(a!) Y, Tensor X, Tensor A, Tensor B, Tensor starts, Tensor ranks, Tensor scalings, int max_rank, "
+      "Tensor ids) -> ()");
 }
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) { m.impl("multi_lora_update_", TORCH_BOX(&lora::multi_lora_update_)); }
 
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
 PyMODINIT_FUNC PyInit__C(void) {

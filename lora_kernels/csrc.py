@@ -1,8 +1,9 @@
-"""The compiled extension of csrc/: whether it can run here, what it does not take, and the call.
+"""The compiled extension of csrc/: whether it can run here, what it does not take, and its calls.
 
     XA[m] = scaling_l X[m] A_l^T        Y[m] = X[m] W^T + bias + XA[m] B_l^T        l = ids[m]
 
-In one launch for up to 64 rows; docs/csrc.md has the design. setup.py builds it and says what came of it.
+On a GPU in one launch for up to 64 rows; on a CPU the update of a Y that holds the base product, in one call.
+docs/csrc.md has the design. setup.py builds it and says what came of it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from lora_kernels.slots import Slots
 
 DTYPES = (torch.bfloat16, torch.float16)
 ROWS = 64  # of X, at most
+UPDATE_DTYPES = (torch.float32, torch.bfloat16)
 _PIECE = 16  # bytes that the kernel copies at once
 _COUNTERS = 16384  # of the workspace: 64 for every 16 ranks of the largest adapter, one for every 64 rows of W
 _INFO = Path(__file__).with_name("_build_info.json")
@@ -31,17 +33,26 @@ def build_info() -> dict[str, str]:
 
 
 @functools.cache
-def available() -> str | None:
-    """None where the CUDA C++ operators can run; otherwise the reason."""
+def update_missing() -> str | None:
+    """None where the C++ operator of the CPU can run; otherwise the reason."""
     try:
-        module = importlib.import_module("lora_kernels._C")
+        importlib.import_module("lora_kernels._C")
     except ImportError as error:
         if error.name == "lora_kernels._C":
             why = build_info().get("why")
             return "the package was installed without its compiled extension" + (f": {why}" if why else "")
         return f"the compiled extension does not load: {error}"
-    if not module.WITH_CUDA:
-        return "the compiled extension was built without CUDA (LORA_KERNELS_CSRC=cpu)"
+    return None
+
+
+@functools.cache
+def available() -> str | None:
+    """None where the CUDA C++ operators can run; otherwise the reason."""
+    if missing := update_missing():
+        return missing
+    if not importlib.import_module("lora_kernels._C").WITH_CUDA:
+        why = build_info().get("why")
+        return "the compiled extension was built without CUDA" + (f": {why}" if why else "")
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
     if not torch.cuda.is_available():
@@ -89,3 +100,30 @@ def multi_lora_decode(X: Tensor, W: Tensor, slots: Slots, ids: Tensor, bias: Ten
         raise BackendUnavailableError(f"multi_lora_decode of csrc/ cannot run: {reason}; use backend='auto'")
     bias = None if bias is None else bias.contiguous()
     return torch.ops.lora_kernels.multi_lora_decode(X, W, *slots, ids.contiguous(), bias)
+
+
+def update_refusal(X: Tensor, slots: Slots) -> str | None:
+    """Why the operator of the CPU does not take these operands, or None. Looks at no data."""
+    A, B, dtype = slots.A, slots.B, X.dtype
+    if dtype not in UPDATE_DTYPES:
+        return f"it takes float32 and bfloat16, X is {str(dtype).removeprefix('torch.')}"
+    if A.dtype != dtype or B.dtype != dtype:
+        return f"adapters of {A.dtype} and {B.dtype} beside X of {dtype}: it converts none"
+    if (X.stride(1) != 1 or A.stride(1) != 1) and X.shape[1] > 1:
+        return f"X and A have strides {tuple(X.stride())} and {tuple(A.stride())}; it reads rows of neighbours"
+    return None
+
+
+def multi_lora_update_(Y: Tensor, X: Tensor, slots: Slots, ids: Tensor) -> Tensor:
+    """Y (M, N), in place, += s_l X A_l^T B_l^T by row, for X (M, K), ids int32 (M,), all on the CPU in one dtype.
+
+    An id that names no slot, and a slot whose rows are not all in A, add nothing. The bits of a row depend on itself
+    alone: neither on the batch nor on the number of threads.
+
+    Raises:
+        BackendUnavailableError: it cannot run here, or does not take these operands.
+    """
+    if reason := update_missing() or update_refusal(X, slots):
+        raise BackendUnavailableError(f"multi_lora_update_ of csrc/ cannot run: {reason}; use backend='auto'")
+    torch.ops.lora_kernels.multi_lora_update_(Y, X, *slots, ids.contiguous())
+    return Y

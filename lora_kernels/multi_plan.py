@@ -4,9 +4,11 @@
     extend   shrink, then one GEMM whose accumulator takes every adapter of its row tile as well
     decode   one launch, W read once; up to 64 rows, forward without gradients
     cuda     the same in CUDA C++, where the package was built with it (backend "cuda")
+    cpp      on a CPU, forward without gradients: the base product by the library, the update by one call of C++
 
-Backends are named as everywhere ("auto", "reference", "triton", "triton:PLAN"), and "cuda". A plan is chosen by the
-time that multi_cost.py predicts; no GPU has measured these plans yet.
+Backends are named as everywhere ("auto", "reference", "triton", "triton:PLAN"), and "cuda" and "cpp". A plan is chosen
+by the time that multi_cost.py predicts; no GPU has measured these plans yet. On a CPU auto is cpp where it takes the
+call, for as many rows as it was measured to be faster than the reference.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from lora_kernels.slots import Slots
 from lora_kernels.variants import switched_off
 
 PLANS = ("eager", "extend", "decode", "cuda")
+CPP_ROWS = {torch.float32: 4096, torch.bfloat16: 512}  # up to which it beats the reference; docs/multi_lora_linear.md
 
 
 @functools.cache
@@ -47,16 +50,47 @@ def cuda_kernels() -> ModuleType:
 def resolve(backend: str, device_type: str, dtype: torch.dtype) -> str:
     """The backend, with its plan where one was named, that runs a call on tensors of this device and dtype.
 
+    "auto" on a CPU for dtypes that cpp takes: the operands decide, call by call, in by_cpp.
+
     Raises:
         BackendUnavailableError: asked for by name, it cannot run.
         ConfigError: unknown name.
     """
-    if requested_backend(backend) != "cuda":
-        return resolve_backend(backend, device_type, dtype)
-    reason = cuda_kernels().available()
-    if reason := reason or (f"the tensors are on {device_type}" if device_type != "cuda" else None):
-        raise BackendUnavailableError(f"backend 'cuda' cannot run here: {reason}; use backend='auto' or 'reference'")
-    return "cuda"
+    asked = requested_backend(backend)
+    if asked in ("cuda", "cpp"):
+        reason = cuda_kernels().available() if asked == "cuda" else cuda_kernels().update_missing()
+        wrong = device_type != ("cuda" if asked == "cuda" else "cpu")
+        if reason := reason or (f"the tensors are on {device_type}" if wrong else None):
+            raise BackendUnavailableError(
+                f"backend {asked!r} cannot run here: {reason}; use backend='auto' or 'reference'"
+            )
+        return asked
+    if asked == "auto" and device_type == "cpu" and dtype in CPP_ROWS:
+        return "auto"
+    return resolve_backend(backend, device_type, dtype)
+
+
+@functools.cache
+def cpp_missing() -> str | None:
+    """Why auto never takes cpp here, or None."""
+    return cuda_kernels().update_missing() or switched_off("cpp")
+
+
+def by_cpp(X: Tensor, slots: Slots, need_xa: bool, backend: str) -> bool:
+    """Whether the C++ operator runs a forward on the CPU for a resolved ``backend``.
+
+    Raises:
+        BackendUnavailableError: it was asked for by name and does not take the call.
+    """
+    if backend == "auto":
+        few = not need_xa and X.shape[0] <= CPP_ROWS[X.dtype] and cpp_missing() is None
+        return few and cuda_kernels().update_refusal(X, slots) is None
+    if backend != "cpp":
+        return False
+    needs = "it keeps nothing for a backward; call it under torch.no_grad()" if need_xa else None
+    if reason := needs or cuda_kernels().update_refusal(X, slots):
+        raise BackendUnavailableError(f"backend 'cpp' cannot run here: {reason}; use backend='auto' or 'reference'")
+    return True
 
 
 def _refused(name: str, q: MultiProblem, unsuited: str | None) -> str | None:

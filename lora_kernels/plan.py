@@ -26,7 +26,7 @@ from lora_kernels.kernels.tuning import wide_loads
 from lora_kernels.tuned import Entry, table_for
 from lora_kernels.variants import MULTI, VARIANTS, Variant, switched_off
 
-BACKENDS = ("auto", "reference", "triton", "cuda")
+BACKENDS = ("auto", "reference", "triton", "cuda", "cpp")
 PLANS = tuple(variant.name for variant in VARIANTS if not variant.opt_in)  # the planner's own
 OPT_IN = tuple(variant.name for variant in VARIANTS if variant.opt_in)
 FORWARD_ONLY = {variant.name: variant.backward for variant in VARIANTS if variant.bwd is None}
@@ -116,7 +116,7 @@ def resolve_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
     if kind == "auto":
         usable = device_type == "cuda" and dtype in TRITON_DTYPES and triton_missing(device_type) is None
         return "triton" if usable else "reference"
-    reason = triton_missing(device_type) if kind == "triton" else "it has the decode of multi_lora_linear alone"
+    reason = triton_missing(device_type) if kind == "triton" else "it has the forward of multi_lora_linear alone"
     if reason is None and dtype not in TRITON_DTYPES:
         reason = f"its kernels take float32, float16 and bfloat16, not {dtype}"
     if reason is not None:

@@ -215,7 +215,7 @@ def switched_off(name: str) -> str | None:
         ConfigError: the environment names something else.
     """
     given = [word for word in os.environ.get(SWITCH, "").split(",") if word]
-    names = [*(name for name in BY_NAME if name != "eager"), *MULTI, "cuda"]
+    names = [*(name for name in BY_NAME if name != "eager"), *MULTI, "cuda", "cpp"]
     if unknown := [word for word in given if word not in names]:
         others = ", ".join(names)
         raise ConfigError(f"{SWITCH} names {', '.join(unknown)}; accepted are {others}, with commas between")

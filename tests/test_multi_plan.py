@@ -80,5 +80,5 @@ def test_plans_of_other_layers_are_refused_by_name():
     with pytest.raises(ConfigError, match="accepted are"):
         lk.multi_lora_linear(p.X, p.W, p.slots, p.ids, backend="triton:fast")
     A, B = p.slots.A[:2], p.slots.B[:, :2]
-    with pytest.raises(BackendUnavailableError, match="decode of multi_lora_linear"):
+    with pytest.raises(BackendUnavailableError, match="forward of multi_lora_linear"):
         lk.lora_linear(p.X, p.W, A, B, backend="cuda")

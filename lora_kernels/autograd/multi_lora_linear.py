@@ -15,6 +15,7 @@ from lora_kernels.errors import FrozenWeightError, ShapeError
 from lora_kernels.formats import format_of
 from lora_kernels.multi_plan import resolve
 from lora_kernels.reference import Needs
+from lora_kernels.reference.multi_infer import rows_of
 from lora_kernels.slots import Slots
 
 Packed = tuple[Tensor | Sequence[Tensor], Tensor | Sequence[Tensor], Sequence[int] | None, Sequence[float] | float]
@@ -97,7 +98,7 @@ def token_ids(ids: Tensor, X: Tensor, L: int) -> Tensor:
             )
         ids = ids.view(-1, *(1,) * (len(rows) - 1)).expand(rows)
     if ids.is_cpu and not torch.compiler.is_compiling() and ids.numel():
-        low, high = (int(end) for end in ids.aminmax())
+        low, high = rows_of(ids).bounds
         if low < -1 or high >= L:
             raise ShapeError(f"adapter_ids go from {low} to {high}; accepted are -1 (no adapter) and 0 to {L - 1}")
     ids = ids if ids.dim() == 1 else ids.reshape(-1)  # the same tensor where it can be: what it says is remembered
@@ -132,7 +133,8 @@ def multi_lora_linear(
         adapter_ids: int32 (int64 is converted), one a token in X's leading shape, or one for each of its first
             dimension; -1 for none. A slot of rank 0 also gives the base alone.
         bias: (N,) in X's dtype, or None.
-        backend: "auto", "reference", "triton", "cuda", or a plan: "triton:eager", "triton:extend", "triton:decode".
+        backend: "auto", "reference", "triton", "cuda", "cpp", or a plan: "triton:eager", "triton:extend",
+            "triton:decode".
 
     Returns:
         Y (..., N) in X's dtype (under torch.autocast in its dtype). Gradients flow to X, to the adapters, and to bias
@@ -167,11 +169,15 @@ def multi_lora_linear(
     return run(X, W, slots, token_ids(adapter_ids, X, slots.ranks.shape[0]), bias, backend)
 
 
+def _wants(T: Tensor | None) -> bool:
+    return T is not None and T.requires_grad
+
+
 def run(X: Tensor, W: Tensor, slots: Slots, ids: Tensor, bias: Tensor | None, backend: str = "auto") -> Tensor:
     """multi_lora_linear for layers that have looked at their operands: ids int32 (M,), one a row of X (..., K)."""
     X, W, bias = _autocast(X, W, bias)
     backend = resolve(backend, X.device.type, X.dtype)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (transformed() or any(map(_wants, (X, slots.A, slots.B, bias)))):
         apply = _MultiLoRALinear.apply if transformed() else _apply
         return apply(X, W, slots.A, slots.B, bias, ids, slots, backend)
     X2 = X if X.dim() == 2 else X.reshape(ids.shape[0], X.shape[-1])

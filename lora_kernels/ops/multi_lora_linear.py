@@ -14,8 +14,10 @@ from torch.compiler import is_compiling
 
 from lora_kernels import multi_plan, reference
 from lora_kernels.reference import Needs
+from lora_kernels.reference.products import linear
 from lora_kernels.slots import Slots
 
+ON_CPU = ("reference", "auto", "cpp")  # what multi_plan.resolve says where no kernel of a GPU runs
 _SLOTS = "Tensor A, Tensor B, Tensor starts, Tensor ranks, Tensor scalings, int max_rank, Tensor ids"
 _FWD = (
     f"multi_lora_linear_fwd(Tensor X, Tensor W, {_SLOTS}, Tensor? bias, bool need_xa, str backend) "
@@ -33,7 +35,11 @@ def multi_lora_linear_fwd(
     """Y (M, N) and, where ``need_xa``, XA (M, max_rank) for X (M, K), ids int32 (M,); ``backend`` is resolved."""
     if is_compiling():
         return torch.ops.lora_kernels.multi_lora_linear_fwd(X, W, *slots, ids, bias, need_xa, backend)
-    if backend != "reference" and X.shape[0] > 0:
+    if backend in ON_CPU:
+        if multi_plan.by_cpp(X, slots, need_xa, backend):
+            Y = linear(X, W, bias)
+            return multi_plan.cuda_kernels().multi_lora_update_(Y, X, slots, ids), None
+    elif X.shape[0] > 0:
         plan, chip = multi_plan.plan_call("fwd", X, W, slots, need_xa, backend)
         if plan.name == "cuda":
             return multi_plan.cuda_kernels().multi_lora_decode(X, W, slots, ids, bias), None
@@ -51,7 +57,7 @@ def multi_lora_linear_bwd(
     if is_compiling():
         grads = torch.ops.lora_kernels.multi_lora_linear_bwd(dY, X, W, *slots, ids, XA, list(needs), backend)
         return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))  # type: ignore[return-value]
-    if backend != "reference" and X.shape[0] > 0:
+    if backend not in ON_CPU and X.shape[0] > 0:
         plan, chip = multi_plan.plan_call("bwd", X, W, slots, True, backend, needs.X)
         kernels = multi_plan.triton_kernels()
         return kernels.multi_lora_linear_bwd(dY, X, W, slots, ids, XA, needs, plan.name, chip)

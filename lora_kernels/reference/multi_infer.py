@@ -52,6 +52,12 @@ class Rows:
         self._scales: dict[tuple[object, ...], Tensor] = {}
 
     @functools.cached_property
+    def bounds(self) -> tuple[int, int]:
+        """The smallest and the largest id."""
+        low, high = self.ids.aminmax()
+        return int(low), int(high)
+
+    @functools.cached_property
     def runs(self) -> int:
         """How many runs of equal neighbours there are."""
         return int((self.ids[1:] != self.ids[:-1]).sum()) + 1 if self.ids.numel() else 0

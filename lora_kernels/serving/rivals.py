@@ -20,7 +20,7 @@ from lora_kernels.autograd.multi_lora_linear import multi_lora_linear
 from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.finetune.extras import installed, require
 from lora_kernels.multi_cost import MultiProblem as PlannerProblem
-from lora_kernels.multi_plan import PLANS, choose, resolve
+from lora_kernels.multi_plan import CPP_ROWS, PLANS, choose, cpp_missing, resolve
 from lora_kernels.plan import TRITON_DTYPES, chip_for, split_name, triton_missing
 from lora_kernels.serving.cases import ServingCase
 from lora_kernels.testing.multi import MultiProblem
@@ -176,9 +176,9 @@ def ours(backend: str = "auto") -> Contender:
 
 
 def our_backends(case: ServingCase, device: torch.device) -> list[str]:
-    """The planner's choice and every plan by name that takes the case; on a CPU the reference."""
+    """The planner's choice and every plan by name that takes the case; on a CPU the reference, too."""
     if not _in_triton(case, device):
-        return ["reference"]
+        return ["reference"] if cpp_missing() else ["auto", "reference"]
     named = [*(f"triton:{plan}" for plan in PLANS if plan != "cuda"), "cuda"]
     return ["triton", *(backend for backend in named if refusal(case, backend, device) is None)]
 
@@ -203,8 +203,10 @@ def plan_label(case: ServingCase, backend: str, device: torch.device) -> str:
         BackendUnavailableError: nothing does.
     """
     found = resolve(backend, device.type, case.dtype)
-    if found == "reference":
-        return "reference"
+    if found == "auto":  # on a CPU
+        return "auto (reference)" if cpp_missing() or case.M > CPP_ROWS[case.dtype] else "auto (cpp)"
+    if found in ("reference", "cpp"):
+        return found
     kind, forced = split_name(found)
     forced = "cuda" if kind == "cuda" else forced
     plan = choose(_planned(case), chip_for(device), forced).name
@@ -212,10 +214,10 @@ def plan_label(case: ServingCase, backend: str, device: torch.device) -> str:
 
 
 def planned_launches(case: ServingCase, backend: str, device: torch.device) -> int:
-    """Launches of the plan that runs, by its own list; 0 for the reference."""
+    """Launches of the plan that runs, by its own list; 0 on a CPU."""
     label = plan_label(case, backend, device)
     name = label.removeprefix("auto (").removesuffix(")")
-    return 0 if name == "reference" else len(choose(_planned(case), chip_for(device), name).launches)
+    return 0 if name in ("reference", "cpp") else len(choose(_planned(case), chip_for(device), name).launches)
 
 
 def _planned(case: ServingCase) -> PlannerProblem:

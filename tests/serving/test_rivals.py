@@ -32,9 +32,12 @@ def test_every_way_gives_the_same(case):
 
 def test_who_takes_part_on_a_cpu(monkeypatch):
     monkeypatch.setattr(rivals, "triton_missing", lambda device_type: "not here")
+    monkeypatch.setattr(rivals, "cpp_missing", lambda: "no compiler")
     case = replace(CASES[0], dtype=torch.bfloat16)
     taking_part = contenders(case, CPU)
     assert [each.label for each in taking_part if each.ours] == ["lora_kernels reference"]
+    monkeypatch.setattr(rivals, "cpp_missing", lambda: None)
+    assert [each.label for each in contenders(case, CPU) if each.ours] == ["lora_kernels auto", "lora_kernels reference"]
     assert {PEFT, PEFT_FP32, BMM} < set(taking_part)
     assert TWO_LAUNCHES not in taking_part
     assert [each.is_rival(torch.bfloat16) for each in (FROZEN, ours(), BMM, ALL_SLOTS, SWAP)] == [
