@@ -1,7 +1,7 @@
 """The optional compiled extension: csrc/ as lora_kernels/_C.abi3.so. Everything else stands in pyproject.toml.
 
-LORA_KERNELS_CSRC   auto (default)  what there is a compiler for: the CPU's operator, and CUDA's kernels where there are nvcc, its
-                                    headers and a torch built for CUDA
+LORA_KERNELS_CSRC   auto (default)  what there is a compiler for: the CPU's operator, and CUDA's kernels where there are
+                                    nvcc, its headers and a torch built for CUDA
                     1               with CUDA, or the installation fails and says why
                     cpu             the CPU's operator, or the installation fails and says why
                     0               not at all
@@ -40,7 +40,7 @@ MODULE, PYTHON_ABI, TORCH_ABI = "_C.abi3.so", "0x030b0000", "0x020b000000000000"
 
 
 class Plan(NamedTuple):
-    """What is built: without a torch nothing, without a CUDA toolkit no kernels. ``why``: the reason for what is not."""
+    """What is built: without a torch nothing, without a toolkit no CUDA kernels. ``why``: what stands in the way."""
 
     torch: Path | None
     cuda: Path | None
@@ -87,7 +87,9 @@ def plan(mode: str) -> Plan:
     if mode == "cpu":
         return Plan(torch, None, "LORA_KERNELS_CSRC=cpu")
     if mode == "auto" and torch is not None and not (torch / "lib/libtorch_cuda.so").is_file():
-        return Plan(torch, None, "this torch is built without CUDA; LORA_KERNELS_CSRC=1 builds its kernels all the same")
+        return Plan(
+            torch, None, "this torch is built without CUDA; LORA_KERNELS_CSRC=1 builds its kernels all the same"
+        )
     return Plan(torch, cuda, toolkit)
 
 
@@ -123,28 +125,32 @@ class BuildPy(build_py):
 
 
 class BuildExt(build_ext):
-    """Compiles csrc/ file by file and links it. In auto mode a failure is a note, not an error."""
+    """Compiles csrc/ file by file and links it. In auto mode a failure is a note, and CUDA is left out before all."""
 
     def run(self) -> None:
         notes = self.get_finalized_command("build_py")
         assert isinstance(notes, BuildPy)
-        try:
-            self.link(notes.folder() / MODULE, self.compile())
-        except (OSError, RuntimeError) as error:
-            if MODE != "auto":
-                raise SystemExit(
-                    f"lora_kernels: LORA_KERNELS_CSRC={MODE}, but csrc/ does not compile: {error}"
-                ) from error
-            notes.note(built="no", why=str(error).strip()[:2000])
-            return
-        built = f"with CUDA for {ARCHS}" if PLAN.cuda else "without CUDA"
-        notes.note(built=built, why=PLAN.why, torch=f"headers of {PLAN.torch}")
+        why = PLAN.why
+        for cuda in (PLAN.cuda, None) if MODE == "auto" and PLAN.cuda else (PLAN.cuda,):
+            try:
+                self.link(notes.folder() / MODULE, self.compile(cuda), cuda)
+            except (OSError, RuntimeError) as error:
+                if MODE != "auto":
+                    raise SystemExit(
+                        f"lora_kernels: LORA_KERNELS_CSRC={MODE}, but csrc/ does not compile: {error}"
+                    ) from error
+                why = str(error).strip()[:2000]
+            else:
+                built = f"with CUDA for {ARCHS}" if cuda else "without CUDA"
+                notes.note(built=built, why=why, torch=f"headers of {PLAN.torch}")
+                return
+        notes.note(built="no", why=why)
 
     def get_outputs(self) -> list[str]:
         return []  # what is there is there: setuptools need not find what a failed build has not made
 
-    def compile(self) -> list[str]:
-        """The object files.
+    def compile(self, cuda: Path | None) -> list[str]:
+        """The object files, the kernels' among them where a toolkit is given.
 
         Raises:
             RuntimeError: a compiler refused; what it said.
@@ -156,16 +162,16 @@ class BuildExt(build_ext):
         host = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall"]
         abi = [f"-DTORCH_TARGET_VERSION={TORCH_ABI}", f"-DPy_LIMITED_API={PYTHON_ABI}"]
         headers = [f"-I{PLAN.torch}/include", f"-I{sysconfig.get_paths()['include']}"]
-        if PLAN.cuda:
-            headers += [f"-isystem{PLAN.cuda}/include", "-DLORA_KERNELS_CUDA"]
+        if cuda:
+            headers += [f"-isystem{cuda}/include", "-DLORA_KERNELS_CUDA"]
         jobs = [
             [cxx, *options, *abi, *headers, *host, *INSTRUCTIONS.get(source.stem, ()), "-c", str(source)]
             for source in sorted(HERE.glob("csrc/*.cpp"))
             if source.stem not in INSTRUCTIONS or platform.machine() in ("x86_64", "AMD64")
         ]
-        if PLAN.cuda:
+        if cuda:
             nvcc = [
-                f"{PLAN.cuda}/bin/nvcc",
+                f"{cuda}/bin/nvcc",
                 *options,
                 "-ccbin",
                 cxx,
@@ -178,14 +184,14 @@ class BuildExt(build_ext):
             list(pool.map(call, jobs))
         return [job[-1] for job in jobs]
 
-    def link(self, module: Path, objects: list[str]) -> None:
+    def link(self, module: Path, objects: list[str], cuda: Path | None) -> None:
         """The module from its objects. CUDA's runtime is linked in: it looks for a driver at its first call only."""
         libraries = [f"-L{PLAN.torch}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
-        if PLAN.cuda:
-            folder = next((d for d in ("lib64", "lib") if (PLAN.cuda / d / "libcudart_static.a").is_file()), None)
+        if cuda:
+            folder = next((d for d in ("lib64", "lib") if (cuda / d / "libcudart_static.a").is_file()), None)
             if folder is None:
-                raise RuntimeError(f"{PLAN.cuda} has no libcudart_static.a in lib64 or lib")
-            libraries += [f"-L{PLAN.cuda}/{folder}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+                raise RuntimeError(f"{cuda} has no libcudart_static.a in lib64 or lib")
+            libraries += [f"-L{cuda}/{folder}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         hidden = ["-Wl,--exclude-libs,ALL", "-Wl,-z,relro,-z,now", "-s"]
         module.parent.mkdir(parents=True, exist_ok=True)
         call([os.environ.get("CXX", "c++"), "-shared", *objects, *libraries, *hidden, "-o", str(module)])

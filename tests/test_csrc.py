@@ -43,9 +43,12 @@ def test_without_the_module_the_reason_is_what_setup_wrote(monkeypatch, tmp_path
 
     monkeypatch.setattr(csrc.importlib, "import_module", missing)
     monkeypatch.setattr(csrc, "_INFO", tmp_path / "_build_info.json")
-    assert csrc.available.__wrapped__() == "the package was installed without its compiled extension"
-    csrc._INFO.write_text(json.dumps({"built": "no", "why": "no nvcc"}))
-    assert csrc.available.__wrapped__().endswith("without its compiled extension: no nvcc")
+    monkeypatch.setattr(csrc, "update_missing", csrc.update_missing.__wrapped__)
+    for missing in (csrc.update_missing, csrc.available.__wrapped__):
+        csrc._INFO.unlink(missing_ok=True)
+        assert missing() == "the package was installed without its compiled extension"
+        csrc._INFO.write_text(json.dumps({"built": "no", "why": "no compiler"}))
+        assert missing().endswith("without its compiled extension: no compiler")
 
 
 def test_a_module_that_does_not_load_says_so(monkeypatch):
@@ -53,13 +56,15 @@ def test_a_module_that_does_not_load_says_so(monkeypatch):
         raise ImportError("undefined symbol: aoti_torch", name=None)
 
     monkeypatch.setattr(csrc.importlib, "import_module", broken)
-    assert csrc.available.__wrapped__() == "the compiled extension does not load: undefined symbol: aoti_torch"
+    monkeypatch.setattr(csrc, "update_missing", csrc.update_missing.__wrapped__)
+    for missing in (csrc.update_missing, csrc.available.__wrapped__):
+        assert missing() == "the compiled extension does not load: undefined symbol: aoti_torch"
 
 
 @pytest.mark.parametrize(
     ("with_cuda", "cuda", "usable", "capability", "why"),
     [
-        (0, "13.0", True, (9, 0), "without CUDA (LORA_KERNELS_CSRC=cpu)"),
+        (0, "13.0", True, (9, 0), "built without CUDA"),
         (1, None, True, (9, 0), "this torch is built without CUDA"),
         (1, "13.0", False, (9, 0), "no usable NVIDIA GPU"),
         (1, "13.0", True, (7, 5), "sm_75"),
@@ -218,21 +223,56 @@ def test_auto_builds_where_all_is_there_and_says_what_is_not(setup, machine):
     machine(torch=False)
     assert setup.plan("auto") == (None, None, "no torch with headers is installed")
     machine(cuda=False)
+    assert setup.plan("auto")[:2] == (torch_there, None)
     assert setup.plan("auto").why.startswith("no CUDA toolkit")
     machine(gpu_torch=False)
+    assert setup.plan("auto")[:2] == (torch_there, None)
     assert "LORA_KERNELS_CSRC=1" in setup.plan("auto").why
 
 
 def test_what_is_asked_for_is_built_or_fails(setup, machine):
     torch_there, cuda_there = machine(gpu_torch=False)
     assert setup.plan("1") == (torch_there, cuda_there, "")
-    assert setup.plan("cpu") == (torch_there, None, "")
+    assert setup.plan("cpu") == (torch_there, None, "LORA_KERNELS_CSRC=cpu")
     assert setup.plan("0") == (None, None, "LORA_KERNELS_CSRC=0")
     machine(cuda=False)
     assert setup.plan("cpu").torch
     for mode in ("1", "nonsense"):
         with pytest.raises(SystemExit, match=r"no CUDA toolkit|accepted are"):
             setup.plan(mode)
+    machine(torch=False)
+    for mode in ("1", "cpu"):
+        with pytest.raises(SystemExit, match="no torch with headers"):
+            setup.plan(mode)
+
+
+@pytest.mark.parametrize(("mode", "broken"), [("auto", "cuda"), ("auto", "all"), ("1", "cuda")])
+def test_what_does_not_compile_is_left_out(setup, monkeypatch, tmp_path, mode, broken):
+    """In auto mode CUDA's kernels first, then everything, with the compiler's words; otherwise it is an error."""
+    monkeypatch.setattr(setup, "MODE", mode, raising=False)
+    monkeypatch.setattr(setup, "PLAN", setup.Plan(tmp_path, tmp_path), raising=False)
+
+    class Build(setup.BuildExt):
+        def __init__(self):
+            self.notes = object.__new__(setup.BuildPy)
+            self.notes.folder = lambda: tmp_path
+            self.get_finalized_command = lambda name: self.notes
+
+        def compile(self, cuda):
+            if cuda or broken == "all":
+                raise RuntimeError("nvcc: no such option")
+            return []
+
+        def link(self, module, objects, cuda):
+            assert cuda is None
+
+    if mode == "1":
+        with pytest.raises(SystemExit, match="nvcc: no such option"):
+            Build().run()
+        return
+    Build().run()
+    info = json.loads((tmp_path / "_build_info.json").read_text())
+    assert (info["built"], info["why"]) == ("no" if broken == "all" else "without CUDA", "nvcc: no such option")
 
 
 def test_an_nvcc_without_headers_is_no_toolkit(setup, monkeypatch, tmp_path):
@@ -256,7 +296,7 @@ def test_architectures_as_nvcc_wants_them(setup):
 def test_a_toolkit_without_the_static_runtime_is_a_note(setup, monkeypatch, tmp_path):
     monkeypatch.setattr(setup, "PLAN", setup.Plan(tmp_path, tmp_path), raising=False)
     with pytest.raises(RuntimeError, match=r"no libcudart_static\.a in lib64 or lib"):  # which BuildExt.run notes
-        setup.BuildExt.link(None, tmp_path / "module.so", [])
+        setup.BuildExt.link(None, tmp_path / "module.so", [], tmp_path)
 
 
 def test_setup_finds_torch_without_importing_it():
@@ -277,11 +317,11 @@ def test_the_module_without_cuda_builds_loads_and_registers(tmp_path):
     subprocess.run(build, cwd=source, env=environment, check=True, capture_output=True)
     assert json.loads((tmp_path / "lib/lora_kernels/_build_info.json").read_text())["built"] == "without CUDA"
     code = (
-        "import torch; from lora_kernels import csrc; print(csrc.available()); "
+        "import torch; from lora_kernels import csrc; print(csrc.available(), csrc.update_missing()); "
         "print(torch.ops.lora_kernels.multi_lora_decode.default._schema)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path / "lib", capture_output=True, text=True, check=True
     )
-    assert "without CUDA (LORA_KERNELS_CSRC=cpu)" in done.stdout
+    assert "without CUDA: LORA_KERNELS_CSRC=cpu None" in done.stdout
     assert "Tensor? bias) -> Tensor" in done.stdout

@@ -37,7 +37,7 @@ def test_who_takes_part_on_a_cpu(monkeypatch):
     taking_part = contenders(case, CPU)
     assert [each.label for each in taking_part if each.ours] == ["lora_kernels reference"]
     monkeypatch.setattr(rivals, "cpp_missing", lambda: None)
-    assert [each.label for each in contenders(case, CPU) if each.ours] == ["lora_kernels auto", "lora_kernels reference"]
+    assert [each.backend for each in contenders(case, CPU) if each.ours] == ["auto", "reference"]
     assert {PEFT, PEFT_FP32, BMM} < set(taking_part)
     assert TWO_LAUNCHES not in taking_part
     assert [each.is_rival(torch.bfloat16) for each in (FROZEN, ours(), BMM, ALL_SLOTS, SWAP)] == [
