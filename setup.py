@@ -32,9 +32,11 @@ from setuptools.command.build_py import build_py
 HERE = Path(__file__).resolve().parent
 MODES = ("auto", "1", "cpu", "0")
 ARCHS = os.environ.get("LORA_KERNELS_ARCHS", "80 90a 100 120+PTX")
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 INSTRUCTIONS = {  # of the files that are compiled for more than the oldest processor; the operator asks which may run
     "update_avx2": ("-mavx2", "-mfma"),
-    "update_avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
+    "update_avx512": (*AVX512, "-mfma"),
+    "update_avx512bf16": (*AVX512, "-mavx512bf16", "-mfma"),
 }
 MODULE, PYTHON_ABI, TORCH_ABI = "_C.abi3.so", "0x030b0000", "0x020b000000000000"  # CPython 3.11, torch 2.11
 

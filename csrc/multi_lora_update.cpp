@@ -17,8 +17,9 @@ LORA_LEVEL(plain)
 #if defined(__x86_64__)
 LORA_LEVEL(avx2)
 LORA_LEVEL(avx512)
-constexpr Shrink SHRINK[] = {shrink_plain, shrink_avx2, shrink_avx512};
-constexpr Expand EXPAND[] = {expand_plain, expand_avx2, expand_avx512};
+LORA_LEVEL(avx512bf16)
+constexpr Shrink SHRINK[] = {shrink_plain, shrink_avx2, shrink_avx512, shrink_avx512bf16};
+constexpr Expand EXPAND[] = {expand_plain, expand_avx2, expand_avx512, expand_avx512bf16};
 #else
 constexpr Shrink SHRINK[] = {shrink_plain};
 constexpr Expand EXPAND[] = {expand_plain};
@@ -30,7 +31,8 @@ int best_level() {
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
   const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                     __builtin_cpu_supports("avx512dq");
-  return wide ? 2 : 1;
+  if (!wide) return 1;
+  return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
 #else
   return 0;
 #endif

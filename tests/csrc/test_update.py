@@ -10,9 +10,11 @@ import pytest
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 INSTRUCTIONS = {
     "update_avx2": ("-mavx2", "-mfma"),
-    "update_avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
+    "update_avx512": (*AVX512, "-mfma"),
+    "update_avx512bf16": (*AVX512, "-mavx512bf16", "-mfma"),
 }
 SOURCES = ["multi_lora_update", "update_plain"]
 if platform.machine() in ("x86_64", "AMD64"):

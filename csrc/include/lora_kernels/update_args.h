@@ -43,7 +43,7 @@ Plan plan_update(const UpdateArgs& args);
 // Runs f(context, begin, end) over parts of 0 .. count, each of ``grain`` or more, in any order, on any threads.
 using Parallel = void (*)(int64_t count, int64_t grain, void (*f)(int64_t begin, int64_t end, void* context), void* context);
 
-// Y += XA B^T by adapter. ``level``: 0 the plain build, 1 AVX2, 2 AVX-512, at most what the CPU has; -1 the best.
+// Y += XA B^T by adapter. ``level``: 0 the plain build, 1 AVX2, 2 AVX-512, 3 with its bfloat16, at most what the CPU has; -1 the best.
 void multi_lora_update(const UpdateArgs& args, Parallel parallel, int level = -1);
 int best_level();
 
