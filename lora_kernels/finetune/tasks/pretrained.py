@@ -82,6 +82,21 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
+def unpacked(auto_class: str, name: str, folder: Path) -> str:
+    """A name for the same model that loads fast: ``folder``, with a GGUF file's weights as float32 safetensors.
+
+    They are read in a second, a GGUF file in ten or more. Written once; any other model keeps its name.
+    """
+    if not locate(name).endswith(".gguf"):
+        return name
+    if not (folder / "tokenizer_config.json").exists():  # what is written last
+        with quiet():
+            model: Any = load_pretrained(auto_class, name)
+            model.save_pretrained(folder)
+            load_tokenizer(name).save_pretrained(folder)
+    return str(folder)
+
+
 def load_config(name: str) -> Any:
     """The model's configuration."""
     return _load("AutoConfig", name)

@@ -3,7 +3,15 @@ import torch
 
 from lora_kernels.errors import ConfigError
 from lora_kernels.finetune.extras import MissingLibraryError
-from lora_kernels.finetune.tasks.pretrained import MINILM, SMOLLM2, load_config, load_pretrained, load_tokenizer, locate
+from lora_kernels.finetune.tasks.pretrained import (
+    MINILM,
+    SMOLLM2,
+    load_config,
+    load_pretrained,
+    load_tokenizer,
+    locate,
+    unpacked,
+)
 
 
 def test_the_packaged_model_loads_offline(monkeypatch, capfd):
@@ -57,8 +65,13 @@ def test_gguf_files(tmp_path):
         load_pretrained("AutoModelForCausalLM", str(tmp_path / "broken.gguf"))
 
 
+def test_only_gguf_files_are_unpacked(tmp_path):
+    assert unpacked("AutoModelForCausalLM", MINILM, tmp_path / "copy") == MINILM
+    assert not (tmp_path / "copy").exists()
+
+
 @pytest.mark.slow
-def test_the_packaged_language_model_loads_offline(monkeypatch, capfd):
+def test_the_packaged_language_model_loads_offline(monkeypatch, capfd, tmp_path):
     from transformers.trainer_utils import validate_quantization_for_training
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -67,7 +80,19 @@ def test_the_packaged_language_model_loads_offline(monkeypatch, capfd):
     assert model.dtype == torch.float32
     assert capfd.readouterr() == ("", "")
     validate_quantization_for_training(model)  # transformers.Trainer asks this
-    ids = load_tokenizer(SMOLLM2)("The capital of France is")["input_ids"]
+    tokenizer = load_tokenizer(SMOLLM2)
+    ids = tokenizer("The capital of France is")["input_ids"]
     with torch.no_grad():
         best = int(model(torch.tensor([ids])).logits[0, -1].argmax())
-    assert load_tokenizer(SMOLLM2).decode([best]) == " Paris"
+    assert tokenizer.decode([best]) == " Paris"
+    capfd.readouterr()
+    copy = unpacked("AutoModelForCausalLM", SMOLLM2, tmp_path / "copy")
+    assert copy == str(tmp_path / "copy")
+    again, expected = load_pretrained("AutoModelForCausalLM", copy).state_dict(), model.state_dict()
+    assert again.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.items())
+    assert load_tokenizer(copy)("The capital of France is")["input_ids"] == ids
+    written = (tmp_path / "copy" / "model.safetensors").stat().st_mtime_ns
+    assert unpacked("AutoModelForCausalLM", SMOLLM2, tmp_path / "copy") == copy
+    assert (tmp_path / "copy" / "model.safetensors").stat().st_mtime_ns == written
+    assert capfd.readouterr() == ("", "")
