@@ -8,7 +8,7 @@
 namespace lora {
 
 using Shrink = void (*)(const UpdateArgs&, const Chunk&, const int64_t* order, int begin, int end, float* xa);
-using Expand = void (*)(const UpdateArgs&, const Chunk&, const int64_t* order, int begin, int end, const float* xa, float* scratch);
+using Expand = void (*)(const UpdateArgs&, const Chunk&, const int64_t* order, int begin, int end, const float* xa, float* packed);
 
 #define LORA_LEVEL(name)                                                                         \
   void shrink_##name(const UpdateArgs&, const Chunk&, const int64_t*, int, int, float*);         \
@@ -97,10 +97,10 @@ void expand_tasks(int64_t begin, int64_t end, void* context) {
   const Round& round = *static_cast<const Round*>(context);
   int32_t widest = 0;
   for (int64_t t = begin; t < end; ++t) widest = std::max(widest, round.plan.chunks[round.plan.expand[t].chunk].r);
-  const std::unique_ptr<float[]> scratch(new float[int64_t(widest) * PACKED]);
+  const std::unique_ptr<float[]> packed(new float[int64_t(widest) * COLUMNS]);
   for (int64_t t = begin; t < end; ++t) {
     const Task& task = round.plan.expand[t];
-    EXPAND[round.level](round.args, round.plan.chunks[task.chunk], round.plan.order.data(), task.begin, task.end, round.xa, scratch.get());
+    EXPAND[round.level](round.args, round.plan.chunks[task.chunk], round.plan.order.data(), task.begin, task.end, round.xa, packed.get());
   }
 }
 

@@ -21,7 +21,8 @@ constexpr int W = LORA_VECTOR;
 typedef float Vec __attribute__((vector_size(4 * W)));
 typedef uint32_t Bits __attribute__((vector_size(4 * W)));
 typedef uint16_t Halves __attribute__((vector_size(2 * W)));
-constexpr int ROW_TILE = 4, RANK_TILE_CPU = 4, VECTORS = W == 16 ? 4 : 2;  // 16 sums in 32 registers, 8 in 16
+constexpr int ROW_TILE = 4, RANK_STEP = 4, VECTORS = W == 16 ? 4 : 2;  // 16 sums in 32 registers, 8 in 16
+constexpr int AHEAD = 4;  // ranks of B
 
 // Of an element type: how STEP of them are loaded as factors of a dot product, and how that is added up.
 struct Float {
@@ -120,9 +121,9 @@ void shrink(const UpdateArgs& args, const Chunk& chunk, const int64_t* order, in
     const E* x[ROW_TILE];
     for (int each = 0; each < rows; ++each) x[each] = X + order[chunk.row + i + each] * args.stride_xm;
     for (int j = begin; j < end;) {
-      const int ranks = end - j < RANK_TILE_CPU ? 1 : RANK_TILE_CPU;
-      const auto made = rows > 1 ? (ranks > 1 ? dots<T, ROW_TILE, RANK_TILE_CPU> : dots<T, ROW_TILE, 1>)
-                                 : (ranks > 1 ? dots<T, 1, RANK_TILE_CPU> : dots<T, 1, 1>);
+      const int ranks = end - j < RANK_STEP ? 1 : RANK_STEP;
+      const auto made = rows > 1 ? (ranks > 1 ? dots<T, ROW_TILE, RANK_STEP> : dots<T, ROW_TILE, 1>)
+                                 : (ranks > 1 ? dots<T, 1, RANK_STEP> : dots<T, 1, 1>);
       made(x, A + j * args.stride_ar, args.stride_ar, args.K, chunk.scaling, xa + chunk.xa + int64_t(i) * chunk.r + j, chunk.r);
       j += ranks;
     }
@@ -130,30 +131,34 @@ void shrink(const UpdateArgs& args, const Chunk& chunk, const int64_t* order, in
   }
 }
 
-// Columns n .. n + PACKED of B's ranks as float32, rank by rank; zeros past N.
+// Columns begin .. end of B's ranks as float32, rank by rank: a cache keeps them, where rows of B that lie a power of two apart
+// would drive one another out. Zeros up to COLUMNS.
 template <class T>
-void pack(const UpdateArgs& args, const Chunk& chunk, int64_t n, float* packed) {
+void pack(const UpdateArgs& args, const Chunk& chunk, int begin, int end, float* packed) {
   using E = typename T::Element;
-  const E* B = static_cast<const E*>(args.B) + chunk.first * args.stride_br + n * args.stride_bn;
-  const int columns = args.N - n < PACKED ? int(args.N - n) : PACKED;
+  const E* B = static_cast<const E*>(args.B) + chunk.first * args.stride_br + begin * args.stride_bn;
+  const int columns = end - begin;
   for (int j = 0; j < chunk.r; ++j) {
     const E* b = B + j * args.stride_br;
-    float* to = packed + int64_t(j) * PACKED;
+    float* to = packed + int64_t(j) * COLUMNS;
     int c = 0;
     if (args.stride_bn == 1) {
-      for (; c + W <= columns; c += W) Float::store(to + c, T::load(b + c));
+      for (; c + W <= columns; c += W) {
+        if (j + AHEAD < chunk.r) __builtin_prefetch(b + AHEAD * args.stride_br + c);
+        Float::store(to + c, T::load(b + c));
+      }
     }
     for (; c < columns; ++c) to[c] = T::one(b[c * args.stride_bn]);
-    for (; c < PACKED; ++c) to[c] = 0;
+    for (; c < COLUMNS; ++c) to[c] = 0;
   }
 }
 
 template <class T, int ROWS>
-void add_outer(const float* xa, int64_t r, const float* b, int64_t stride_b, typename T::Element* const* y, int columns) {
+void add_outer(const float* xa, int64_t r, const float* b, typename T::Element* const* y, int columns) {
   Vec sums[ROWS][VECTORS] = {};
   for (int64_t j = 0; j < r; ++j) {
     Vec bv[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) bv[v] = Float::load(b + j * stride_b + v * W);
+    for (int v = 0; v < VECTORS; ++v) bv[v] = Float::load(b + j * COLUMNS + v * W);
     for (int i = 0; i < ROWS; ++i) {
       const float factor = xa[i * r + j];
       for (int v = 0; v < VECTORS; ++v) sums[i][v] += factor * bv[v];
@@ -173,28 +178,22 @@ void add_outer(const float* xa, int64_t r, const float* b, int64_t stride_b, typ
 }
 
 template <class T>
-void expand(const UpdateArgs& args, const Chunk& chunk, const int64_t* order, int begin, int end, const float* xa, float* scratch) {
+void expand(const UpdateArgs& args, const Chunk& chunk, const int64_t* order, int begin, int end, const float* xa, float* packed) {
   using E = typename T::Element;
-  constexpr bool FLOATS = sizeof(E) == sizeof(float);
-  for (int64_t n = begin; n < end; n += PACKED) {
-    const bool in_place = FLOATS && args.stride_bn == 1 && n + PACKED <= args.N;
-    const float* b = in_place ? reinterpret_cast<const float*>(args.B) + chunk.first * args.stride_br + n : scratch;
-    const int64_t stride_b = in_place ? args.stride_br : PACKED;
-    if (!in_place) pack<T>(args, chunk, n, scratch);
-    for (int i = 0; i < chunk.rows;) {
-      const int rows = chunk.rows - i < ROW_TILE ? 1 : ROW_TILE;
-      E* y[ROW_TILE];
-      for (int each = 0; each < rows; ++each) {
-        y[each] = static_cast<E*>(args.Y) + order[chunk.row + i + each] * args.stride_ym + n;
-      }
-      for (int c = 0; c < PACKED && n + c < end; c += VECTORS * W) {
-        const int columns = end - n - c < VECTORS * W ? int(end - n - c) : VECTORS * W;
-        const auto added = rows > 1 ? add_outer<T, ROW_TILE> : add_outer<T, 1>;
-        added(xa + chunk.xa + int64_t(i) * chunk.r, chunk.r, b + c, stride_b, y, columns);
-        for (int each = 0; each < rows; ++each) y[each] += VECTORS * W;
-      }
-      i += rows;
+  pack<T>(args, chunk, begin, end, packed);
+  for (int i = 0; i < chunk.rows;) {
+    const int rows = chunk.rows - i < ROW_TILE ? 1 : ROW_TILE;
+    E* y[ROW_TILE];
+    for (int each = 0; each < rows; ++each) {
+      y[each] = static_cast<E*>(args.Y) + order[chunk.row + i + each] * args.stride_ym + begin;
     }
+    for (int c = 0; begin + c < end; c += VECTORS * W) {
+      const int columns = end - begin - c < VECTORS * W ? end - begin - c : VECTORS * W;
+      const auto added = rows > 1 ? add_outer<T, ROW_TILE> : add_outer<T, 1>;
+      added(xa + chunk.xa + int64_t(i) * chunk.r, chunk.r, packed + c, y, columns);
+      for (int each = 0; each < rows; ++each) y[each] += VECTORS * W;
+    }
+    i += rows;
   }
 }
 
@@ -205,9 +204,9 @@ void LORA_SHRINK(const UpdateArgs& args, const Chunk& chunk, const int64_t* orde
   args.half ? shrink<BFloat16>(args, chunk, order, begin, end, xa) : shrink<Float>(args, chunk, order, begin, end, xa);
 }
 void LORA_EXPAND(const UpdateArgs& args, const Chunk& chunk, const int64_t* order, int begin, int end, const float* xa,
-                 float* scratch) {
-  args.half ? expand<BFloat16>(args, chunk, order, begin, end, xa, scratch)
-            : expand<Float>(args, chunk, order, begin, end, xa, scratch);
+                 float* packed) {
+  args.half ? expand<BFloat16>(args, chunk, order, begin, end, xa, packed)
+            : expand<Float>(args, chunk, order, begin, end, xa, packed);
 }
 
 }  // namespace lora

@@ -7,8 +7,7 @@ namespace lora {
 
 constexpr int CHUNK = 64;      // rows of one adapter that a task takes
 constexpr int RANK_PART = 16;  // ranks of a shrink task
-constexpr int COLUMNS = 256;   // of Y an expand task, a multiple of PACKED
-constexpr int PACKED = 64;     // columns of B that are laid out rank by rank at a time
+constexpr int COLUMNS = 256;   // of Y an expand task
 
 struct Chunk {          // rows of one adapter
   int64_t row;          // the first, in order; also in XA
