@@ -30,7 +30,8 @@ from benchmarks.demo_curve import demo_curve
 from benchmarks.end_to_end import Outcome, write
 from benchmarks.models import SIZES, Batch, Size, batches, build
 from benchmarks.rows import Check, Row, this_machine
-from benchmarks.timing import Clock, CudaClock, HostClock, extra_peak_mib, interleaved, spread
+from benchmarks.timing import Clock, CudaClock, HostClock, extra_peak_mib, interleaved
+from lora_kernels.trial import spread
 
 PEFT, OURS, ALONE = "peft", "lora_kernels accelerated", "lora_kernels accelerated, group=False"
 ATTENTION = {"bert": ("query", "key", "value"), "llama": ("q_proj", "k_proj", "v_proj", "o_proj")}

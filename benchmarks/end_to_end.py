@@ -26,8 +26,9 @@ from benchmarks.cases import DTYPE_NAMES, DTYPES, Case
 from benchmarks.curves import PEFT, REVERSED, ROTATED, TWINS, curve_columns, judged, verdict
 from benchmarks.models import SIZES, Batch, Size, batches, build, rows_reversed, rows_rotated
 from benchmarks.rows import Check, Machine, Record, Row, columns, record, this_machine, write_csv
-from benchmarks.timing import MIB, spread
+from benchmarks.timing import MIB
 from lora_kernels import load_adapter, use_backend
+from lora_kernels.trial import spread
 
 RANK, ALPHA, RATE = 8, 16, 1e-3
 ORDERS = {REVERSED: rows_reversed, ROTATED: rows_rotated}

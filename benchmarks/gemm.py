@@ -19,13 +19,14 @@ from benchmarks.cases import Case
 from benchmarks.measure import Bench, Found, recorded, row
 from benchmarks.roofline import forward_work
 from benchmarks.rows import Check, Row
-from benchmarks.timing import Call, interleaved, spread
+from benchmarks.timing import Call, interleaved
 from lora_kernels import BackendUnavailableError
 from lora_kernels.cost import Problem as Planned
 from lora_kernels.kernels.chip import Chip
 from lora_kernels.kernels.tuning import GemmConfig, gemm_config, is_valid
 from lora_kernels.plan import OPT_IN, chip_for, triton_kernels
 from lora_kernels.testing import Problem, poison, within_rule
+from lora_kernels.trial import spread
 from lora_kernels.variants import BY_NAME
 
 LIBRARY = "cublas"

@@ -20,11 +20,12 @@ from benchmarks.counting import operators, saved_mib
 from benchmarks.rivals import FROZEN, Implementation
 from benchmarks.roofline import Ceilings, Work, passes
 from benchmarks.rows import Check, Record, Row
-from benchmarks.timing import MIB, Call, Clock, captured, extra_peak_mib, interleaved, spread
+from benchmarks.timing import MIB, Call, Clock, extra_peak_mib, interleaved
 from lora_kernels import BackendUnavailableError
 from lora_kernels import plan as planner
 from lora_kernels.cost import Problem as PlannerProblem
 from lora_kernels.testing import Problem
+from lora_kernels.trial import captured, spread
 
 GRAPH_BYTES = 256 * MIB  # a graph walks over copies of the operands of at least this size: no L2 holds them
 GRAPH_COPIES = 48
@@ -153,7 +154,7 @@ def ready(implementation: Implementation, problems: Sequence[Problem | Block], m
         parts = problem.parts if isinstance(problem, Block) else (problem,)
         weights += [*layer.params, *(part.W for part in parts), *(part.bias for part in parts if part.bias is not None)]
     if mode.endswith("_graph"):
-        call = captured(steps)
+        call = captured(steps, problems[0].X.device)
         call()
         return Ready(call, None)
     steps[0]()

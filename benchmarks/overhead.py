@@ -18,9 +18,10 @@ from benchmarks.measure import row
 from benchmarks.rivals import ADDMM_CHAIN, FROZEN, PEFT, Implementation, Layer
 from benchmarks.roofline import Ceilings
 from benchmarks.rows import Record, Row
-from benchmarks.timing import Call, HostClock, interleaved, spread
+from benchmarks.timing import Call, HostClock, interleaved
 from lora_kernels import LoRALinear
 from lora_kernels.testing import Problem, make_problem
+from lora_kernels.trial import spread
 
 CALLS = 50
 MODES = ("fwd_no_grad", "fwd", "fwd_bwd")

@@ -32,9 +32,10 @@ from lora_kernels.serving.rivals import (
     planned_launches,
     refusal,
 )
-from lora_kernels.serving.trial import captured, judged, oracle_of
+from lora_kernels.serving.trial import judged, oracle_of
 from lora_kernels.testing import within_rule
 from lora_kernels.testing.multi import DISTRIBUTIONS, MultiProblem, mix_ids, multi_plain, multi_truth
+from lora_kernels.trial import captured
 
 Unit = Callable[[Bench], Found]
 PLANS = {"eager": "triton:eager", "extend": "triton:extend", "decode": "triton:decode", "cuda": "cuda"}
@@ -178,7 +179,7 @@ def replays(case: ServingCase, plan: str, count: int, different: int, bench: Ben
                 expected.append(call().clone())
                 if number < len(DISTRIBUTIONS):
                     found.append(_right(case, name, problem, expected[-1]))
-            replay = captured([call], bench.device, graph=True)
+            replay = captured([call], bench.device)
             wrong = torch.zeros((), dtype=torch.int64, device=bench.device)
             for step in range(count):
                 number = 7 * step % different  # neighbours of another distribution

@@ -1,31 +1,22 @@
 """Clocks, and calls timed in turns.
 
 Turns (A B C, B C A, ...) let drifting clocks, power and temperature fall on every contender alike; what is reported is
-the median with the 20th and 80th percentile. Warm-up calls and the first round are not counted. The L2 cache holds
-nothing of the operands when a GPU call starts: a buffer larger than it is read in between (read, not written: dirty
-lines would be written back during the measured call).
+the median with the 20th and 80th percentile (spread of lora_kernels.trial). Warm-up calls and the first round are not
+counted. The L2 cache holds nothing of the operands when a GPU call starts: a buffer larger than it is read in between
+(read, not written: dirty lines would be written back during the measured call).
 """
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import torch
 
 Call = Callable[[], object]
 
 MIB = 1 << 20
-
-
-class Spread(NamedTuple):
-    """Milliseconds: median, 20th and 80th percentile."""
-
-    p50: float
-    p20: float
-    p80: float
 
 
 class Clock(Protocol):
@@ -111,31 +102,6 @@ def interleaved(calls: Mapping[str, Call], clock: Clock, rounds: int, warmup: in
             if number > 0:
                 samples[name].append(elapsed)
     return samples
-
-
-def spread(samples: Sequence[float]) -> Spread:
-    """Median, 20th and 80th percentile of at least one sample."""
-    if len(samples) == 1:
-        return Spread(samples[0], samples[0], samples[0])
-    fifths = statistics.quantiles(samples, n=5, method="inclusive")
-    return Spread(statistics.median(samples), fifths[0], fifths[3])
-
-
-def captured(calls: Sequence[Call]) -> Call:
-    """One replay of a CUDA graph that makes all ``calls``; elsewhere a plain loop over them."""
-    if not torch.cuda.is_available():
-        return lambda: [call() for call in calls]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph.replay
 
 
 def extra_peak_mib(call: Call, device: torch.device) -> float | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import NamedTuple
 
@@ -37,6 +37,14 @@ class Times(NamedTuple):
 
     us: float
     host_us: float
+
+
+class Spread(NamedTuple):
+    """Of the times of one call, in their unit: median, 20th and 80th percentile."""
+
+    p50: float
+    p20: float
+    p80: float
 
 
 def candidates(q: Problem, chip: Chip) -> list[Candidate]:
@@ -205,3 +213,28 @@ def _host_round(calls: Mapping[str, Call], order: list[str]) -> dict[str, Times]
         calls[name]()
         found[name] = Times(1e6 * (time.perf_counter() - began), 0.0)
     return found
+
+
+def spread(samples: Sequence[float]) -> Spread:
+    """Median, 20th and 80th percentile of at least one sample."""
+    if len(samples) == 1:
+        return Spread(samples[0], samples[0], samples[0])
+    fifths = statistics.quantiles(samples, n=5, method="inclusive")
+    return Spread(statistics.median(samples), fifths[0], fifths[3])
+
+
+def captured(calls: Sequence[Callable[[], object]], device: torch.device) -> Callable[[], object]:
+    """All calls as one: the replay of a CUDA graph that makes them, on a CPU one after another."""
+    if device.type != "cuda":
+        return lambda: [call() for call in calls]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph.replay

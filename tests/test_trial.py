@@ -126,3 +126,14 @@ def test_on_a_gpu_a_call_lies_between_its_events_and_the_host_runs_ahead(monkeyp
     assert all(0 < t.host_us < 1e5 for t in times.values())
     trial._cuda_round(calls, ["a"], torch.ones(1), queueing=10.0)
     assert slept[-1] == 100_000_000  # never longer than 50 ms
+
+
+def test_spread():
+    assert trial.spread([3.0]) == (3.0, 3.0, 3.0)
+    assert trial.spread([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == pytest.approx((3.5, 2.0, 5.0))
+
+
+def test_a_capture_on_a_cpu_makes_every_call():
+    made = []
+    trial.captured([lambda: made.append(1), lambda: made.append(2)], torch.device("cpu"))()
+    assert made == [1, 2]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,10 +15,10 @@ from torch import Tensor
 
 from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.serving.cases import ServingCase
-from lora_kernels.serving.rivals import FROZEN, Call, Contender, plan_label
+from lora_kernels.serving.rivals import FROZEN, Contender, plan_label
 from lora_kernels.testing import poison, within_rule
 from lora_kernels.testing.multi import MultiProblem
-from lora_kernels.trial import SWEEP_BYTES, SWEEP_HOST_US, _cuda_round, _host_round
+from lora_kernels.trial import SWEEP_BYTES, SWEEP_HOST_US, Spread, _cuda_round, _host_round, captured, spread
 
 JUDGED_ROWS = 1024  # at most, spread over the batch: a row does not depend on the others
 RIVAL_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -158,19 +157,20 @@ def measure(
         calls: dict[str, Callable[[], object]] = {}
         for each in timed:
             try:
-                calls[each.label] = captured([each.build(case, one) for one in problems], device, graph)
+                steps = [each.build(case, one) for one in problems]
+                calls[each.label] = captured(steps, device) if graph else steps[0]
             except Exception as error:  # a graph may not take what a call does
                 found.append(_thrown(each, error))
         samples = (timer or functools.partial(in_turns, device=device))(calls, rounds)
-    spreads = {
+    spreads: dict[Contender, Spread] = {
         each: spread([ms / len(problems) for ms in samples[each.label]]) for each in timed if each.label in calls
     }
-    frozen = spreads[FROZEN][0] if FROZEN in spreads else None
-    best = min((spreads[each][0] for each in spreads if each.is_rival(case.dtype)), default=None)
+    frozen = spreads[FROZEN].p50 if FROZEN in spreads else None
+    best = min((spreads[each].p50 for each in spreads if each.is_rival(case.dtype)), default=None)
     timings = [
         Timing(
             case, each, plan_label(case, each.backend, device) if each.ours else "", *times,
-            frozen and times[0] / frozen, best and times[0] / best,
+            frozen and times.p50 / frozen, best and times.p50 / best,
         )
         for each, times in spreads.items()
     ]  # fmt: skip
@@ -189,25 +189,6 @@ def _copy(problem: MultiProblem) -> MultiProblem:
     """Other memory, the same values and strides; ids, starts, ranks and scalings are shared as in a model."""
     slots = problem.slots._replace(A=problem.slots.A.clone(), B=problem.slots.B.clone())
     return replace(problem, X=problem.X.clone(), W=problem.W.clone(), slots=slots)
-
-
-def captured(calls: Sequence[Call], device: torch.device, graph: bool) -> Callable[[], object]:
-    """All calls as one: the replay of a CUDA graph with ``graph`` on a GPU, else one after another."""
-    if len(calls) == 1 and not graph:
-        return calls[0]
-    if not graph or device.type != "cuda":
-        return lambda: [call() for call in calls]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    held = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(held):
-        for call in calls:
-            call()
-    return held.replay
 
 
 def in_turns(
@@ -232,11 +213,3 @@ def in_turns(
             if number > 0:
                 samples[name].append(times.us / 1e3)
     return samples
-
-
-def spread(samples: Sequence[float]) -> tuple[float, float, float]:
-    """Median, 20th and 80th percentile of at least one sample."""
-    if len(samples) == 1:
-        return samples[0], samples[0], samples[0]
-    fifths = statistics.quantiles(samples, n=5, method="inclusive")
-    return statistics.median(samples), fifths[0], fifths[3]

@@ -58,8 +58,8 @@ def test_replays_that_read_a_stale_mix_are_found(monkeypatch: pytest.MonkeyPatch
 
     real = serving_round.captured
 
-    def stale(calls: Any, device: torch.device, graph: bool) -> Any:
-        call, kept = real(calls, device, graph), []
+    def stale(calls: Any, device: torch.device) -> Any:
+        call, kept = real(calls, device), []
         return lambda: kept or kept.append(call())  # the first mix's answer for all
 
     monkeypatch.setattr(serving_round, "captured", stale)

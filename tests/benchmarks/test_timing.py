@@ -1,9 +1,8 @@
 import time
 
-import pytest
 import torch
 
-from benchmarks.timing import HostClock, RehearsalClock, captured, extra_peak_mib, interleaved, spread
+from benchmarks.timing import HostClock, RehearsalClock, extra_peak_mib, interleaved
 
 
 def test_calls_take_turns_and_another_goes_first_each_round() -> None:
@@ -27,19 +26,6 @@ def test_the_host_clock_reads_milliseconds() -> None:
 
 def test_nothing_to_time() -> None:
     assert interleaved({}, HostClock(), rounds=2) == {}
-
-
-def test_spread() -> None:
-    assert spread([3.0]) == (3.0, 3.0, 3.0)
-    assert spread([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == pytest.approx((3.5, 2.0, 5.0))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it is a graph")
-def test_a_capture_on_a_cpu_makes_every_call() -> None:
-    made: list[int] = []
-    replay = captured([lambda: made.append(1), lambda: made.append(2)])
-    replay()
-    assert made == [1, 2]
 
 
 def test_memory_of_a_cpu_is_not_counted() -> None:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks.timing import CudaClock, captured, extra_peak_mib, interleaved
+from benchmarks.timing import CudaClock, extra_peak_mib, interleaved
+from lora_kernels.trial import captured
 
 
 class _Event:
@@ -74,7 +75,7 @@ def test_a_call_lies_between_its_events_and_the_host_runs_ahead(log: list[str]) 
 
 
 def test_a_graph_is_warmed_up_on_a_stream_of_its_own_then_captured_once(log: list[str]) -> None:
-    replay = captured([lambda: log.append("x"), lambda: log.append("y")])
+    replay = captured([lambda: log.append("x"), lambda: log.append("y")], torch.device("cuda"))
     replay()
     replay()
     assert log == ["wait", "x", "y", "wait", "capture", "x", "y", "captured", "replay", "replay"]

@@ -111,5 +111,3 @@ def test_turns_and_their_end(monkeypatch):
     assert "".join(order) == "abcbcacababc"
     assert [len(times) for times in samples.values()] == [3, 3, 3]
     assert len(trial.in_turns(calls, 100, CPU, seconds=0.0)["a"]) == 4
-    assert trial.spread([2.0]) == (2.0, 2.0, 2.0)
-    assert trial.spread([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == (3.5, 2.0, 5.0)
