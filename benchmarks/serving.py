@@ -26,7 +26,7 @@ from benchmarks.serving_cases import DECODE, PREFILL, cpu_cases, other_mixes
 from benchmarks.serving_lines import OP, lines
 from benchmarks.timing import MIB, Clock, CudaClock, HostClock, interleaved
 from lora_kernels.serving.cases import ServingCase
-from lora_kernels.serving.rivals import Contender, contenders
+from lora_kernels.serving.rivals import ON_A_CPU, Contender, contenders
 from lora_kernels.serving.trial import Judgement, Timing, measure
 
 
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench, machine = Bench(device, clock, ceilings, rounds=options.rounds), this_machine()
     print(f"{machine.gpu}, torch {machine.torch}, triton {machine.triton}, commit {machine.commit}")
     if not on_gpu:
-        print("On a CPU lora_kernels runs its reference path: PyTorch's own operators, no kernel of ours.")
+        print(ON_A_CPU)
         print(f"Load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs")
     options.out.mkdir(parents=True, exist_ok=True)
     journal = Journal(options.out)

@@ -18,7 +18,7 @@ import torch
 from lora_kernels.cli.shapes import MODELS, Shape, shapes_from
 from lora_kernels.errors import ConfigError
 from lora_kernels.serving.cases import ServingCase, check_distribution, ranks_from
-from lora_kernels.serving.rivals import FROZEN, PEFT, PEFT_FP32, SWAP, contenders
+from lora_kernels.serving.rivals import FROZEN, ON_A_CPU, PEFT, PEFT_FP32, SWAP, contenders
 from lora_kernels.serving.trial import Timing, Trial, in_turns, measure
 from lora_kernels.testing.multi import DISTRIBUTIONS
 
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     cases = list(_cases(arguments, device))
     print(f"{arguments.model} on {_machine(device)}, torch {torch.__version__}")
     if device.type == "cpu":
-        print("On a CPU lora_kernels runs its reference path: PyTorch's own operators, no kernel of ours.")
+        print(ON_A_CPU)
     rows: list[dict[str, object]] = []
     totals: dict[tuple[object, ...], dict[str, float]] = defaultdict(dict)
     failed = 0

@@ -26,6 +26,10 @@ from lora_kernels.serving.cases import ServingCase
 from lora_kernels.testing.multi import MultiProblem
 
 Call = Callable[[], Tensor]
+ON_A_CPU = (
+    "On a CPU the base product is PyTorch's, and the update one call of C++ (auto, where it was built) or PyTorch's "
+    "operators (reference)."
+)
 BASE = "__base__"  # PEFT's name for no adapter
 
 
@@ -204,7 +208,7 @@ def plan_label(case: ServingCase, backend: str, device: torch.device) -> str:
     """
     found = resolve(backend, device.type, case.dtype)
     if found == "auto":  # on a CPU
-        return "auto (reference)" if cpp_missing() or case.M > CPP_ROWS[case.dtype] else "auto (cpp)"
+        return "auto (reference)" if cpp_missing() or CPP_ROWS[case.dtype] < case.M else "auto (cpp)"
     if found in ("reference", "cpp"):
         return found
     kind, forced = split_name(found)

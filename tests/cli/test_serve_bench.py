@@ -15,6 +15,7 @@ def tiny(monkeypatch):
     """A model of three small layers, the path that a CPU has, and a clock that takes no time."""
     monkeypatch.setitem(MODELS, "tiny", {Shape(24, 16, True): 2, Shape(16, 24): 1})
     monkeypatch.setattr(rivals, "triton_missing", lambda device_type: "not here")
+    monkeypatch.setattr(rivals, "cpp_missing", lambda: "not here, either")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(command, "in_turns", told)
 
@@ -28,7 +29,7 @@ def test_tables_throughput_and_rows(tmp_path, capsys):
     arguments = ["--model", "tiny", "--tokens", "4", "96", "--distribution", "half", "none", "--ranks", "2,5"]
     assert main(["serve-bench", *arguments, "--adapters", "3", "--sequence", "2", "--out", str(out)]) == 0
     told = capsys.readouterr().out
-    assert "reference path: PyTorch's own operators, no kernel of ours" in told
+    assert rivals.ON_A_CPU in told
     assert "M4 in 2s N24 K16 L3 r2-5 half float32 x2: decode" in told
     assert "M96 in 2s N16 K24 L3 r2-5 none float32 x1: prefill, 0 adapters in the batch" in told
     assert "lora_kernels            reference  3000.0  3000.0  3000.0     1,333     1.500         1.000" in told
