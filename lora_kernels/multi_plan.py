@@ -32,7 +32,7 @@ from lora_kernels.slots import Slots
 from lora_kernels.variants import switched_off
 
 PLANS = ("eager", "extend", "decode", "cuda")
-CPP_ROWS = {torch.float32: 4096, torch.bfloat16: 512}  # up to which it beats the reference; docs/multi_lora_linear.md
+CPP_ROWS = {torch.float32: 4096, torch.bfloat16: 1024}  # up to which it beats the reference; docs/multi_lora_linear.md
 
 
 @functools.cache
