@@ -18,6 +18,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one core a worker; read when numpy is
 import pytest
 import torch
 
+ROOT = str(Path(__file__).resolve().parents[1])
+if ROOT not in sys.path:
+    sys.path.insert(0, ROOT)  # the benchmarks and what tests share are not installed
 DEVICE = os.environ.get("LORA_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: @triton.jit reads it when it decorates

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_kernels.adapters import save_adapter
+from lora_kernels.adapters import AdapterPool, save_adapter
 from lora_kernels.adapters.files import CONFIG_NAME, WEIGHTS_NAME
 from lora_kernels.config import LoRAConfig
 from lora_kernels.inject import apply_lora
@@ -156,6 +156,16 @@ def served() -> type[Served]:
 @pytest.fixture(scope="session")
 def adapter() -> type[Adapter]:
     return Adapter
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return Served().eval()
+
+
+@pytest.fixture
+def pool(model: nn.Module) -> AdapterPool:
+    return AdapterPool(model, capacity=3, max_rank_total=12)
 
 
 @pytest.fixture(scope="session")

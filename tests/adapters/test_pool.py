@@ -1,16 +1,17 @@
 """AdapterPool as a server uses it: loads, evictions, pins and batches, each row judged against its adapter alone."""
 
 from __future__ import annotations
-import copy
-import pickle
+
 import re
 from typing import Any
+
 import pytest
 import torch
 from torch import nn
+
 import lora_kernels as lk
-from lora_kernels.adapters import pool_write
 from tests.adapters.pools import X, fill
+
 
 def test_each_sequence_gets_its_adapter(model: nn.Module, pool: lk.AdapterPool, served: Any, adapter: Any) -> None:
     made = fill(pool, adapter, 2, 5, 3)

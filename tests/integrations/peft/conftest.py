@@ -1,8 +1,9 @@
-"""A small network with every base that FusedLinear takes, and a comparison of accelerated layers with PEFT's own."""
+"""A small network with every base that FusedLinear takes, a comparison of accelerated layers with PEFT's own, and
+counts of what runs fused."""
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+import lora_kernels as lk
 from lora_kernels.integrations.families import fill_adapters
-from lora_kernels.integrations.peft import accelerate
+from lora_kernels.integrations.peft import accelerate, groups, mlp
 from lora_kernels.integrations.peft import linear as fused_linear
 from lora_kernels.testing import Pool
 
@@ -123,3 +125,42 @@ def run() -> Callable[..., dict[str, Tensor]]:
 def same() -> Callable[..., None]:
     """same(model, x): accelerated, the model equals PEFT's own forward and backward by the error rule."""
     return _assert_equal_peft
+
+
+@pytest.fixture
+def nothing_left_over() -> Iterator[None]:
+    """What siblings made ahead is dropped after the test."""
+    yield
+    groups._aside.made = None
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many layers each call of the fused functions served, in order."""
+    calls: list[int] = []
+
+    def stacked(x: Tensor, projections: list, p: float) -> object:
+        calls.append(len(projections))
+        return run_stacked(x, projections, p)
+
+    def alone(*args: object) -> object:
+        calls.append(1)
+        return run_alone(*args)
+
+    run_stacked, run_alone = groups.run_stacked, fused_linear.run_lora_linear
+    monkeypatch.setattr(groups, "run_stacked", stacked)
+    monkeypatch.setattr(fused_linear, "run_lora_linear", alone)
+    return calls
+
+
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Dropout's p at each call for a whole block, in order."""
+    seen: list[float] = []
+
+    def call(*args: object, dropout_p: float) -> object:
+        seen.append(dropout_p)
+        return lk.lora_mlp(*args, dropout_p=dropout_p)
+
+    monkeypatch.setattr(mlp, "lora_mlp", call)
+    return seen

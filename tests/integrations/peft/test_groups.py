@@ -1,24 +1,28 @@
 """Siblings that run together: who they are, and the same numbers as PEFT's."""
 
 import copy
-import gc
-import io
-import pickle
-import threading
-import weakref
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from lora_kernels.autograd.lora_linear import dropout_seed
+
 from lora_kernels.integrations.compat.judge import errors, fault
 from lora_kernels.integrations.families import FAMILIES, fill_adapters
-from lora_kernels.integrations.peft import accelerate, groups, linear
+from lora_kernels.integrations.peft import accelerate, groups
 from lora_kernels.integrations.peft.groups import dissolve, form_groups, groups_of
-from lora_kernels.reference import generator_keep_mask
-from lora_kernels.testing import assert_close
-from tests.integrations.peft.siblings import K, Stack, adapted, attention, example, gradients, learned, same, twins, with_another
+from tests.integrations.peft.siblings import (
+    K,
+    Stack,
+    adapted,
+    attention,
+    example,
+    gradients,
+    learned,
+    same,
+    twins,
+    with_another,
+)
 
 pytestmark = pytest.mark.usefixtures("nothing_left_over")
 

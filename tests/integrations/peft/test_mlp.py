@@ -3,20 +3,32 @@
 import copy
 import io
 import pickle
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import distributed, nn
-from torch.nn.functional import dropout, gelu, silu
-from torch.utils.checkpoint import checkpoint
-from transformers.activations import SiLUActivation
+
 import lora_kernels as lk
 from lora_kernels.integrations.families import FAMILIES, fill_adapters
-from lora_kernels.integrations.peft import accelerate, decelerate, mlp
-from lora_kernels.integrations.peft.linear import BLOCK, projection_of
-from lora_kernels.integrations.peft.mlp import GatedMLP, Names, dissolve_mlps, form_mlps, mlps_of
-from lora_kernels.testing import Pool
-from tests.integrations.peft.gated import F, Gated, K, Net, adapted, blocks, by_rule, example, gradients, plain_model, same, twins
+from lora_kernels.integrations.peft import accelerate, decelerate
+from lora_kernels.integrations.peft.linear import projection_of
+from lora_kernels.integrations.peft.mlp import dissolve_mlps, mlps_of
+from tests.integrations.peft.gated import (
+    F,
+    Gated,
+    K,
+    Net,
+    adapted,
+    blocks,
+    by_rule,
+    example,
+    gradients,
+    plain_model,
+    same,
+    twins,
+)
+
 
 @pytest.mark.parametrize("name", ["Llama", "Qwen2", "Mistral", "Gemma 2", "Phi-3", "BERT"])
 def test_families_compute_what_peft_computes(name, whole):
