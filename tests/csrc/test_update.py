@@ -35,7 +35,11 @@ def build(tmp_path_factory):
         return made
 
     def program(csrc: Path, *options: str) -> Path:
-        sources = [csrc / f"{name}.cpp" for name in SOURCES]
+        files = {path.relative_to(csrc) for path in csrc.rglob("*") if path.is_file()}
+        changed = {file for file in files if (csrc / file).read_bytes() != (CSRC / file).read_bytes()}
+        headers = any(file.suffix != ".cpp" for file in changed)
+        names = [Path(f"{name}.cpp") for name in SOURCES]
+        sources = [(csrc if headers or name in changed else CSRC) / name for name in names]
         objects = [compiled(source, options) for source in (*sources, HERE / "update_test.cpp")]
         linked = tmp_path_factory.mktemp("program") / "update_test"
         subprocess.run(["g++", *options, *objects, "-o", linked], check=True)
