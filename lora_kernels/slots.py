@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lora_kernels.errors import ConfigError, ShapeError
 
+BASE = "__base__"  # PEFT's name for no adapter, whose id is -1
+
 
 class Slots(NamedTuple):
     """L adapters of one layer: slot l owns rows starts[l] .. starts[l] + ranks[l] of A and the same columns of B.

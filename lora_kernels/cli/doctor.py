@@ -82,9 +82,15 @@ def _devices() -> dict[str, str]:
 
 
 def _extension() -> dict[str, str]:
-    info, why = csrc.build_info(), csrc.available()
-    built = {"built": info.get("built", "no"), **{name: value for name, value in info.items() if name != "built"}}
-    return {**built, "operators": f"cannot run: {why}" if why else "can run"}
+    info = csrc.build_info()
+    return {
+        "built": info.get("built", "no"),
+        **{name: value for name, value in info.items() if name not in ("built", "why")},
+        **{
+            name: f"cannot run: {why}" if why else "can run"
+            for name, why in (("on a CPU", csrc.update_missing()), ("on a GPU", csrc.available()))
+        },
+    }
 
 
 def _tuned(gpu: str) -> dict[str, str]:

@@ -23,6 +23,7 @@ from lora_kernels.multi_cost import MultiProblem as PlannerProblem
 from lora_kernels.multi_plan import CPP_ROWS, PLANS, choose, cpp_missing, resolve
 from lora_kernels.plan import TRITON_DTYPES, chip_for, split_name, triton_missing
 from lora_kernels.serving.cases import ServingCase
+from lora_kernels.slots import BASE
 from lora_kernels.testing.multi import MultiProblem
 
 Call = Callable[[], Tensor]
@@ -30,7 +31,6 @@ ON_A_CPU = (
     "On a CPU the base product is PyTorch's, and the update one call of C++ (auto, where it was built) or PyTorch's "
     "operators (reference)."
 )
-BASE = "__base__"  # PEFT's name for no adapter
 
 
 @dataclass(frozen=True)

@@ -58,10 +58,13 @@ def test_the_tuned_table_of_a_gpu_is_counted(monkeypatch, tmp_path):
 
 
 def test_the_compiled_extension_is_told_with_the_reason(monkeypatch, tmp_path):
-    info = tmp_path / "_build_info.json"
-    monkeypatch.setattr(csrc, "_INFO", info)
+    monkeypatch.setattr(csrc, "_INFO", tmp_path / "_build_info.json")
     monkeypatch.setattr(csrc, "available", lambda: "no GPU")
-    assert doctor._extension() == {"built": "no", "operators": "cannot run: no GPU"}
-    info.write_text('{"built": "with CUDA for 80", "torch": "headers of here"}')
+    monkeypatch.setattr(csrc, "update_missing", lambda: "no compiler")
+    told = {"on a CPU": "cannot run: no compiler", "on a GPU": "cannot run: no GPU"}
+    assert doctor._extension() == {"built": "no"} | told
+    csrc._INFO.write_text('{"built": "with CUDA for 80", "why": "", "torch": "headers of here"}')
     monkeypatch.setattr(csrc, "available", lambda: None)
-    assert doctor._extension() == {"built": "with CUDA for 80", "torch": "headers of here", "operators": "can run"}
+    monkeypatch.setattr(csrc, "update_missing", lambda: None)
+    told = {"on a CPU": "can run", "on a GPU": "can run"}
+    assert doctor._extension() == {"built": "with CUDA for 80", "torch": "headers of here"} | told

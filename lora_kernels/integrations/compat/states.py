@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lora_kernels.integrations.compat.judge import Answers
 from lora_kernels.integrations.compat.stage import Stage
 from lora_kernels.integrations.families import Inputs, fill_adapters
+from lora_kernels.slots import BASE
 
 
 def _two(stage: Stage) -> tuple[Any, Inputs]:
@@ -44,7 +45,7 @@ def mixed_batch(stage: Stage) -> Answers:
     model, inputs = _two(stage)
     model = stage.cast(model).eval()
     with torch.no_grad():
-        logits = model(**inputs, adapter_names=["default", "other0", "__base__"]).logits
+        logits = model(**inputs, adapter_names=["default", "other0", BASE]).logits
     return {"output:logits": logits} | stage.step(model.train(), inputs, "afterwards")
 
 
