@@ -101,7 +101,7 @@ def test_gradients_after_inference_mode_in_one_batch() -> None:
     made.pool_here.rows = Rows(ints(0, 2), CAPACITY, named=True)
     with torch.inference_mode():
         before = made(x)
-    assert torch.equal(made(x.requires_grad_()), before)
+    torch.testing.assert_close(made(x.requires_grad_()).detach(), before)  # other sums than the C++ operator's
 
 
 def test_ids_that_change_are_seen_and_looked_at() -> None:
