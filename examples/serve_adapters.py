@@ -53,13 +53,13 @@ def train(skill: str, model: str, steps: int, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default=SMOLLM2)
-    parser.add_argument("--steps", type=int, default=25, help="of each training")
+    parser.add_argument("--steps", type=int, default=16, help="of each training")
     parser.add_argument("--sentences", type=int, default=3, help="each is put to all three adapters and to none")
     parser.add_argument("--repeats", type=int, default=1, help="of the timing; medians are shown")
     parser.add_argument("--out", type=Path, default=Path("out/serve_adapters"))
     arguments = parser.parse_args()
 
-    source = unpacked("AutoModelForCausalLM", arguments.model, arguments.out / "model")  # read seven times below
+    source = unpacked("AutoModelForCausalLM", arguments.model, arguments.out / "model")  # read eight times below
     for skill in RANKS:
         if not (arguments.out / skill / "adapter").exists():
             train(skill, source, arguments.steps, arguments.out / skill)
