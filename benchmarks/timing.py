@@ -8,6 +8,8 @@ counted. The L2 cache holds nothing of the operands when a GPU call starts: a bu
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -61,10 +63,11 @@ class CudaClock:
 
 
 class HostClock:
-    """Wall-clock time of synchronous calls on a CPU."""
+    """Wall-clock time of synchronous calls on a CPU, in a process that keeps the memory it has freed."""
 
     def __init__(self) -> None:
         self._elapsed: list[float] = []
+        keep_heap()
 
     def start_round(self) -> None:
         self._elapsed = []
@@ -76,6 +79,18 @@ class HostClock:
 
     def end_round(self) -> list[float]:
         return self._elapsed
+
+
+def keep_heap() -> None:
+    """Have glibc keep freed memory: or else a contender with large temporaries hands out cold pages to the next one.
+
+    Measured on two threads of an AMD EPYC, float32, 64 x 768 x 768: a batched product over gathered weights and a merge
+    in turn with the others made F.linear take 0.60 ms instead of 0.46, PEFT's mixed batch 2.0 instead of 1.3.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        trim_threshold, mmap_threshold = -1, -3
+        libc.mallopt(mmap_threshold, 32 * MIB)
+        libc.mallopt(trim_threshold, 1024 * MIB)
 
 
 class RehearsalClock(HostClock):
