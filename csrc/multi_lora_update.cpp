@@ -2,6 +2,7 @@
 // adapter, ids that name no slot and slots that do not lie in A add nothing; a rank ends with A and with max_rank.
 #include <algorithm>
 #include <memory>
+#include <vector>
 
 #include "lora_kernels/update_args.h"
 
@@ -38,6 +39,19 @@ int best_level() {
 #endif
 }
 
+namespace {
+
+struct Task {
+  int32_t chunk, begin, end;  // ranks to make, or columns of Y
+};
+
+struct Plan {
+  std::vector<int64_t> order;  // rows with an adapter, by slot, in their own order
+  std::vector<Chunk> chunks;
+  std::vector<Task> shrink, expand;
+  int64_t xa = 0;  // floats
+};
+
 Plan plan_update(const UpdateArgs& args) {
   Plan plan;
   std::vector<int64_t> place(args.L + 1);  // of each slot's next row in order
@@ -71,8 +85,6 @@ Plan plan_update(const UpdateArgs& args) {
   }
   return plan;
 }
-
-namespace {
 
 struct Round {
   const UpdateArgs& args;

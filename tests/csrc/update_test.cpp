@@ -8,6 +8,7 @@
 #include <cstring>
 #include <memory>
 #include <random>
+#include <vector>
 
 #include "lora_kernels/update_args.h"
 
