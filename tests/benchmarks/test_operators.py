@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 from benchmarks import compare
+from lora_kernels.multi_plan import cpp_missing
 
 ROOT = Path(compare.__file__).resolve().parents[1]
 
@@ -38,8 +39,10 @@ def test_mixed_batches_are_a_group_each(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     measured = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
     assert {each["group"] for each in measured} == {"M64 N768 K768 L8 r8-64 uniform float32"}
-    assert {each["name"] for each in measured} == {"frozen linear", "lora_kernels reference", "all slots + mask"}
-    assert {each["extra_info"]["plan"] for each in measured} == {"", "reference"}
+    built = cpp_missing() is None
+    mine = {"lora_kernels reference", *(["lora_kernels auto"] if built else [])}
+    assert {each["name"] for each in measured} == {"frozen linear", "all slots + mask", *mine}
+    assert {each["extra_info"]["plan"] for each in measured} == {"", "reference", *(["auto (cpp)"] if built else [])}
 
 
 def test_make_test_does_not_run_them() -> None:
