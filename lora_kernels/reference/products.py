@@ -62,23 +62,27 @@ def _onednn() -> Callable[..., Tensor] | None:
     return torch.ops.mkldnn._linear_pointwise.default if library()[0] == "onednn" else None
 
 
-def _takes(X: Tensor, W: Tensor) -> bool:
-    """Whether X W^T is a product that oneDNN gets: large, float32, on a CPU, of no autograd graph."""
+def _takes(P: Tensor, Q: Tensor, columns: int) -> bool:
+    """Whether P times Q, or its transpose, is for oneDNN: large, float32, on a CPU, of no autograd graph.
+
+    Sizes and strides alone are looked at: a view made for the question would be an operator more.
+    """
     return (
-        X.size(0) * W.numel() >= MULTIPLICATIONS
-        and X.dtype is torch.float32
-        and W.dtype is torch.float32
-        and X.is_cpu
-        and W.is_cpu
+        P.numel() * columns >= MULTIPLICATIONS
+        and P.dtype is torch.float32
+        and Q.dtype is torch.float32
+        and P.is_cpu
+        and Q.is_cpu
         and _onednn() is not None
         and torch._C._get_mkldnn_enabled()
-        and not (torch.is_grad_enabled() and (X.requires_grad or W.requires_grad))
+        and not (torch.is_grad_enabled() and (P.requires_grad or Q.requires_grad))
     )
 
 
 def _dense(T: Tensor) -> bool:
     """Whether rows or columns follow one another without gaps."""
-    return T.is_contiguous() or T.t().is_contiguous()
+    rows, columns = T.stride()
+    return (columns == 1 and rows == T.size(1)) or (rows == 1 and columns == T.size(0))
 
 
 def _run(X: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -89,14 +93,14 @@ def _run(X: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def linear(X: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
     """X W^T + bias (M, N) for X (M, K), W (N, K), bias (N,) or None."""
-    if _takes(X, W) and X.is_contiguous() and _dense(W) and (bias is None or bias.dtype is X.dtype):
+    if _takes(X, W, W.size(0)) and X.is_contiguous() and _dense(W) and (bias is None or bias.dtype is X.dtype):
         return _run(X, W, bias)
     return torch.nn.functional.linear(X, W, bias)
 
 
 def mm(P: Tensor, Q: Tensor) -> Tensor:
     """P Q (m, n) for P (m, k), Q (k, n)."""
-    if _takes(P, Q.t()):  # oneDNN copies a first operand that is not contiguous: let it be the small one
+    if _takes(P, Q, Q.size(1)):  # oneDNN copies a first operand that is not contiguous: let it be the small one
         small = P.size(0) <= Q.size(1)
         if (small or P.is_contiguous()) and _dense(Q):
             return _run(P, Q.t())
@@ -107,7 +111,7 @@ def mm(P: Tensor, Q: Tensor) -> Tensor:
 
 def add_mm_(Y: Tensor, P: Tensor, Q: Tensor) -> Tensor:
     """Y += P Q in place, for an inner size so large that another pass over Y is nothing beside the product."""
-    return Y.add_(mm(P, Q)) if _takes(P, Q.t()) else Y.addmm_(P, Q)
+    return Y.add_(mm(P, Q)) if _takes(P, Q, Q.size(1)) else Y.addmm_(P, Q)
 
 
 def scaled_mm(P: Tensor, Q: Tensor, factor: float, like: Tensor | None = None) -> Tensor:
@@ -117,7 +121,7 @@ def scaled_mm(P: Tensor, Q: Tensor, factor: float, like: Tensor | None = None) -
     """
     if factor == 1.0:
         return mm(P, Q)
-    if _takes(P, Q.t()):
+    if _takes(P, Q, Q.size(1)):
         return mm(P, Q).mul_(factor)
     if like is None or like.dtype != P.dtype:
         like = P.new_empty(P.shape[0], Q.shape[1])

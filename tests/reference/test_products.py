@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels.errors import ConfigError
-from lora_kernels.reference import products
+from lora_kernels.reference import lora_linear_bwd, lora_linear_fwd, products
 from lora_kernels.testing.rule import assert_close
 
 LAYOUTS = ("rows", "columns", "gaps", "every other")
@@ -101,6 +102,24 @@ def test_what_onednn_gets(monkeypatch: pytest.MonkeyPatch, calls: list[torch.Siz
     with torch.backends.mkldnn.flags(enabled=False):
         products.linear(X.detach(), W, None)
     assert calls == []
+
+
+def test_it_asks_without_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward of a layer are at most 21 of them, views included; PEFT's are 24 (and 4 beside either)."""
+    monkeypatch.setenv(products.SWITCH, "onednn")
+    X, W, A, B = torch.randn(512, 128), torch.randn(160, 128), torch.randn(80, 128), torch.randn(160, 80)
+    dY, seen = torch.randn(512, 160), []
+
+    class Counter(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Counter():
+        _, XA = lora_linear_fwd(X, W, A, B, None, 0.5)
+        lora_linear_bwd(dY, X, W, A, B, XA, 0.5)
+    assert sum("mkldnn" in name for name in seen) == 6
+    assert len(seen) <= 21, seen
 
 
 def test_wrong_shapes_raise(library: str) -> None:
