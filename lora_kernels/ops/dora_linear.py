@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.lora_linear import _empty_bits, _keep, lora_linear_bwd, lora_linear_fwd
+from lora_kernels.ops.lora_linear import _empty_bits, _keep, empty_low_rank, lora_linear_bwd, lora_linear_fwd
 from lora_kernels.reference import Needs, unpack_keep
 from lora_kernels.reference import dora_linear as reference
 from lora_kernels.reference.dora_linear import DoRANeeds, column_dots, dropped, magnitude_scale, scale_columns
@@ -134,7 +134,7 @@ def _fwd_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     Y = X.new_empty(X.shape[0], B.shape[0])
     keep = X.new_empty(0, dtype=torch.uint8) if seed is None or backend == "reference" else _empty_bits(X)
-    return Y, X.new_empty(X.shape[0], A.shape[0]), torch.empty_like(Y) if keep_z else X.new_empty(0), keep
+    return Y, empty_low_rank(X, A.shape[0]), torch.empty_like(Y) if keep_z else X.new_empty(0), keep
 
 
 def _bwd_impl(dY: Tensor, *args: Any) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ from torch.compiler import is_compiling
 
 from lora_kernels import plan as planner
 from lora_kernels import reference
+from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.reference import Needs
 
 _FWD = (
@@ -113,6 +114,11 @@ def _empty_bits(X: Tensor) -> Tensor:
     return X.new_empty(M, reference.packed_width(K), dtype=torch.uint8)[:, : (K + 7) // 8]
 
 
+def empty_low_rank(X: Tensor, r: int) -> Tensor:
+    """XA (M, r) for X (M, K), uninitialised, in the dtype that every backend gives it."""
+    return X.new_empty(X.shape[0], r, dtype=low_rank_dtype(X.dtype))
+
+
 def _fwd_fake(
     X: Tensor,
     W: Tensor,
@@ -127,7 +133,7 @@ def _fwd_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     kept = keep_bits and seed is not None and planner.split_name(backend)[0] == "triton"
     keep = _empty_bits(X) if kept else X.new_empty(0, dtype=torch.uint8)
-    return X.new_empty(X.shape[0], B.shape[0]), X.new_empty(X.shape[0], A.shape[0]), keep
+    return X.new_empty(X.shape[0], B.shape[0]), empty_low_rank(X, A.shape[0]), keep
 
 
 def _bwd_impl(dY: Tensor, *args: Any) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_kernels import plan as planner
 from lora_kernels import stacked_cost
 from lora_kernels.formats.side_by_side import as_one
-from lora_kernels.ops.lora_linear import _empty_bits, _keep
+from lora_kernels.ops.lora_linear import _empty_bits, _keep, empty_low_rank
 from lora_kernels.reference import lora_linear_stacked as reference
 from lora_kernels.reference.lora_linear_stacked import StackedNeeds
 from lora_kernels.stacked_cost import StackedProblem
@@ -130,7 +130,7 @@ def _fwd_fake(
     kept = keep_bits and seed is not None and planner.split_name(backend)[0] == "triton"
     keep = _empty_bits(X) if kept else X.new_empty(0, dtype=torch.uint8)
     Y = [X.new_empty(X.shape[0], b.shape[0]) for b in B]
-    return Y, X.new_empty(X.shape[0], sum(a.shape[0] for a in A)), keep
+    return Y, empty_low_rank(X, sum(a.shape[0] for a in A)), keep
 
 
 def _bwd_impl(dY: list[Tensor], X: Tensor, *args: Any) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:

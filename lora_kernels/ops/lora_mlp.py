@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_kernels import plan as planner
 from lora_kernels import stacked_cost
-from lora_kernels.ops.lora_linear import _empty_bits, _keep, lora_linear_fwd
+from lora_kernels.ops.lora_linear import _empty_bits, _keep, empty_low_rank, lora_linear_fwd
 from lora_kernels.ops.lora_linear_stacked import (
     Tensors,
     lora_linear_stacked_fwd,
@@ -133,8 +133,8 @@ def _fwd_fake(
 ) -> tuple[Tensor, ...]:
     M, F = X.shape[0], B[0].shape[0]
     kept = keep_bits and seeds is not None and planner.split_name(backend)[0] == "triton"
-    wide = (M, B[2].shape[0]), (M, F), (M, F), (M, A[0].shape[0] + A[1].shape[0]), (M, A[2].shape[0])
-    made = [X.new_empty(shape) for shape in wide]
+    made = [X.new_empty(shape) for shape in ((M, B[2].shape[0]), (M, F), (M, F))]
+    made += [empty_low_rank(X, r) for r in (A[0].shape[0] + A[1].shape[0], A[2].shape[0])]
     bits = (_empty_bits(t) if kept else X.new_empty(0, dtype=torch.uint8) for t in (X, made[1]))
     return *made, *bits
 

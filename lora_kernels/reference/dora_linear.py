@@ -15,6 +15,9 @@ on the adapter's input, with D the 0/1 keep mask, it acts on the part of the bas
     dX += D/(1-p) * ((g-1) * dY) W
     dm  = (sum over the rows of dY * P + sum over the columns of d(gB) * B) / norm
 
+float16 takes this form without dropout as well, with XD = X: g enters through the float32 g*B, since Z and g * dY would
+leave float16's range where Y and the gradients do not. The base part is then Y = g * P + bias, and dX = (g*dY) W.
+
 Source: Liu et al., DoRA, arXiv 2402.09353, equations 5 and 11.
 """
 
@@ -25,8 +28,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.reference.lora_linear import Needs, _as, _inv_keep, lora_linear_bwd, lora_linear_fwd
-from lora_kernels.reference.products import mm
+from lora_kernels.reference.products import add_low_rank_, linear, mm, scaled_mm
 from lora_kernels.reference.weight_norm import row_blocks, wide
 
 
@@ -76,11 +80,15 @@ def dora_linear_fwd(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Y (M, N), XA (M, r) as LoRA's, and Z (M, N), with dropout P; None unless ``keep_z``.
 
-    X (M, K), W (N, K), A (r, K), B (N, r), m, norm and bias (N,), keep (M, K) or None. A and B are rounded to X's
-    dtype, g is not.
+    X (M, K), W (N, K), A (r, K), B (N, r), m, norm and bias (N,), keep (M, K) or None. A and B are rounded to
+    low_rank_dtype(X.dtype), g is not. In float16 Z is P.
     """
     g = magnitude_scale(m, norm)
-    if keep is None:
+    if keep is None and X.dtype is torch.float16:
+        dtype = low_rank_dtype(X.dtype)
+        XA, Z = scaled_mm(X, A.to(dtype).t(), scaling), linear(X, W, None)
+        Y = add_low_rank_(scale_columns(Z, g, bias, None if keep_z else Z), XA, (B * g[:, None]).to(dtype).t())
+    elif keep is None:
         Z, XA = lora_linear_fwd(X, W, A, B, None, scaling)
         Y = scale_columns(Z, g, bias, None if keep_z else Z)
     else:
@@ -108,7 +116,7 @@ def dora_linear_bwd(
     """dX (M, K), dA (r, K), dB (N, r), dm (N,), dbias (N,), each in its operand's dtype; None where not needed."""
     g = magnitude_scale(m, norm)
     dm = None
-    if keep is None:
+    if keep is None and X.dtype is not torch.float16:
         if needs.m and Z is not None:
             dm = column_dots(dY, Z).div_(norm).to(m.dtype)
         dbias = dY.sum(0) if needs.bias else None
@@ -117,11 +125,12 @@ def dora_linear_bwd(
         return dX, dA, dB, dm, dbias
     linear_needs = Needs(needs.X, needs.A, needs.B or needs.m, needs.bias)
     gB = B * g[:, None]
-    dX, dA, dgB, dbias = lora_linear_bwd(dY, X, W, A, gB, XA, scaling, keep, p, linear_needs)
+    dZ = scale_columns(dY, g) if keep is None and needs.X else None
+    dX, dA, dgB, dbias = lora_linear_bwd(dY, X, W, A, gB, XA, scaling, keep, p, linear_needs, dZ)
     if needs.m and Z is not None and dgB is not None:
         dm = column_dots(dY, Z).add_((dgB * B).sum(1)).div_(norm).to(m.dtype)
     dB = (dgB * g[:, None]).to(B.dtype) if needs.B and dgB is not None else None
-    if dX is not None:
+    if dX is not None and keep is not None:
         dX.addcmul_(mm(scale_columns(dY, g - 1), W), _as(keep, X), value=_inv_keep(keep, p))
     return dX, dA, dB, dm, dbias
 

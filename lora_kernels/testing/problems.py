@@ -72,7 +72,7 @@ MAGNITUDES = (
     Magnitudes("tinier-B", B=1e-7, wide=True),
     Magnitudes("large-scaling", scaling=256.0),
     Magnitudes("small-dY", dY=1e-6),
-    Magnitudes("large-dY", scaling=256.0, dY=2e3, wide=True),
+    Magnitudes("large-dY", scaling=256.0, dY=1e3, wide=True),
     Magnitudes("large-A", A=3e5, wide=True),
 )
 

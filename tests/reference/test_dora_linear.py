@@ -13,7 +13,8 @@ from lora_kernels.reference.dora_linear import (
     scale_columns,
 )
 from lora_kernels.reference.weight_norm import weight_norm
-from lora_kernels.testing import assert_close, make_problem
+from lora_kernels.testing import MAGNITUDES, assert_close, make_problem
+from lora_kernels.testing.problems import lora_dtype
 
 ALL = DoRANeeds(True, True, True, True, True)
 NAMES = ("Y", "dX", "dA", "dB", "dm", "dbias")
@@ -27,19 +28,23 @@ def magnitude(problem, seed=7):
 
 
 def differentiated(problem, m, keep, dtype):
-    """Y and the gradients by autograd of what PEFT computes, all in ``dtype``."""
-    X, A, B, m, bias = (
-        t.detach().to(dtype).requires_grad_() for t in (problem.X, problem.A, problem.B, m, problem.bias)
-    )
+    """Y and the gradients by autograd of what PEFT computes: all in ``dtype``, but float32 adapters over float16.
+
+    There PEFT widens the dropped base product, too, which costs a product over W in float32; here it stays 16 bit.
+    """
+    X, bias = (t.detach().to(dtype).requires_grad_() for t in (problem.X, problem.bias))
+    adapters_in = lora_dtype(dtype, problem.A.dtype)
+    A, B, m = (t.detach().to(adapters_in).requires_grad_() for t in (problem.A, problem.B, m))
     W, s = problem.W.to(dtype), problem.scaling
-    g = m / torch.linalg.norm(W + s * (B @ A), dim=1).to(dtype).detach()
+    wide = lora_dtype(dtype, A.dtype)  # of x, as PEFT casts it to the adapter's
+    g = m / torch.linalg.norm(W.to(wide) + s * (B @ A).to(wide), dim=1).to(wide).detach()
     result = X @ W.t() + bias
     if keep is None:
-        XD, base = X, result - bias
+        XD, base = X.to(wide), result - bias
     else:
         XD = X * keep.to(dtype) / (1 - problem.p)
-        base = XD @ W.t()
-    Y = result + (g - 1) * base + g * (XD @ A.t() @ B.t()) * s
+        base, XD = XD @ W.t(), XD.to(wide)
+    Y = (result + (g - 1) * base + g * (XD @ A.t() @ B.t()) * s).to(dtype)
     return Y.detach(), *torch.autograd.grad(Y, (X, A, B, m, bias), problem.dY.to(dtype))
 
 
@@ -75,6 +80,18 @@ def test_by_the_rule(dtype, p):
         plain, truth = (differentiated(problem, m, keep, d) for d in (dtype, torch.float64))
         for name, got, near, true in zip(NAMES, run(problem, m, keep), plain, truth, strict=True):
             assert_close(got, near, true, what=f"{name} {dtype} {shape}")
+
+
+@pytest.mark.parametrize("sizes", MAGNITUDES, ids=lambda sizes: sizes.name)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_float16_beyond_its_own_range(p, sizes):
+    problem = make_problem(
+        96, 80, 112, 16, torch.float16, adapter_dtype=torch.float32, dropout_p=p, magnitudes=sizes
+    )
+    m, keep = magnitude(problem), mask(problem)
+    plain, truth = (differentiated(problem, m, keep, d) for d in (torch.float16, torch.float64))
+    for name, got, near, true in zip(NAMES, run(problem, m, keep), plain, truth, strict=True):
+        assert_close(got, near, true, what=f"{name} {sizes.name}", dtype=torch.float16)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
