@@ -7,7 +7,8 @@
     dB  = s dY^T XA^T                        (N, r)
 
 s is the scaling; it enters through sB, which is as small as the adapter, and into dB. No (vocab, N) update is made, and
-Y is allocated once: the base's rows, to which the update is added in place.
+Y is allocated once: the base's rows, to which the update is added in place. Products of a float16 adapter are float32:
+sB and dYB leave float16's range.
 Source: Hu et al., LoRA, arXiv 2106.09685, equation 3, for an input of one-hot rows.
 """
 
@@ -18,8 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 17
-"""Elements of Y that a CPU widens at a time where Y's dtype is narrower than the adapter's; they stay in the cache."""
+from lora_kernels.dtypes import low_rank_dtype
+from lora_kernels.reference.products import CHUNK, wide_mm
 
 
 def _scaled(B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
@@ -32,11 +33,12 @@ def _add_product(Y: Tensor, XA: Tensor, B: Tensor, scaling: float) -> None:
 
     In place also because autocast leaves in-place operations alone: the update is as exact under it as without.
     """
-    wide = torch.promote_types(Y.dtype, XA.dtype)
+    wide = low_rank_dtype(torch.promote_types(Y.dtype, XA.dtype))
     XA, sB = XA.to(wide), _scaled(B, scaling, wide)
     if wide == Y.dtype:
         Y.addmm_(XA.t(), sB.t())
         return
+    # a CPU widens so much of Y at a time as stays in its cache
     whole = Y.device.type != "cpu" or torch.compiler.is_compiling() or Y.numel() == 0
     rows = Y.shape[0] if whole else max(1, CHUNK // Y.shape[1])
     for y, xa in [(Y, XA)] if whole else zip(Y.split(rows), XA.split(rows, 1), strict=True):
@@ -75,9 +77,9 @@ def lora_embedding_bwd(
     a 16-bit adapter are added up in float32 (a padding id may come back a thousand times).
     """
     dA = dB = None
-    dY = dY.to(XA.dtype)
+    dY = dY.to(low_rank_dtype(XA.dtype))
     if needs[0]:
-        dYB = dY @ _scaled(B, scaling, dY.dtype)
+        dYB = wide_mm(dY, _scaled(B, scaling, dY.dtype))
         wide = torch.promote_types(dY.dtype, torch.float32)
         if dY.device.type == "cpu":
             dA = torch.zeros(XA.shape[0], vocab, dtype=wide).index_add_(1, ids, dYB.t().to(wide))
@@ -89,5 +91,5 @@ def lora_embedding_bwd(
             dA = rows.t().contiguous()
         dA = dA.to(XA.dtype)
     if needs[1]:
-        dB = (dY.t() @ XA.t()).to(torch.promote_types(B.dtype, torch.float32)).mul_(scaling).to(B.dtype)
+        dB = wide_mm(dY.t(), XA.t()).to(torch.promote_types(B.dtype, torch.float32)).mul_(scaling).to(B.dtype)
     return dA, dB

@@ -102,14 +102,14 @@ def linear(X: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(X, W, bias)
 
 
-def wide_mm(P: Tensor, Q: Tensor, factor: float = 1.0) -> Tensor:
-    """factor * P Q in the wider dtype of the two, under autocast as well."""
+def wide_mm(P: Tensor, Q: Tensor, factor: float | None = None) -> Tensor:
+    """factor * P Q in the wider dtype of the two, under autocast as well."""  # a 1.0 would be an input of a graph
     dtype = torch.promote_types(P.dtype, Q.dtype)
     P, Q = P.to(dtype), Q.to(dtype)
-    if _takes(P, Q, Q.size(1)):
+    if not torch.compiler.is_compiling() and _takes(P, Q, Q.size(1)):  # whose look at the sizes would be a guard
         product = mm(P, Q)
-        return product if factor == 1.0 else product.mul_(factor)
-    return P.new_empty(P.shape[0], Q.shape[1]).addmm_(P, Q, beta=0, alpha=factor)
+        return product if factor in (None, 1.0) else product.mul_(factor)
+    return P.new_empty(P.shape[0], Q.shape[1]).addmm_(P, Q, beta=0, alpha=1 if factor is None else factor)
 
 
 def mm(P: Tensor, Q: Tensor) -> Tensor:

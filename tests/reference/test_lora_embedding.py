@@ -56,6 +56,30 @@ def test_error_rule(base, adapter, chunk, monkeypatch):
         assert_close(got, expected, exact, what=name)
 
 
+@pytest.mark.parametrize(
+    ("adapter", "b", "dy"),
+    [
+        (torch.float32, 1e-4, 1.0),
+        (torch.float32, 1e-6, 1.0),
+        (torch.float32, 4e4, 1e-3),
+        (torch.float32, 1.0, 1e-6),
+        (torch.float16, 1.0, 1e-6),
+        (torch.float16, 1e4, 1e-3),
+    ],
+    ids=str,
+)
+def test_sizes_that_float16_products_cannot_hold(adapter, b, dy):
+    """Also by autocast's rules, which would narrow the backward's products; scaling B leaves float16's range, too."""
+    ids, W, A, B, dY = problem()
+    given = ids, *(t.to(d) for t, d in ((W, torch.float16), (A / b, adapter), (B * b, adapter))), (dY * dy).half()
+    true = autograd(*given, dtype=torch.float64)
+    plain = autograd(*(t if t.dtype == torch.int64 else t.float() for t in given))
+    with torch.autocast("cpu", dtype=torch.float16):
+        found = run(*given)
+    for name, got, expected, exact in zip(("Y", "dA", "dB"), found, plain, true, strict=True):
+        assert_close(got, expected.to(got.dtype), exact, what=name, dtype=torch.float16)
+
+
 def test_several_updates_add_up():
     ids, W, A, B, _ = problem()
     Y, gathered = lora_embedding_fwd(ids, W, [(A, B, 1.7), (A[:3], B[:, :3], 0.5)])
