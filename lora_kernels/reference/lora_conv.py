@@ -12,7 +12,7 @@ dilation, of one group where the filter is A:
     dbias = sum of dY, dlora_bias = s dbias               (N,)
 
 D is the 0/1 keep mask of inverted dropout on the adapter's input, s the scaling, c = s/(1-p). c enters through cB, as
-small as the adapter, and into dB. Group g of B reads the g-th r/groups channels of XA. Y is allocated once, and so is
+small as the adapter, and into dB. XA and dXA, with A and cB, are in low_rank_dtype(X.dtype). Group g of B reads the g-th r/groups channels of XA. Y is allocated once, and so is
 dX: the update is added to the base's in place.
 Source: Hu et al., LoRA, arXiv 2106.09685, equation 3, with the layout of PEFT's convolutions.
 """
@@ -20,11 +20,13 @@ Source: Hu et al., LoRA, arXiv 2106.09685, equation 3, with the layout of PEFT's
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.reference.dropout import generator_keep_mask, philox_keep_mask
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -117,9 +119,12 @@ def lora_conv_fwd(
     geometry: Geometry,
     mask: Mask | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Y (M, N, *out) and XA (M, r, *out) in X's dtype, to which A and B are rounded as under autocast."""
-    groups = geometry.groups
-    XA = _conv(X if mask is None else X * keep_mask(mask, X), A.to(X.dtype), None, geometry, 1)
+    """Y (M, N, *out) in X's dtype and XA (M, r, *out) in low_rank_dtype of it, to which A and B are rounded."""
+    groups, dtype = geometry.groups, low_rank_dtype(X.dtype)
+    XD = X if mask is None else X * keep_mask(mask, X)
+    with nullcontext() if dtype == X.dtype else torch.autocast(X.device.type, enabled=False):
+        XA = _conv(XD.to(dtype), A.to(dtype), None, geometry, 1)
+    del XD
     if lora_bias is not None:
         added = lora_bias.to(torch.promote_types(lora_bias.dtype, torch.float32)) * scaling
         bias = (added if bias is None else bias + added).to(X.dtype)
@@ -128,8 +133,17 @@ def lora_conv_fwd(
     if not channels_last:
         Y = Y.contiguous()
     y = _columns(Y, groups, channels_last)
-    y.baddbmm_(_per_matrix(B, _factor(scaling, mask), y.shape[0], groups, X.dtype), _columns(XA, groups, channels_last))
+    up, xa = _per_matrix(B, _factor(scaling, mask), y.shape[0], groups, dtype), _columns(XA, groups, channels_last)
+    if dtype == X.dtype:
+        y.baddbmm_(up, xa)
+    else:
+        y.add_(_matmul(up, xa))
     return Y, XA
+
+
+def _matmul(P: Tensor, Q: Tensor) -> Tensor:
+    """P Q for each matrix of a batch, in place, since autocast narrows the operands of every other product."""
+    return P.new_empty(P.shape[0], P.shape[1], Q.shape[2]).baddbmm_(P, Q, beta=0)
 
 
 def lora_conv_bwd(
@@ -154,19 +168,22 @@ def lora_conv_bwd(
     dy = _columns(dY, groups, channels_last)
     factor = _factor(scaling, mask)
     keep = None if mask is None or not (needs.X or needs.A) else keep_mask(mask, X)
+    dtype = low_rank_dtype(X.dtype)
+    dy = dy.to(dtype)
     if needs.X or needs.A:
-        dxa = _per_matrix(B, factor, dy.shape[0], groups, X.dtype).mT @ dy
+        dxa = _matmul(_per_matrix(B, factor, dy.shape[0], groups, dtype).mT, dy)
         if channels_last:
             dXA = dxa.permute(2, 0, 1).reshape(XA.shape[0], *XA.shape[2:], XA.shape[1]).movedim(-1, 1)
         else:
             dXA = dxa.view(XA.shape)
         if needs.A:
             XD = X if keep is None else X * keep
-            dA = _conv_backward(dXA, XD, A.to(X.dtype), geometry, 1, of_filter=True).to(A.dtype)
+            dA = _conv_backward(dXA, XD.to(dtype), A.to(dtype), geometry, 1, of_filter=True).to(A.dtype)
             del XD
         if needs.X:
             dX = _conv_backward(dY, X, W, geometry, groups, of_filter=False)
-            update = _conv_backward(dXA, X, A.to(X.dtype), geometry, 1, of_filter=False)
+            like_x = X if dtype == X.dtype else torch.empty_like(X, dtype=dtype)  # nothing is read of it
+            update = _conv_backward(dXA, like_x, A.to(dtype), geometry, 1, of_filter=False)
             dX = dX.add_(update) if keep is None else dX.addcmul_(update, keep)
     if needs.B:
         dB = _filter_gradient(dy, _columns(XA, groups, channels_last), groups).mul_(factor)
@@ -190,4 +207,4 @@ def _conv_backward(dY: Tensor, X: Tensor, W: Tensor, geometry: Geometry, groups:
 def _filter_gradient(dy: Tensor, xa: Tensor, groups: int) -> Tensor:
     """sum over samples of dy xa^T: (groups, N/groups, r/groups), summed in float32 (float64 for float64)."""
     wide = torch.promote_types(dy.dtype, torch.float32)
-    return (dy @ xa.mT).view(-1, groups, dy.shape[1], xa.shape[1]).sum(0, dtype=wide)
+    return _matmul(dy, xa.mT).view(-1, groups, dy.shape[1], xa.shape[1]).sum(0, dtype=wide)

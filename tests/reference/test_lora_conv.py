@@ -17,6 +17,7 @@ from lora_kernels.reference.lora_conv import (
     lora_conv_fwd,
 )
 from lora_kernels.testing import assert_close
+from lora_kernels.testing.problems import lora_dtype
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 ALL = ConvNeeds(True, True, True, True, True)
@@ -89,15 +90,20 @@ def plain_conv(X, W, bias, case, groups=None):
 
 
 def autograd(case, given, keep=None, p=0.0, dtype=None):
-    """Y and all gradients of PEFT's expression, with A and B rounded to X's dtype, or all in ``dtype``."""
+    """Y and all gradients of PEFT's expression, with A and B rounded to X's dtype, or all in ``dtype``.
+
+    But float32 adapters over float16 stay as they are: X is cast for them.
+    """
     X, W, A, B, bias, lora_bias, dY = given
     dtype = dtype or X.dtype
-    X, A, B, bias, lora_bias = (t.to(dtype, copy=True).requires_grad_() for t in (X, A, B, bias, lora_bias))
-    dropped = X if keep is None else X * keep.to(dtype) * (1 / (1 - p))
+    wide = lora_dtype(dtype, A.dtype)
+    X, bias = (t.to(dtype, copy=True).requires_grad_() for t in (X, bias))
+    A, B, lora_bias = (t.to(wide, copy=True).requires_grad_() for t in (A, B, lora_bias))
+    dropped = (X if keep is None else X * keep.to(dtype) * (1 / (1 - p))).to(wide)
     dims = len(case.places)
     XA = plain_conv(dropped, A, None, case, groups=1)
     update = CONV[dims](XA, B.view(*B.shape, *(1,) * dims), lora_bias, groups=case.groups)
-    Y = plain_conv(X, W.to(dtype), bias, case) + update * 1.7
+    Y = (plain_conv(X, W.to(dtype), bias, case) + update * 1.7).to(dtype)
     Y.backward(dY.to(dtype))
     return Y.detach(), X.grad, A.grad, B.grad, bias.grad, lora_bias.grad
 
@@ -128,7 +134,23 @@ def test_error_rule(name, dtype, adapter):
     given = problem(case, dtype, adapter)
     expected, true = autograd(case, given), autograd(case, given, dtype=torch.float64)
     for what, got, plain, exact in zip(NAMES, run(case, given), expected, true, strict=True):
-        assert_close(got.to(dtype), plain, exact, what=what)
+        assert_close(got, plain.to(got.dtype), exact, what=what, dtype=dtype)
+
+
+@pytest.mark.parametrize("a", [1.0, 3e5])
+@pytest.mark.parametrize(("b", "dy"), [(1e-4, 1.0), (1e-6, 1.0), (1.0, 1e-6)])
+@pytest.mark.parametrize("name", ["2d", "groups"])
+def test_sizes_that_float16_intermediates_cannot_hold(name, a, b, dy):
+    """Also by autocast's rules, which narrow the operands of products; a B of 1e-6 beside an A of 3e5 included."""
+    case = CASES[name]._replace(M=8, C=16, N=24, r=8, places=tuple(4 * n for n in CASES[name].places))
+    X, W, A, B, bias, lora_bias, dY = problem(case)
+    adapters = [t.float() for t in (A * a, B * b if a == 1.0 else B * b / a, lora_bias)]
+    given = X.half(), W.half(), *adapters[:2], bias.half(), adapters[2], (dY * dy).half()
+    expected, true = autograd(case, given), autograd(case, given, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.float16):
+        found = run(case, given)
+    for what, got, plain, exact in zip(NAMES, found, expected, true, strict=True):
+        assert_close(got, plain.to(got.dtype), exact, what=what, dtype=torch.float16)
 
 
 def test_layouts_stay_as_they_come():
