@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,14 @@ def inv_keep(drop: Dropout | None) -> float:
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """Triton's input_precision for a dot of ``dtype``: what torch.matmul would use under the same settings."""
+    """Triton's input_precision for the dots of a layer of ``dtype``: for float32 what torch.matmul would use.
+
+    float16: its low-rank operands are float32 (low_rank_dtype), which three TF32 products multiply as exactly as float32
+    does, at six times the work of 16 bit in r columns. AMD's matrix units take float32 itself. 16-bit dots ignore it.
+    """
+    if dtype == torch.float16:
+        hip = not knobs.runtime.interpret and driver.active.get_current_target().backend == "hip"
+        return "ieee" if hip else "tf32x3"
     if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         return "tf32"
     return "ieee"

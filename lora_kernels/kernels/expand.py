@@ -1,16 +1,21 @@
-"""dX += factor D*(dYB A): the masked low-rank term added to a base gradient that the vendor's library made.
+"""dX += factor D*(dYB A): the low-rank term added to a base product that the vendor's library made.
 
 dX (M, K), dYB (M, r), A (r, K);  D = dropout's keep mask, factor = 1 / (1 - p)
+
+For what the library's own addmm cannot do: a mask, or a float32 dYB over a float16 dX. Y += XA B^T likewise.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.dtypes import low_rank_dtype
+from lora_kernels.kernels.chip import Chip
 from lora_kernels.kernels.common import Dropout, dropout_args, inv_keep, keep_tile, low_rank, precision_of
-from lora_kernels.kernels.tuning import GemmConfig, rank_tile
+from lora_kernels.kernels.tuning import GemmConfig, expand_config, rank_tile, wide_loads
 
 
 @triton.jit
@@ -55,8 +60,11 @@ def _expand_kernel(
     tl.store(dx_ptrs, dx.to(dX_ptr.dtype.element_ty), mask=mask)
 
 
-def expand_add_(dX: Tensor, dYB: Tensor, A: Tensor, drop: Dropout, config: GemmConfig) -> Tensor:
-    """dX (M, K) += D/(1-p) * (dYB A) in place, for a dX just made by the caller; one launch, M > 0."""
+def expand_add_(dX: Tensor, dYB: Tensor, A: Tensor, drop: Dropout | None, config: GemmConfig) -> Tensor:
+    """dX (M, K) += D/(1-p) * (dYB A) in place, for a dX just made by the caller; one launch, M > 0.
+
+    dYB's ranks are side by side, and so are the columns of dX; A has any strides.
+    """
     (M, K), r = dX.shape, A.shape[0]
     _expand_kernel[(triton.cdiv(M, config.BLOCK_M), triton.cdiv(K, config.BLOCK_N))](
         dX,
@@ -79,3 +87,13 @@ def expand_add_(dX: Tensor, dYB: Tensor, A: Tensor, drop: Dropout, config: GemmC
         **dropout_args(drop),
     )
     return dX
+
+
+def add_update_(Y: Tensor, XA: Tensor, B: Tensor, chip: Chip) -> Tensor:
+    """Y (M, N) += XA B^T in place, for a Y just made by the caller, XA (M, r) and B (N, r); one launch, M > 0."""
+    return expand_add_(Y, XA, B.t(), None, expand_config(*Y.shape, Y.dtype, chip, wide_loads(Y)))
+
+
+def library_low_rank(dtype: torch.dtype, drop: Dropout | None) -> bool:
+    """Whether the vendor's library can make the products of rank r of a layer: no mask, and all operands in X's dtype."""
+    return drop is None and low_rank_dtype(dtype) is dtype

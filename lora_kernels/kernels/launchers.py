@@ -3,7 +3,8 @@
     XA  = s/(1-p) (D*X) A^T        Y  = X W^T + bias + XA B^T
     dYB = s dY B                   dX = dY W + D/(1-p) * (dYB A)       dA = dYB^T (D*X) / (1-p)       dB = dY^T XA
 
-eager makes the base product by the vendor's library and adds the update: the floor that no plan may fall below.
+eager makes the base product by the vendor's library and adds the update: the floor that no plan may fall below. The
+library makes the products of rank r, too, where no mask is drawn and all operands share a dtype (library_low_rank).
 cost.py has the launches of each plan as data, plan.py chooses among them.
 """
 
@@ -15,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.kernels.chip import Chip
 from lora_kernels.kernels.common import Dropout
-from lora_kernels.kernels.expand import expand_add_
+from lora_kernels.kernels.expand import add_update_, expand_add_, library_low_rank
 from lora_kernels.kernels.lora_linear import extend, one_pass
 from lora_kernels.kernels.lora_linear_bwd import da, dx_da, dyb_db
 from lora_kernels.kernels.lora_mlp import lora_mlp_bwd
@@ -93,12 +95,14 @@ def lora_linear_fwd(
     if plan == "one_pass":
         tiles = tiles or one_pass_config(M, dtype, chip, drop is not None, wide)
         return one_pass(X, W, A, B, bias, scaling, drop, tiles)
-    if plan == "eager" and drop is None:
+    by_library = plan == "eager" and library_low_rank(dtype, drop)
+    if by_library:
         XA = torch.addmm(X.new_empty(M, r), X, A.to(dtype).t(), beta=0, alpha=scaling)
     else:
         XA = shrink(X, A, scaling, drop, shrink_config(M, dtype, chip, r, drop is not None, wide))
     if plan == "eager":
-        return torch.nn.functional.linear(X, W, bias).addmm_(XA, B.to(dtype).t()), XA
+        Y = torch.nn.functional.linear(X, W, bias)
+        return (Y.addmm_(XA, B.to(dtype).t()) if by_library else add_update_(Y, XA, B, chip)), XA
     if plan in EXTEND:
         kernel, choose = EXTEND[plan]
         return kernel(X, W, XA, B, bias, tiles or choose(M, N, r, dtype, chip), chip.units), XA
@@ -156,22 +160,28 @@ def _eager_bwd(
     needs: Sequence[bool],
     chip: Chip,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The vendor's library for every product; our kernels for what dropout masks."""
+    """The vendor's library for every product; our kernels for what dropout masks, and for float32 low-rank operands."""
     need_x, need_a, need_b, need_bias = needs
     (M, K), dtype = X.shape, X.dtype
     dX = dA = None
-    dB = (dY.t() @ XA).to(B.dtype) if need_b else None
     dbias = dY.sum(0) if need_bias else None
-    if need_x or need_a:
-        dYB = torch.addmm(XA, dY, B.to(dtype), beta=0, alpha=scaling)
-    if need_x:
+    if low_rank_dtype(dtype) is dtype:
+        dB = (dY.t() @ XA).to(B.dtype) if need_b else None
+        dYB = torch.addmm(XA, dY, B.to(dtype), beta=0, alpha=scaling) if need_x or need_a else None
+    else:
+        make = {"make_dyb": need_x or need_a, "make_db": need_b}
+        dYB, dB, _ = dyb_db(dY, B, XA, scaling, split_config(M, dtype, chip, B.shape[1]), **make)
+    by_library = library_low_rank(dtype, drop)
+    if need_x and dYB is not None:
         dX = dY @ W
-        if drop is None:
+        if by_library:
             dX.addmm_(dYB, A.to(dtype))
         else:
             expand_add_(dX, dYB, A, drop, expand_config(M, K, dtype, chip, wide_loads(dY, W, X)))
-    if need_a and drop is None:
+    if dYB is None or not need_a:
+        return dX, dA, dB, dbias
+    if by_library:
         dA = (dYB.t() @ X).to(A.dtype)
-    elif need_a:
+    else:
         dA = da(dYB, X, drop, A.dtype, split_config(M, dtype, chip, A.shape[0]))
     return dX, dA, dB, dbias

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.kernels.common import (
     Dropout,
     accumulate,
@@ -137,6 +138,7 @@ def _one_pass_kernel(
     step_x = tl.cast(stride_xk, tl.int64) * BLOCK_K
     step_w = tl.cast(stride_wk, tl.int64) * BLOCK_K
     step_a = tl.cast(stride_ak, tl.int64) * BLOCK_K
+    LOW: tl.constexpr = XA_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     xa = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k in range(0, tl.cdiv(K, BLOCK_K)):
@@ -156,17 +158,17 @@ def _one_pass_kernel(
             if STORE_KEEP:
                 store_keep(packed, keep_ptr, stride_keep, offs_m, mask_m & (pid_n == 0), col, K, BLOCK_K)
             x = tl.where(unpack_keep(packed), x, 0.0)
-        xa = tl.dot(x, a.to(x.dtype), xa, input_precision=PRECISION)
+        xa = tl.dot(x.to(LOW), a.to(LOW), xa, input_precision=PRECISION)
         x_ptrs += step_x
         w_ptrs += step_w
         a_ptrs += step_a
-    xa = (xa * factor).to(XA_ptr.dtype.element_ty)
+    xa = (xa * factor).to(LOW)
     if pid_n == 0:
         s_ptrs = XA_ptr + offs_m[:, None].to(tl.int64) * stride_sm + offs_r[None, :]
         tl.store(s_ptrs, xa, mask=mask_m[:, None] & mask_r[None, :])
     b_ptrs = B_ptr + offs_n[None, :].to(tl.int64) * stride_bn + offs_r[:, None].to(tl.int64) * stride_br
     b = tl.load(b_ptrs, mask=mask_n[None, :] & mask_r[:, None], other=0.0)
-    acc = tl.dot(xa, b.to(xa.dtype), acc, input_precision=PRECISION)
+    acc = tl.dot(xa, b.to(LOW), acc, input_precision=PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n.to(tl.int64) * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     y_ptrs = Y_ptr + offs_m[:, None].to(tl.int64) * stride_ym + offs_n[None, :]
@@ -228,7 +230,7 @@ def one_pass(
     """Y (M, N) and XA (M, r) in one launch; r at most rank_block, M > 0. Fills ``drop.bits`` where there are any."""
     (M, K), (N, r) = X.shape, B.shape
     Y = torch.empty(M, N, dtype=X.dtype, device=X.device)
-    XA = torch.empty(M, r, dtype=X.dtype, device=X.device)
+    XA = torch.empty(M, r, dtype=low_rank_dtype(X.dtype), device=X.device)
     _one_pass_kernel[_grid(M, N, config)](
         X,
         W,

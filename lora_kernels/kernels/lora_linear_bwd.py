@@ -63,9 +63,10 @@ def _dyb_db_kernel(
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_n = offs_n < N
     mask_r = offs_r < r
+    LOW: tl.constexpr = XA_ptr.dtype.element_ty
     if MAKE_DYB:
         b_ptrs = B_ptr + offs_n[:, None].to(tl.int64) * stride_bn + offs_r[None, :].to(tl.int64) * stride_br
-        b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0).to(dY_ptr.dtype.element_ty)
+        b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0).to(LOW)
     db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     dbias = tl.zeros((BLOCK_N,), tl.float32)
     for m in range(0, SPAN_M, BLOCK_M):
@@ -75,13 +76,13 @@ def _dyb_db_kernel(
         dy_ptrs = dY_ptr + rows * stride_dym + offs_n[None, :].to(tl.int64) * stride_dyn
         dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
         if MAKE_DYB:
-            part = tl.dot(dy, b, input_precision=PRECISION)
+            part = tl.dot(dy.to(LOW), b, input_precision=PRECISION)
             part_ptrs = dYB_ptr + (pid_n.to(tl.int64) * M + rows) * r + offs_r[None, :]
             tl.store(part_ptrs, part, mask=mask_m[:, None] & mask_r[None, :])
         if MAKE_DB:
             s_ptrs = XA_ptr + rows * stride_sm + offs_r[None, :]
             xa = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
-            db = tl.dot(tl.trans(dy), xa, db, input_precision=PRECISION)
+            db = tl.dot(tl.trans(dy.to(LOW)), xa, db, input_precision=PRECISION)
         if MAKE_DBIAS:
             dbias += tl.sum(dy.to(tl.float32), axis=0)
     cols = span.to(tl.int64) * N + offs_n
@@ -161,7 +162,7 @@ def _dx_kernel(
             x = tl.where(keep, x, 0.0)
         s_ptrs = dYB_ptr + offs_m[:, None].to(tl.int64) * stride_sm + offs_r[None, :]
         dyb = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
-        da = tl.dot(tl.trans(x), dyb, input_precision=PRECISION)
+        da = tl.dot(tl.trans(x.to(dyb.dtype)), dyb, input_precision=PRECISION)
         da_ptrs = dA_ptr + (pid_m.to(tl.int64) * r + offs_r[None, :]) * K + offs_k[:, None]
         tl.store(da_ptrs, da, mask=mask_k[:, None] & mask_r[None, :])
 
@@ -207,7 +208,7 @@ def _da_kernel(
             keep = keep_tile(seed_ptr, keep_ptr, stride_keep, offs_m, mask_m, col, K, threshold, BLOCK_N, DROPOUT)
             x = tl.where(keep, x, 0.0)
         dyb = tl.load(dYB_ptr + rows * stride_sm + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
-        da = tl.dot(tl.trans(x), dyb, da, input_precision=PRECISION)
+        da = tl.dot(tl.trans(x.to(dyb.dtype)), dyb, da, input_precision=PRECISION)
     da_ptrs = dA_ptr + (span.to(tl.int64) * r + offs_r[None, :]) * K + offs_k[:, None]
     tl.store(da_ptrs, da, mask=mask_k[:, None] & mask_r[None, :])
 
@@ -223,7 +224,7 @@ def dyb_db(
     make_db: bool = True,
     make_dbias: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dYB (M, r) in dY's dtype, dB (N, r) in B's, dbias (N,) in dY's: two launches, one dY read per 64 ranks; M > 0."""
+    """dYB (M, r) in XA's dtype, dB (N, r) in B's, dbias (N,) in dY's: two launches, one dY read per 64 ranks; M > 0."""
     (M, N), r = dY.shape, B.shape[1]
     spans, blocks_n = triton.cdiv(M, config.SPAN_M), triton.cdiv(N, config.BLOCK_N)
     BLOCK_R = rank_tile(r, dY.dtype)
@@ -260,7 +261,7 @@ def dyb_db(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    sums = (Partial(part_dyb, dY.dtype, scaling), Partial(part_db, B.dtype), Partial(part_dbias, dY.dtype))
+    sums = (Partial(part_dyb, XA.dtype, scaling), Partial(part_db, B.dtype), Partial(part_dbias, dY.dtype))
     dYB, dB, dbias = reduce_partials(*sums)
     return dYB, dB, dbias
 

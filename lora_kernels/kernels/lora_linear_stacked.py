@@ -175,7 +175,7 @@ def _stacked_dx_kernel(
             x = tl.where(keep, x, 0.0)
         s_ptrs = dYB_ptr + offs_m[:, None].to(tl.int64) * stride_sm + offs_r[None, :]
         dyb = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
-        da = tl.dot(tl.trans(x), dyb, input_precision=PRECISION)
+        da = tl.dot(tl.trans(x.to(dyb.dtype)), dyb, input_precision=PRECISION)
         da_ptrs = dA_ptr + (pid_m.to(tl.int64) * R + offs_r[None, :]) * K + offs_k[:, None]
         tl.store(da_ptrs, da, mask=mask_k[:, None] & mask_r[None, :])
 

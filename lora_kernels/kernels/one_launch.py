@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.kernels.common import accumulate, precision_of, tile_order
 from lora_kernels.kernels.persistent import (
     add_low_rank,
@@ -64,6 +65,7 @@ def _make_xa(
     a_ptrs = A_ptr + offs_r[None, :].to(tl.int64) * stride_ar + offs_k[:, None].to(tl.int64) * stride_ak
     step_x = tl.cast(stride_xk, tl.int64) * BLOCK_K
     step_a = tl.cast(stride_ak, tl.int64) * BLOCK_K
+    LOW: tl.constexpr = XA_ptr.dtype.element_ty
     xa = tl.zeros((offs_m.shape[0], BLOCK_R), tl.float32)
     for k in tl.range(0, tl.cdiv(K, BLOCK_K), num_stages=STAGES):
         if EVEN_K:
@@ -73,11 +75,11 @@ def _make_xa(
             mask_k = offs_k < K - k * BLOCK_K
             x = tl.load(x_ptrs, mask=mask_m & mask_k[None, :], other=0.0)
             a = tl.load(a_ptrs, mask=mask_r & mask_k[:, None], other=0.0)
-        xa = tl.dot(x, a.to(x.dtype), xa, input_precision=PRECISION)
+        xa = tl.dot(x.to(LOW), a.to(LOW), xa, input_precision=PRECISION)
         x_ptrs += step_x
         a_ptrs += step_a
     s_ptrs = XA_ptr + offs_m[:, None].to(tl.int64) * stride_sm + offs_r[None, :]
-    tl.store(s_ptrs, (xa * scaling).to(XA_ptr.dtype.element_ty), mask=mask_m & mask_r)
+    tl.store(s_ptrs, (xa * scaling).to(LOW), mask=mask_m & mask_r)
 
 
 @triton.jit
@@ -179,7 +181,7 @@ def ptr_one_launch(
     """
     (M, K), (N, r) = X.shape, B.shape
     Y = torch.empty(M, N, dtype=X.dtype, device=X.device)
-    XA = torch.empty(M, r, dtype=X.dtype, device=X.device)
+    XA = torch.empty(M, r, dtype=low_rank_dtype(X.dtype), device=X.device)
     num_m, num_n = triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, config.BLOCK_N)
     programs, xa_programs = one_launch_grid(num_m, num_n, units)
     cooperative: dict[str, Any] = {} if knobs.runtime.interpret else {"launch_cooperative_grid": True}

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.kernels.chip import Chip
 from lora_kernels.kernels.common import Dropout
 from lora_kernels.kernels.tuning import Config, rank_block
@@ -81,7 +82,7 @@ class Layer:
     @cached_property
     def XA(self) -> Tensor:
         """Also dYB: both are (M, r)."""
-        return torch.empty(self.M, self.r, dtype=self.dtype)
+        return torch.empty(self.M, self.r, dtype=low_rank_dtype(self.dtype))
 
     @cached_property
     def A(self) -> Tensor:

@@ -47,7 +47,7 @@ def _extend(layer: Layer, chip: Chip) -> Case:
     Ns, M, K, dtype = _widths(layer, 3), layer.M, layer.K, layer.dtype
     W, B = [torch.empty(N, K, dtype=dtype) for N in Ns], [torch.empty(N, layer.r) for N in Ns]
     bias = [torch.empty(Ns[0], dtype=dtype), None, None]
-    XA = torch.empty(M, 3 * layer.r, dtype=dtype)
+    XA = torch.empty(M, 3 * layer.r, dtype=layer.XA.dtype)
     tiles = gemm_config(M, sum(Ns), dtype, chip, wide_loads(layer.X, *W))
     launch = partial(stacked_extend, layer.X, W, XA, B, bias, tiles)
     return replace(layer.case("stacked_extend", tiles, launch, "3 projections"), N=sum(Ns), Ns=tuple(Ns))
@@ -57,7 +57,7 @@ def _dx(layer: Layer, projections: int, chip: Chip) -> Case:
     Ns, M, K, dtype = _widths(layer, projections), layer.M, layer.K, layer.dtype
     R, drop = projections * layer.r, layer.drop
     W, dY = [torch.empty(N, K, dtype=dtype) for N in Ns], [torch.empty(M, N, dtype=dtype) for N in Ns]
-    dYB, A = torch.empty(M, R, dtype=dtype), torch.empty(R, K)
+    dYB, A = torch.empty(M, R, dtype=layer.XA.dtype), torch.empty(R, K)
     tiles = dx_config(M, K, drop, dtype, chip, wide_loads(layer.X, *dY, *W))
     make_da = rank_block(dtype) >= R
     launch = partial(stacked_dx, dY, W, dYB, A, layer.X, drop, tiles, make_da=make_da)

@@ -1,6 +1,6 @@
 """XA = factor * (D*X) A^T: the one pass over X that makes the low-rank activations.
 
-    X (M, K), A (r, K) -> XA (M, r) in X's dtype;  D = dropout's keep mask, factor = scaling / (1 - p)
+    X (M, K), A (r, K) -> XA (M, r) in low_rank_dtype of X's;  D = dropout's keep mask, factor = scaling / (1 - p)
 
 Memory bound: 2 M r FLOP per 2 M bytes of X at 16 bit. One program makes BLOCK_M rows and BLOCK_R columns; X is read
 once per 64 ranks. The mask is drawn in registers; its bits are stored, 1/16 of a 16-bit X, where the backward is to
@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.kernels.common import (
     Dropout,
     dropout_args,
@@ -66,6 +67,7 @@ def _shrink_kernel(
     a_ptrs = A_ptr + offs_r[None, :].to(tl.int64) * stride_ar + offs_k[:, None].to(tl.int64) * stride_ak
     step_x = tl.cast(stride_xk, tl.int64) * BLOCK_K
     step_a = tl.cast(stride_ak, tl.int64) * BLOCK_K
+    LOW: tl.constexpr = XA_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k in range(0, tl.cdiv(K, BLOCK_K)):
         if EVEN_K:
@@ -81,7 +83,7 @@ def _shrink_kernel(
             if STORE_KEEP:
                 store_keep(packed, keep_ptr, stride_keep, offs_m, mask_m & (tl.program_id(1) == 0), col, K, BLOCK_K)
             x = tl.where(unpack_keep(packed), x, 0.0)
-        acc = tl.dot(x, a.to(x.dtype), acc, input_precision=PRECISION)
+        acc = tl.dot(x.to(LOW), a.to(LOW), acc, input_precision=PRECISION)
         x_ptrs += step_x
         a_ptrs += step_a
     factors = tl.zeros((BLOCK_R,), tl.float32) + factor
@@ -105,7 +107,7 @@ def shrink(
     after the first, in order, where they have scalings of their own.
     """
     (M, K), r = X.shape, A.shape[0]
-    XA = torch.empty(M, r, dtype=X.dtype, device=X.device)
+    XA = torch.empty(M, r, dtype=low_rank_dtype(X.dtype), device=X.device)
     BLOCK_R = rank_tile(r, X.dtype)
     _shrink_kernel[(triton.cdiv(M, config.BLOCK_M), triton.cdiv(r, BLOCK_R))](
         X,

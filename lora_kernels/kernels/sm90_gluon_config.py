@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.kernels.chip import KIB, Chip
 
 MOST_RANKS = 64  # one ring slot holds all ranks of a tile
@@ -51,6 +52,8 @@ def refusal(config: GluonConfig, dtype: torch.dtype, r: int, chip: Chip) -> str 
         return f"{chip.arch} has no warpgroup matrix unit, sm_90 alone has"
     if dtype.itemsize != 2:
         return f"its tiles are 16-bit, not {dtype}"
+    if low_rank_dtype(dtype) is not dtype:
+        return f"its ring holds XA and dYB in 16 bit, which a {dtype} layer keeps in float32; tma_extend takes them"
     if r > MOST_RANKS:
         return f"r={r} is above {MOST_RANKS}, one ring slot of ranks"
     if config.num_warps % 4 or config.BLOCK_M % (16 * config.num_warps):

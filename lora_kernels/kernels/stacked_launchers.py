@@ -18,9 +18,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.kernels.chip import Chip
 from lora_kernels.kernels.common import Dropout
-from lora_kernels.kernels.expand import expand_add_
+from lora_kernels.kernels.expand import add_update_, expand_add_, library_low_rank
 from lora_kernels.kernels.lora_linear_bwd import da, dyb_db
 from lora_kernels.kernels.lora_linear_stacked import stacked_dx, stacked_extend
 from lora_kernels.kernels.shrink import shrink
@@ -49,7 +50,7 @@ def _make_xa(
     """XA (M, R), each projection's columns with its own scaling, applied to fp32 sums; fills ``drop.bits``."""
     A_all, M, dtype = stack(A), X.shape[0], X.dtype
     R, same = A_all.shape[0], len(set(scaling)) == 1
-    if library and drop is None and same:
+    if library and library_low_rank(dtype, drop) and same:
         return torch.addmm(X.new_empty(M, R), X, A_all.to(dtype).t(), beta=0, alpha=scaling[0])
     tiles = shrink_config(M, dtype, chip, R, drop is not None, wide)
     firsts = itertools.accumulate((a.shape[0] for a in A[:-1]), initial=0)
@@ -92,7 +93,10 @@ def lora_linear_stacked_fwd(
         bias_all = torch.cat(filled) if any(b is not None for b in bias) else None
         Y = _shared_parts(torch.nn.functional.linear(X, W_all, bias_all), Ns)
     for y, xa, b in zip(Y, XA.split_with_sizes([b.shape[1] for b in B], 1), B, strict=True):
-        y.addmm_(xa, b.to(dtype).t())
+        if xa.dtype is dtype:
+            y.addmm_(xa, b.to(dtype).t())
+        else:
+            add_update_(y, xa, b, chip)
     return Y, XA
 
 
@@ -107,9 +111,12 @@ def low_rank_grads(
     plan: str,
     chip: Chip,
 ) -> tuple[Tensor | None, Grads, Grads]:
-    """dYB (M, R), the dB_p in B's dtype and the dbias_p: every dY_p is read once (eager: once for each)."""
+    """dYB (M, R), the dB_p in B's dtype and the dbias_p: every dY_p is read once (eager: once for each).
+
+    float16 has one way: no library makes float32 products of its operands.
+    """
     M, dtype = dY[0].shape[0], dY[0].dtype
-    if plan == "eager":
+    if plan == "eager" and low_rank_dtype(dtype) is dtype:
         dB = [(dy.t() @ xa).to(b.dtype) if need else None for dy, xa, b, need in zip(dY, XA, B, make_db, strict=True)]
         dbias = [dy.sum(0) if need else None for dy, need in zip(dY, make_dbias, strict=True)]
         if not make_dyb:
@@ -161,14 +168,14 @@ def dx_of(
     dX = dY[0] @ W[0]
     for dy, w in zip(dY[1:], W[1:], strict=True):
         dX.addmm_(dy, w)
-    if drop is None:
+    if library_low_rank(dtype, drop):
         return dX.addmm_(dYB, A.to(dtype)), None
     return expand_add_(dX, dYB, A, drop, expand_config(M, K, dtype, chip, wide)), None
 
 
 def da_of(dYB: Tensor, X: Tensor, drop: Dropout | None, dtype: torch.dtype, plan: str, chip: Chip) -> Tensor:
     """dA (R, K) = dYB^T (D*X) / (1-p) in ``dtype``, by a pass of its own over X."""
-    if plan == "eager" and drop is None:
+    if plan == "eager" and library_low_rank(X.dtype, drop):
         return (dYB.t() @ X).to(dtype)
     return da(dYB, X, drop, dtype, split_config(X.shape[0], X.dtype, chip, dYB.shape[1]))
 

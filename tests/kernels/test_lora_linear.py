@@ -6,7 +6,7 @@ import torch
 from lora_kernels import ops
 from lora_kernels.kernels.tuning import rank_block
 from lora_kernels.reference import Needs, pack_keep, packed_width, philox_keep_mask, unpack_keep
-from lora_kernels.testing import REGIMES, assert_close, fuzz_problems, make_problem, plain, poison, truth
+from lora_kernels.testing import MAGNITUDES, REGIMES, assert_close, fuzz_problems, make_problem, plain, poison, truth
 from lora_kernels.testing.rule import Pool
 
 PLANS = ("eager", "shrink_extend", "one_pass")
@@ -68,6 +68,23 @@ def test_float32_adapters_over_a_16_bit_base(dtype, plan, device):
     _, _, (_, dA, dB, _) = run(problem, plan)
     assert dA.dtype == dB.dtype == torch.float32
     check(problem, plan)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", MAGNITUDES, ids=lambda sizes: sizes.name)
+def test_sizes_beyond_16_bit_intermediates(sizes, dtype, plan, device):
+    for p in (0.0, 0.25):
+        q = make_problem(
+            70, 72, 80, 16, dtype, device, adapter_dtype=torch.float32, magnitudes=sizes, dropout_p=p
+        )
+        check(q, plan)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("sizes", [m for m in MAGNITUDES if not m.wide], ids=lambda sizes: sizes.name)
+def test_float16_adapters_of_such_sizes(sizes, plan, device):
+    check(make_problem(70, 72, 80, 16, torch.float16, device, magnitudes=sizes), plan)
 
 
 @pytest.mark.parametrize("plan", ["eager", "shrink_extend"])

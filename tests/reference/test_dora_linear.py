@@ -85,9 +85,7 @@ def test_by_the_rule(dtype, p):
 @pytest.mark.parametrize("sizes", MAGNITUDES, ids=lambda sizes: sizes.name)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_float16_beyond_its_own_range(p, sizes):
-    problem = make_problem(
-        96, 80, 112, 16, torch.float16, adapter_dtype=torch.float32, dropout_p=p, magnitudes=sizes
-    )
+    problem = make_problem(96, 80, 112, 16, torch.float16, adapter_dtype=torch.float32, dropout_p=p, magnitudes=sizes)
     m, keep = magnitude(problem), mask(problem)
     plain, truth = (differentiated(problem, m, keep, d) for d in (torch.float16, torch.float64))
     for name, got, near, true in zip(NAMES, run(problem, m, keep), plain, truth, strict=True):
