@@ -13,6 +13,7 @@ import torch
 
 from lora_kernels import cost
 from lora_kernels.cost import Launch, Plan, Problem, seconds
+from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.kernels.chip import Chip
 
 PLANS = ("eager", "shrink_extend")
@@ -67,24 +68,31 @@ def _library(kernel: str, M: int, N: int, K: int, q: StackedProblem, add: bool =
 
 
 def _eager_fwd(q: StackedProblem) -> Iterator[Launch]:
-    by_library = not q.dropout and q.one_scaling
+    ours = low_rank_dtype(q.dtype) is not q.dtype  # the library does not multiply operands of two dtypes
+    by_library = not q.dropout and q.one_scaling and not ours
     yield _library("XA", q.M, sum(q.ranks), q.K, q) if by_library else cost.shrink(q.whole)
     for N in (sum(q.Ns),) if q.adjacent else q.Ns:
         yield _library("matmul", q.M, N, q.K, q)
-    for N, r in zip(q.Ns, q.ranks, strict=True):
-        yield _library("addmm_", q.M, N, r, q, add=True)
+    for p, (N, r) in enumerate(zip(q.Ns, q.ranks, strict=True)):
+        update = replace(q.one(p), K=N, dropout=False)
+        yield cost.expand(update) if ours else _library("addmm_", q.M, N, r, q, add=True)
 
 
 def _eager_bwd(q: StackedProblem) -> Iterator[Launch]:
     M, K, R = q.M, q.K, sum(q.ranks)
-    for N, r in zip(q.Ns, q.ranks, strict=True):
-        yield _library("dYB", M, r, N, q)
-        yield _library("dB", N, r, M, q)
+    ours = low_rank_dtype(q.dtype) is not q.dtype
+    for p, (N, r) in enumerate(zip(q.Ns, q.ranks, strict=True)):
+        if ours:
+            yield cost.dyb_db(q.one(p))
+            yield cost.reduce(q.one(p))
+        else:
+            yield _library("dYB", M, r, N, q)
+            yield _library("dB", N, r, M, q)
     if q.need_dx:
         for p, N in enumerate(q.Ns):
             yield _library("addmm_" if p else "matmul", M, K, N, q, add=p > 0)
-        yield cost.expand(q.whole) if q.dropout else _library("addmm_", M, K, R, q, add=True)
-    yield from (cost.da(q.whole), cost.reduce_da(q.whole)) if q.dropout else (_library("dA", R, K, M, q),)
+        yield cost.expand(q.whole) if ours or q.dropout else _library("addmm_", M, K, R, q, add=True)
+    yield from (cost.da(q.whole), cost.reduce_da(q.whole)) if ours or q.dropout else (_library("dA", R, K, M, q),)
 
 
 def _stacked_bwd(q: StackedProblem) -> Iterator[Launch]:

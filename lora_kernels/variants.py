@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from lora_kernels.cost import KERNELS, Launch, Problem, Tiles, library, makes_da, reduce_da
+from lora_kernels.cost import KERNELS, Launch, Problem, Tiles, expand, library, makes_da, reduce_da
+from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.errors import ConfigError
 from lora_kernels.kernels.chip import Chip
 from lora_kernels.kernels.sm90_gluon_config import GluonConfig, gluon_config
@@ -89,19 +90,29 @@ def _made_by(*kernels: str) -> Callable[[Problem], tuple[Launch, ...]]:
     return lambda q: tuple(KERNELS[kernel](q) for kernel in kernels)
 
 
+def _library_cannot(q: Problem) -> bool:
+    """Whether the products of rank r take operands of two dtypes, which the vendor's library does not multiply."""
+    return low_rank_dtype(q.dtype) is not q.dtype
+
+
 def _eager_fwd(q: Problem) -> tuple[Launch, ...]:
     e = q.dtype.itemsize
-    xa = KERNELS["shrink"](q) if q.dropout else library("XA", q.M, q.r, q.K, e)
-    return xa, library("matmul", q.M, q.N, q.K, e), library("addmm_", q.M, q.N, q.r, e, add=True)
+    ours = _library_cannot(q)
+    xa = KERNELS["shrink"](q) if ours or q.dropout else library("XA", q.M, q.r, q.K, e)
+    add = expand(replace(q, K=q.N, dropout=False)) if ours else library("addmm_", q.M, q.N, q.r, e, add=True)
+    return xa, library("matmul", q.M, q.N, q.K, e), add
 
 
 def _eager_bwd(q: Problem) -> tuple[Launch, ...]:
     e = q.dtype.itemsize
+    ours = _library_cannot(q)
     parts = [library("dYB", q.M, q.r, q.N, e), library("dB", q.N, q.r, q.M, e)]
+    if ours:
+        parts = [KERNELS["dyb_db"](q), KERNELS["reduce"](q)]
     if q.need_dx:
-        add = KERNELS["expand"](q) if q.dropout else library("addmm_", q.M, q.K, q.r, e, add=True)
+        add = expand(q) if ours or q.dropout else library("addmm_", q.M, q.K, q.r, e, add=True)
         parts += [library("matmul", q.M, q.K, q.N, e), add]
-    parts += [KERNELS["da"](q), reduce_da(q)] if q.dropout else [library("dA", q.r, q.K, q.M, e)]
+    parts += [KERNELS["da"](q), reduce_da(q)] if ours or q.dropout else [library("dA", q.r, q.K, q.M, e)]
     return tuple(parts)
 
 

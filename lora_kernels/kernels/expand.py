@@ -95,5 +95,5 @@ def add_update_(Y: Tensor, XA: Tensor, B: Tensor, chip: Chip) -> Tensor:
 
 
 def library_low_rank(dtype: torch.dtype, drop: Dropout | None) -> bool:
-    """Whether the vendor's library can make the products of rank r of a layer: no mask, and all operands in X's dtype."""
+    """Whether the vendor's library can make a layer's products of rank r: no mask, and all operands in X's dtype."""
     return drop is None and low_rank_dtype(dtype) is dtype

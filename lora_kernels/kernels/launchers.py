@@ -81,10 +81,12 @@ def lora_linear_fwd(
     plan: str,
     chip: Chip,
     tiles: Any = None,
+    base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Y (M, N) and XA (M, r) by ``plan``; M > 0. Fills ``drop.bits`` where there are any.
 
-    ``tiles``: the configuration of the plan's main product; None takes the default of tuning.py.
+    ``tiles``: the configuration of the plan's main product; None takes the default of tuning.py. ``base`` (M, N), by
+    the eager plan: what takes the place of X W^T + bias, and becomes Y.
     """
     M, (N, r), dtype = X.shape[0], B.shape, X.dtype
     wide = wide_loads(X, W)
@@ -101,7 +103,7 @@ def lora_linear_fwd(
     else:
         XA = shrink(X, A, scaling, drop, shrink_config(M, dtype, chip, r, drop is not None, wide))
     if plan == "eager":
-        Y = torch.nn.functional.linear(X, W, bias)
+        Y = torch.nn.functional.linear(X, W, bias) if base is None else base
         return (Y.addmm_(XA, B.to(dtype).t()) if by_library else add_update_(Y, XA, B, chip)), XA
     if plan in EXTEND:
         kernel, choose = EXTEND[plan]
@@ -123,11 +125,15 @@ def lora_linear_bwd(
     plan: str,
     chip: Chip,
     tiles: Any = None,
+    dZ: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dX, dA, dB, dbias by ``plan``; None for each that ``needs`` (X, A, B, bias) leaves out; M > 0."""
+    """dX, dA, dB, dbias by ``plan``; None for each that ``needs`` (X, A, B, bias) leaves out; M > 0.
+
+    ``dZ`` (M, N), by the eager plan: the gradient of the base product, where it is another than dY.
+    """
     need_x, need_a, need_b, need_bias = needs
     if plan == "eager":
-        return _eager_bwd(dY, X, W, A, B, XA, scaling, drop, needs, chip)
+        return _eager_bwd(dY, X, W, A, B, XA, scaling, drop, needs, chip, dZ)
     assert plan == "shrink_extend" or plan in DX, f"no plan {plan!r} backward"
     (M, K), r, dtype = X.shape, A.shape[0], X.dtype
     split = split_config(M, dtype, chip, r)
@@ -159,6 +165,7 @@ def _eager_bwd(
     drop: Dropout | None,
     needs: Sequence[bool],
     chip: Chip,
+    dZ: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The vendor's library for every product; our kernels for what dropout masks, and for float32 low-rank operands."""
     need_x, need_a, need_b, need_bias = needs
@@ -173,7 +180,7 @@ def _eager_bwd(
         dYB, dB, _ = dyb_db(dY, B, XA, scaling, split_config(M, dtype, chip, B.shape[1]), **make)
     by_library = library_low_rank(dtype, drop)
     if need_x and dYB is not None:
-        dX = dY @ W
+        dX = (dY if dZ is None else dZ) @ W
         if by_library:
             dX.addmm_(dYB, A.to(dtype))
         else:

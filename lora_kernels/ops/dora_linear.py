@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_kernels import plan as planner
 from lora_kernels.ops.lora_linear import _empty_bits, _keep, empty_low_rank, lora_linear_bwd, lora_linear_fwd
 from lora_kernels.reference import Needs, unpack_keep
 from lora_kernels.reference import dora_linear as reference
@@ -45,8 +46,10 @@ def dora_linear_fwd(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Y (M, N), XA (M, r), Z (M, N) and the mask's bits, for the operands of reference.dora_linear_fwd.
 
-    ``backend`` is a resolved name; ``seed`` int64 (2,) switches dropout on; Z is None unless ``keep_z``. The bits,
-    uint8 (M, ceil(K/8)), are Triton's under dropout; the reference draws its mask again and gives None.
+    ``backend`` is a resolved name. In float16 without dropout the eager plan runs under any, since g comes between the
+    base product and the update (reference/dora_linear.py). ``seed`` int64 (2,) switches dropout on; Z is None unless
+    ``keep_z``. The bits, uint8 (M, ceil(K/8)), are Triton's under dropout; the reference draws its mask again and gives
+    None.
     """
     if torch.compiler.is_compiling():
         return torch.ops.lora_kernels.dora_linear_fwd(X, W, A, B, m, norm, bias, scaling, p, seed, backend, keep_z)
@@ -54,6 +57,11 @@ def dora_linear_fwd(
         keep = _keep(X, p, seed)
         return *reference.dora_linear_fwd(X, W, A, B, m, norm, bias, scaling, keep, p, keep_z), None
     g = magnitude_scale(m, norm)
+    if seed is None and X.dtype is torch.float16:
+        kernels, chip, Z = planner.triton_kernels(), planner.chip_for(X.device), torch.nn.functional.linear(X, W)
+        base = scale_columns(Z, g, bias, None if keep_z else Z)
+        Y, XA = kernels.lora_linear_fwd(X, W, A, B * g[:, None], None, scaling, None, "eager", chip, base=base)
+        return Y, XA, Z if keep_z else None, None
     if seed is None:
         Z, XA, _ = lora_linear_fwd(X, W, A, B, None, scaling, p, None, backend)
         return scale_columns(Z, g, bias, None if keep_z else Z), XA, Z if keep_z else None, None
@@ -94,7 +102,7 @@ def dora_linear_bwd(
     if backend == "reference" or X.shape[0] == 0:
         return reference.dora_linear_bwd(dY, X, W, A, B, m, norm, XA, Z, scaling, _keep(X, p, seed), p, needs)
     g, dm = magnitude_scale(m, norm), None
-    if seed is None:
+    if seed is None and X.dtype is not torch.float16:
         if needs.m and Z is not None:
             dm = column_dots(dY, Z).div_(norm).to(m.dtype)
         inner = Needs(needs.X, needs.A, needs.B)
@@ -102,12 +110,17 @@ def dora_linear_bwd(
         dX, dA, dB, _ = lora_linear_bwd(*operands, None, None, inner, backend)
         return dX, dA, dB, dm, dY.sum(0) if needs.bias else None
     inner = Needs(needs.X, needs.A, needs.B or needs.m, needs.bias)
-    operands = dY, X, W, A, B * g[:, None], XA, scaling, p
-    dX, dA, dgB, dbias = lora_linear_bwd(*operands, seed, keep, inner, backend)
+    operands = dY, X, W, A, B * g[:, None], XA, scaling
+    if seed is None:
+        kernels, chip = planner.triton_kernels(), planner.chip_for(X.device)
+        dZ = scale_columns(dY, g) if needs.X else None
+        dX, dA, dgB, dbias = kernels.lora_linear_bwd(*operands, None, inner, "eager", chip, dZ=dZ)
+    else:
+        dX, dA, dgB, dbias = lora_linear_bwd(*operands, p, seed, keep, inner, backend)
     if needs.m and Z is not None and dgB is not None:
         dm = column_dots(dY, Z).add_((dgB * B).sum(1)).div_(norm).to(m.dtype)
     dB = (dgB * g[:, None]).to(B.dtype) if needs.B and dgB is not None else None
-    if dX is not None:
+    if dX is not None and seed is not None:
         dX += _dropped(scale_columns(dY, g - 1) @ W, keep, p)
     return dX, dA, dB, dm, dbias
 

@@ -12,8 +12,8 @@ dilation, of one group where the filter is A:
     dbias = sum of dY, dlora_bias = s dbias               (N,)
 
 D is the 0/1 keep mask of inverted dropout on the adapter's input, s the scaling, c = s/(1-p). c enters through cB, as
-small as the adapter, and into dB. XA and dXA, with A and cB, are in low_rank_dtype(X.dtype). Group g of B reads the g-th r/groups channels of XA. Y is allocated once, and so is
-dX: the update is added to the base's in place.
+small as the adapter, and into dB. XA and dXA, with A and cB, are in low_rank_dtype(X.dtype). Group g of B reads the
+g-th r/groups channels of XA. Y is allocated once, and so is dX: the update is added to the base's in place.
 Source: Hu et al., LoRA, arXiv 2106.09685, equation 3, with the layout of PEFT's convolutions.
 """
 

@@ -75,9 +75,7 @@ def test_float32_adapters_over_a_16_bit_base(dtype, plan, device):
 @pytest.mark.parametrize("sizes", MAGNITUDES, ids=lambda sizes: sizes.name)
 def test_sizes_beyond_16_bit_intermediates(sizes, dtype, plan, device):
     for p in (0.0, 0.25):
-        q = make_problem(
-            70, 72, 80, 16, dtype, device, adapter_dtype=torch.float32, magnitudes=sizes, dropout_p=p
-        )
+        q = make_problem(70, 72, 80, 16, dtype, device, adapter_dtype=torch.float32, magnitudes=sizes, dropout_p=p)
         check(q, plan)
 
 

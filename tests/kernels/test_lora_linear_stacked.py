@@ -6,7 +6,7 @@ import torch
 from lora_kernels.ops import lora_linear_stacked as ops
 from lora_kernels.reference import philox_keep_mask
 from lora_kernels.reference.lora_linear_stacked import StackedNeeds
-from lora_kernels.testing import assert_close, poison
+from lora_kernels.testing import MAGNITUDES, assert_close, poison
 from lora_kernels.testing.stacked import make_stacked, plain_stacked, truth_stacked
 
 PLANS = ("eager", "shrink_extend")
@@ -114,3 +114,12 @@ def test_outputs_of_one_product_are_not_views(device):
     kept = Y[1].clone()
     Y[0].zero_()
     assert torch.equal(Y[1], kept)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+@pytest.mark.parametrize("sizes", MAGNITUDES, ids=lambda sizes: sizes.name)
+def test_sizes_beyond_16_bit_intermediates(sizes, dtype, plan, device):
+    how = {"adapter_dtype": FP32, "magnitudes": sizes, "adjacent": True}
+    check(make_stacked(40, 64, (72, 40), (16, 8), dtype, device, **how), plan)
+    check(make_stacked(40, 64, (72, 40), (16, 8), dtype, device, dropout_p=0.25, **how), plan, keep_bits=True)

@@ -6,7 +6,7 @@ import torch
 from lora_kernels.ops import lora_mlp as ops
 from lora_kernels.reference import philox_keep_mask
 from lora_kernels.reference.lora_mlp import MLPNeeds
-from lora_kernels.testing import assert_close, poison
+from lora_kernels.testing import MAGNITUDES, assert_close, poison
 from lora_kernels.testing.stacked import make_mlp, plain_mlp, truth_mlp
 
 ALL = MLPNeeds(True, [True] * 3, [True] * 3, [True, False, True])
@@ -54,6 +54,13 @@ def test_cases(case, plan, device):
     dtype, M, K, F, N, ranks, how = CASES[case]
     check(make_mlp(M, K, F, N, ranks, dtype, device, **how), plan)
     check(make_mlp(M, K, F, N, ranks, dtype, device, dropout_p=0.25, **how), plan, keep_bits=True)
+
+
+@pytest.mark.parametrize("plan", ["eager", "shrink_extend"])
+@pytest.mark.parametrize("sizes", MAGNITUDES[::2], ids=lambda sizes: sizes.name)
+def test_sizes_beyond_float16_intermediates(sizes, plan, device):
+    how = {"adapter_dtype": torch.float32, "magnitudes": sizes}
+    check(make_mlp(24, 48, 72, 48, (8, 8, 8), torch.float16, device, **how), plan)
 
 
 def test_a_mask_drawn_again_is_the_one_kept(device):

@@ -6,12 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.kernels import one_launch
 from lora_kernels.kernels.chip import CHIPS
 from lora_kernels.kernels.one_launch import ptr_one_launch
 from lora_kernels.kernels.persistent import one_launch_flags
 from lora_kernels.kernels.tuning import PtrConfig, is_valid, ptr_one_launch_config, rank_block
-from lora_kernels.testing import REGIMES, assert_close, fuzz_problems, make_problem, plain, poison, truth
+from lora_kernels.testing import MAGNITUDES, REGIMES, assert_close, fuzz_problems, make_problem, plain, poison, truth
 from lora_kernels.testing.rule import Pool
 
 SMALL = PtrConfig(32, 64, 32, num_warps=4, num_stages=2, XA_STAGES=2, RANK_STEP=16)
@@ -42,9 +43,10 @@ def check(q, close=assert_close, **options):
     Y, XA = run(q, **options)
     close(Y, plain(q).Y, truth(q).Y, what="Y")
     exact = q.scaling * (q.X.double() @ q.A.double().mT)
-    product = F.linear(q.X.contiguous(), q.A.to(q.X.dtype).contiguous())
+    low = low_rank_dtype(q.X.dtype)
+    product = F.linear(q.X.contiguous().to(low), q.A.to(low).contiguous())
     assert XA.is_contiguous()
-    close(XA, (q.scaling * product).to(q.X.dtype), exact, what="XA")
+    close(XA, (q.scaling * product).to(low), exact, what="XA")
 
 
 @pytest.mark.timeout(120)
@@ -54,6 +56,12 @@ def test_regimes(regime, dtype, device, flags):
     r = min(regime.r, rank_block(dtype))
     check(make_problem(regime.M, regime.N, regime.K, r, dtype, device, strided=regime.strided))
     assert not any(taken.any() for taken in flags)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("sizes", MAGNITUDES, ids=lambda sizes: sizes.name)
+def test_sizes_beyond_float16_intermediates(sizes, device):
+    check(make_problem(65, 72, 200, 16, torch.float16, device, adapter_dtype=torch.float32, magnitudes=sizes))
 
 
 @pytest.mark.timeout(120)

@@ -8,6 +8,7 @@ import torch
 
 from lora_kernels import ops, plan, variants
 from lora_kernels.cost import Problem
+from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.kernels import sm90_linear
 from lora_kernels.kernels.chip import CHIPS
@@ -15,7 +16,7 @@ from lora_kernels.kernels.persistent import one_launch_flags
 from lora_kernels.kernels.sm90_linear import one_launch, tma_extend
 from lora_kernels.kernels.tuning import TmaConfig, is_valid, tma_config
 from lora_kernels.reference import lora_linear_fwd, philox_keep_mask
-from lora_kernels.testing import assert_close, make_problem, plain, poison, truth
+from lora_kernels.testing import MAGNITUDES, assert_close, make_problem, plain, poison, truth
 
 H100 = CHIPS["sm_90"]
 SMALL = TmaConfig(64, 64, 64, num_warps=4, num_stages=2, RANK_STEP=32)  # several tiles, steps and steps of ranks
@@ -50,7 +51,8 @@ def check(Y, XA, q):
     exact = q.scaling * (q.X.double() @ q.A.double().mT)
     assert XA.shape == exact.shape
     assert XA.is_contiguous()
-    assert_close(XA, (q.scaling * (q.X @ q.A.to(q.X.dtype).mT)).to(q.X.dtype), exact, what="XA")
+    low = low_rank_dtype(q.X.dtype)
+    assert_close(XA, (q.scaling * (q.X.to(low) @ q.A.to(low).mT)).to(low), exact, what="XA")
 
 
 @pytest.mark.timeout(120)
@@ -61,6 +63,14 @@ def test_sizes(M, N, K, dtype, kernel, device, flags):
     q = make_problem(M, N, K, 8, dtype, device)
     check(*run(kernel, q), q)
     assert not any(taken.any() for taken in flags)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("kernel", ["tma_extend", "one_launch"])
+@pytest.mark.parametrize("sizes", MAGNITUDES, ids=lambda sizes: sizes.name)
+def test_sizes_beyond_float16_intermediates(sizes, kernel, device):
+    q = make_problem(65, 72, 200, 16, torch.float16, device, adapter_dtype=torch.float32, magnitudes=sizes)
+    check(*run(kernel, q), q)
 
 
 @pytest.mark.timeout(120)

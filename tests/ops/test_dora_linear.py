@@ -8,7 +8,7 @@ from lora_kernels.ops.weight_norm import weight_norm
 from lora_kernels.reference import dora_linear as reference
 from lora_kernels.reference import philox_keep_mask
 from lora_kernels.reference.dora_linear import DoRANeeds
-from lora_kernels.testing import make_problem
+from lora_kernels.testing import MAGNITUDES, make_problem
 
 BACKENDS = ["reference", "triton:shrink_extend"]
 
@@ -23,8 +23,9 @@ def operands(device, p=0.0, dtype=torch.float32):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("keep_z", [True, False])
-def test_opcheck_forward(backend, p, keep_z, device):
-    args, _ = operands(device, p)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_opcheck_forward(dtype, backend, p, keep_z, device):
+    args, _ = operands(device, p, dtype)
     torch.library.opcheck(torch.ops.lora_kernels.dora_linear_fwd.default, (*args, backend, keep_z))
 
 
@@ -54,6 +55,26 @@ def test_triton_carries_the_product_and_agrees_with_the_reference(p, adapter, de
     for mine, its in zip((Y, *got), (want_y, *want), strict=True):
         tolerance = 1e-4 if mine.dtype == torch.float32 else 2**-7  # the last bit of a bfloat16
         torch.testing.assert_close(mine, its, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("sizes", MAGNITUDES[::2], ids=lambda sizes: sizes.name)
+def test_float16_beyond_its_own_range(sizes, p, device):
+    """Against the float32 answer, which float16 intermediates would miss by far more than a float16's last bit."""
+    q = make_problem(37, 53, 71, 8, torch.float16, device, dropout_p=p, adapter_dtype=torch.float32, magnitudes=sizes)
+    norm = weight_norm(q.W, q.A, q.B, q.scaling)
+    m = norm * torch.linspace(0.5, 2, 53, device=device)
+    keep = philox_keep_mask(q.seed, p, 37, 71) if p else None
+    args, rest = (q.A, q.B, m, norm), (q.scaling, p, q.seed if p else None)
+    Y, XA, Z, bits = ops.dora_linear_fwd(q.X, q.W, *args, q.bias, *rest, BACKENDS[1])
+    got = ops.dora_linear_bwd(q.dY, q.X, q.W, *args, XA, Z, *rest, bits, DoRANeeds(), BACKENDS[1])
+    X, W, bias, dY = (t.float() for t in (q.X, q.W, q.bias, q.dY))
+    want_y, want_xa, want_z = reference.dora_linear_fwd(X, W, *args, bias, q.scaling, keep, p)
+    want = reference.dora_linear_bwd(dY, X, W, *args, want_xa, want_z, q.scaling, keep, p, DoRANeeds())
+    for name, mine, its in zip(("Y", "dX", "dA", "dB", "dm"), (Y, *got), (want_y, *want), strict=False):
+        unit = 2**-10 if name in ("Y", "dX", "dm") else 1e-5  # dX and a dropped P are products over W, in float16
+        finest = 2**-24 * its.numel() ** 0.5 if mine.dtype == torch.float16 else 0.0
+        assert (mine.float() - its).norm() < unit * its.norm() + finest, name
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
