@@ -97,14 +97,13 @@ def lora_linear_fwd(
     if plan == "one_pass":
         tiles = tiles or one_pass_config(M, dtype, chip, drop is not None, wide)
         return one_pass(X, W, A, B, bias, scaling, drop, tiles)
-    by_library = plan == "eager" and library_low_rank(dtype, drop)
-    if by_library:
+    if plan == "eager" and library_low_rank(dtype, drop):
         XA = torch.addmm(X.new_empty(M, r), X, A.to(dtype).t(), beta=0, alpha=scaling)
     else:
         XA = shrink(X, A, scaling, drop, shrink_config(M, dtype, chip, r, drop is not None, wide))
     if plan == "eager":
         Y = torch.nn.functional.linear(X, W, bias) if base is None else base
-        return (Y.addmm_(XA, B.to(dtype).t()) if by_library else add_update_(Y, XA, B, chip)), XA
+        return (Y.addmm_(XA, B.to(dtype).t()) if XA.dtype is dtype else add_update_(Y, XA, B, chip)), XA
     if plan in EXTEND:
         kernel, choose = EXTEND[plan]
         return kernel(X, W, XA, B, bias, tiles or choose(M, N, r, dtype, chip), chip.units), XA

@@ -168,7 +168,7 @@ def _one_pass_kernel(
         tl.store(s_ptrs, xa, mask=mask_m[:, None] & mask_r[None, :])
     b_ptrs = B_ptr + offs_n[None, :].to(tl.int64) * stride_bn + offs_r[:, None].to(tl.int64) * stride_br
     b = tl.load(b_ptrs, mask=mask_n[None, :] & mask_r[:, None], other=0.0)
-    acc = tl.dot(xa, b.to(LOW), acc, input_precision=PRECISION)
+    acc = tl.dot(xa, b.to(xa.dtype), acc, input_precision=PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n.to(tl.int64) * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     y_ptrs = Y_ptr + offs_m[:, None].to(tl.int64) * stride_ym + offs_n[None, :]

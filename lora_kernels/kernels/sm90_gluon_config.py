@@ -53,7 +53,7 @@ def refusal(config: GluonConfig, dtype: torch.dtype, r: int, chip: Chip) -> str 
     if dtype.itemsize != 2:
         return f"its tiles are 16-bit, not {dtype}"
     if low_rank_dtype(dtype) is not dtype:
-        return f"its ring holds XA and dYB in 16 bit, which a {dtype} layer keeps in float32; tma_extend takes them"
+        return f"its ring holds XA and dYB in 16 bit, a {dtype} layer keeps them in float32; pointer kernels take those"
     if r > MOST_RANKS:
         return f"r={r} is above {MOST_RANKS}, one ring slot of ranks"
     if config.num_warps % 4 or config.BLOCK_M % (16 * config.num_warps):

@@ -22,9 +22,8 @@ from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.errors import BackendUnavailableError
-from lora_kernels.kernels.common import precision_of, tile_order
+from lora_kernels.kernels.common import tile_order
 from lora_kernels.kernels.persistent import (
     add_low_rank,
     count_reader,
@@ -88,7 +87,6 @@ def _tma_extend_kernel(
     stride_bias,
     HAS_BIAS: tl.constexpr,
     FLATTEN: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -107,7 +105,7 @@ def _tma_extend_kernel(
         acc = _accumulate(acc, X_desc, W_desc, row, col, K, BLOCK_K)
         acc = add_low_rank(
             acc, XA_ptr, B_ptr, row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N), M, N, r, stride_sm, stride_bn,
-            stride_br, BLOCK_R, RANK_STEP, PRECISION,
+            stride_br, BLOCK_R, RANK_STEP, "ieee",
         )  # fmt: skip
         _finish(acc, Y_desc, bias_ptr, row, col, N, stride_bias, HAS_BIAS, BLOCK_N)
 
@@ -137,7 +135,6 @@ def _one_launch_kernel(
     xa_programs,
     HAS_BIAS: tl.constexpr,
     XA_STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -156,7 +153,6 @@ def _one_launch_kernel(
     num_n = tl.cdiv(N, BLOCK_N)
     num_k = tl.cdiv(K, BLOCK_K)
     offs_r = tl.arange(0, BLOCK_R)
-    LOW: tl.constexpr = XA_ptr.dtype.element_ty
     if pid < xa_programs:
         a_rows = A_ptr + offs_r[:, None].to(tl.int64) * stride_ar
         for block in tl.range(pid, num_m, xa_programs):
@@ -166,11 +162,11 @@ def _one_launch_kernel(
                 offs_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
                 mask = (offs_r < r)[:, None] & (offs_k < K)[None, :]
                 a = tl.load(a_rows + offs_k[None, :].to(tl.int64) * stride_ak, mask=mask, other=0.0)
-                xa = tl.dot(x.to(LOW), a.to(LOW).T, xa, input_precision=PRECISION)
+                xa = tl.dot(x, a.to(x.dtype).T, xa)
             offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
             s_ptrs = XA_ptr + offs_m[:, None].to(tl.int64) * stride_sm + offs_r[None, :]
             mask = (offs_m < M)[:, None] & (offs_r < r)[None, :]
-            tl.store(s_ptrs, (xa * scaling).to(LOW), mask=mask)
+            tl.store(s_ptrs, (xa * scaling).to(XA_ptr.dtype.element_ty), mask=mask)
             publish(ready_ptr, block)
     for tile in tl.range(first_tile(xa_programs), num_m * num_n, tl.num_programs(0)):
         pid_m, pid_n = tile_order(tile, num_m, num_n, GROUP_M)
@@ -181,7 +177,7 @@ def _one_launch_kernel(
         wait_for(ready_ptr, pid_m)
         acc = add_low_rank(
             acc, XA_ptr, B_ptr, row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N), M, N, r, stride_sm, stride_bn,
-            stride_br, BLOCK_R, RANK_STEP, PRECISION,
+            stride_br, BLOCK_R, RANK_STEP, "ieee",
         )  # fmt: skip
         count_reader(ready_ptr, readers_ptr, pid_m, num_n)
         _finish(acc, Y_desc, bias_ptr, row, col, N, stride_bias, HAS_BIAS, BLOCK_N)
@@ -217,7 +213,6 @@ def _prepare(X: Tensor, W: Tensor, config: TmaConfig) -> tuple[Tensor, dict[str,
         "M": X.shape[0],
         "N": W.shape[0],
         "K": X.shape[1],
-        "PRECISION": precision_of(X.dtype),
         "BLOCK_M": config.BLOCK_M,
         "BLOCK_N": config.BLOCK_N,
         "BLOCK_K": config.BLOCK_K,
@@ -267,7 +262,7 @@ def one_launch(
         BackendUnavailableError: descriptors cannot take X or W, or rows of Y.
     """
     Y, shared = _prepare(X, W, config)
-    XA = torch.empty(X.shape[0], A.shape[0], dtype=low_rank_dtype(X.dtype), device=X.device)
+    XA = torch.empty(X.shape[0], A.shape[0], dtype=X.dtype, device=X.device)
     num_m, num_n = triton.cdiv(X.shape[0], config.BLOCK_M), triton.cdiv(W.shape[0], config.BLOCK_N)
     programs, xa_programs = one_launch_grid(num_m, num_n, units)
     if knobs.runtime.interpret:

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.errors import BackendUnavailableError
-from lora_kernels.kernels.common import Dropout, dropout_args, inv_keep, keep_tile, precision_of, tile_order
+from lora_kernels.kernels.common import Dropout, dropout_args, inv_keep, keep_tile, tile_order
 from lora_kernels.kernels.persistent import add_low_rank, halves, rank_columns
 from lora_kernels.kernels.reduce import Partial, reduce_partials
 from lora_kernels.kernels.sm90_linear import descriptor, descriptor_refusal
@@ -45,7 +45,6 @@ def _masked_term(
     threshold,
     factor,
     DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     RANK_STEP: tl.constexpr,
@@ -54,7 +53,7 @@ def _masked_term(
     acc = tl.zeros((offs_m.shape[0], COLUMNS), tl.float32)
     acc = add_low_rank(
         acc, dYB_ptr, A_ptr, offs_m, col + tl.arange(0, COLUMNS), M, K, r, stride_sm, stride_ak, stride_ar, BLOCK_R,
-        RANK_STEP, PRECISION,
+        RANK_STEP, "ieee",
     )  # fmt: skip
     if DROPOUT:
         keep = keep_tile(seed_ptr, keep_ptr, stride_keep, offs_m, offs_m < M, col, K, threshold, COLUMNS, DROPOUT)
@@ -85,7 +84,6 @@ def _tma_dx_kernel(
     factor,
     MAKE_DA: tl.constexpr,
     DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -111,11 +109,11 @@ def _tma_dx_kernel(
         offs_m = row + tl.arange(0, BLOCK_M)
         left = _masked_term(
             dYB_ptr, A_ptr, seed_ptr, keep_ptr, offs_m, col, M, K, r, stride_sm, stride_ak, stride_ar, stride_keep,
-            threshold, factor, DROPOUT, PRECISION, HALF, BLOCK_R, RANK_STEP,
+            threshold, factor, DROPOUT, HALF, BLOCK_R, RANK_STEP,
         )  # fmt: skip
         right = _masked_term(
             dYB_ptr, A_ptr, seed_ptr, keep_ptr, offs_m, col + HALF, M, K, r, stride_sm, stride_ak, stride_ar,
-            stride_keep, threshold, factor, DROPOUT, PRECISION, HALF, BLOCK_R, RANK_STEP,
+            stride_keep, threshold, factor, DROPOUT, HALF, BLOCK_R, RANK_STEP,
         )  # fmt: skip
         acc = tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (BLOCK_M, BLOCK_N))
         for n in tl.range(0, tl.cdiv(N, BLOCK_K)):
@@ -137,7 +135,7 @@ def _tma_dx_kernel(
                 for r0 in tl.static_range(0, BLOCK_R, STEP):
                     offs_r = r0 + tl.arange(0, STEP)
                     dyb = rank_columns(dYB_ptr, offs_m, offs_m < M, offs_r, r, stride_sm, 1)
-                    da = tl.dot(x.to(dyb.dtype).T, dyb, input_precision=PRECISION)
+                    da = tl.dot(x.T, dyb)
                     da_ptrs = dA_ptr + (span.to(tl.int64) * r + offs_r[None, :]) * K + offs_k[:, None]
                     mask = (offs_k < K)[:, None] & (offs_r < r)[None, :]
                     if DA_ROWS > 1:
@@ -191,7 +189,6 @@ def tma_dx(
         stride_ak=A.stride(1),
         factor=inv_keep(drop),
         MAKE_DA=make_da,
-        PRECISION=precision_of(X.dtype),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.kernels.chip import KIB, Chip
 from lora_kernels.kernels.sm90_gluon_config import GluonConfig, gluon_shared_bytes
 from lora_kernels.kernels.sm90_gluon_config import refusal as gluon_refusal
@@ -197,6 +198,8 @@ def _tma_refusal(config: TmaConfig | TmaDxConfig, dtype: torch.dtype, r: int, ch
         return f"{chip.arch} has no TMA, sm_90 and newer have"
     if dtype.itemsize != 2:
         return f"its tiles are 16-bit, not {dtype}"
+    if low_rank_dtype(dtype) is not dtype:  # 128x256 beside float32 operands: 512 to 856 bytes of registers spilled
+        return f"its wide tiles leave no registers for the float32 XA and dYB of {dtype}; pointer kernels have them"
     if r > RANK_BLOCK:
         return f"r={r} is above {RANK_BLOCK}, one tile of ranks"
     if isinstance(config, TmaConfig):
@@ -300,7 +303,8 @@ def split_config(M: int, dtype: torch.dtype, chip: Chip, r: int) -> SplitConfig:
     span = 512 if M >= 4096 else 256
     if dtype == torch.float32:
         return SplitConfig(32, 32, span, num_warps=4, num_stages=1)
-    wide = 128 if r <= 32 and not chip.is_amd else 64
+    narrow = chip.is_amd or r > 32 or dtype == torch.float16  # whose dots take float32 tiles: 128 columns spill
+    wide = 64 if narrow else 128
     return SplitConfig(
         64, wide, span, num_warps=4 if chip.is_amd else 8, num_stages=2
     )  # 4 warps spill on sm_80, sm_120

@@ -14,7 +14,7 @@ BUGS = [
     ("one_pass drops the LoRA branch", "lora_linear.py", "acc = tl.dot(xa, b.to(xa.dtype), acc,", "acc += 0 * tl.dot(xa, b.to(xa.dtype),"),
     ("scaling is forgotten", "shrink.py", "factor=scaling * inv_keep(drop)", "factor=inv_keep(drop)"),
     ("scaling is applied twice", "shrink.py", "factor=scaling * inv_keep(drop)", "factor=scaling**2 * inv_keep(drop)"),
-    ("scaling is forgotten in dYB", "lora_linear_bwd.py", "Partial(part_dyb, dY.dtype, scaling)", "Partial(part_dyb, dY.dtype)"),
+    ("scaling is forgotten in dYB", "lora_linear_bwd.py", "Partial(part_dyb, XA.dtype, scaling)", "Partial(part_dyb, XA.dtype)"),
     ("1/(1-p) is forgotten", "shrink.py", "factor=scaling * inv_keep(drop)", "factor=scaling"),
     ("1/(1-p) is forgotten in dA", "lora_linear_bwd.py", "reduce_partials(Partial(part_da, A.dtype, inv_keep(drop)))", "reduce_partials(Partial(part_da, A.dtype))"),
     ("the last rank is skipped", "shrink.py", "mask_r = offs_r < r\n", "mask_r = offs_r < r - 1\n"),

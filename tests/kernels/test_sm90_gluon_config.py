@@ -35,7 +35,7 @@ def test_the_ring_fills_the_shared_memory():
         (WIDE, torch.bfloat16, 16, "sm_100", "sm_90 alone"),
         (WIDE, torch.bfloat16, 16, "gfx942", "sm_90 alone"),
         (WIDE, torch.float32, 16, "sm_90", "16-bit"),
-        (WIDE, torch.float16, 16, "sm_90", "float32; tma_extend takes them"),
+        (WIDE, torch.float16, 16, "sm_90", "keeps them in float32; pointer kernels"),
         (WIDE, torch.bfloat16, 65, "sm_90", "above 64"),
         (GluonConfig(64, 128, 64, num_warps=8, STAGES=3), torch.bfloat16, 16, "sm_90", "64 rows"),
         (GluonConfig(128, 64, 64, num_warps=8, STAGES=3), torch.bfloat16, 16, "sm_90", "64 columns"),

@@ -8,7 +8,6 @@ import torch
 
 from lora_kernels import ops, plan, variants
 from lora_kernels.cost import Problem
-from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.kernels import sm90_linear
 from lora_kernels.kernels.chip import CHIPS
@@ -16,11 +15,11 @@ from lora_kernels.kernels.persistent import one_launch_flags
 from lora_kernels.kernels.sm90_linear import one_launch, tma_extend
 from lora_kernels.kernels.tuning import TmaConfig, is_valid, tma_config
 from lora_kernels.reference import lora_linear_fwd, philox_keep_mask
-from lora_kernels.testing import MAGNITUDES, assert_close, make_problem, plain, poison, truth
+from lora_kernels.testing import assert_close, make_problem, plain, poison, truth
 
 H100 = CHIPS["sm_90"]
 SMALL = TmaConfig(64, 64, 64, num_warps=4, num_stages=2, RANK_STEP=32)  # several tiles, steps and steps of ranks
-DTYPES = (torch.float16, torch.bfloat16)
+DTYPES = (torch.bfloat16,)  # float16 is refused: its low-rank operands are float32
 SIZES = [(130, 96, 128), (200, 160, 192), (64, 64, 64), (1, 8, 8), (65, 72, 200), (257, 200, 40)]
 
 
@@ -51,8 +50,7 @@ def check(Y, XA, q):
     exact = q.scaling * (q.X.double() @ q.A.double().mT)
     assert XA.shape == exact.shape
     assert XA.is_contiguous()
-    low = low_rank_dtype(q.X.dtype)
-    assert_close(XA, (q.scaling * (q.X.to(low) @ q.A.to(low).mT)).to(low), exact, what="XA")
+    assert_close(XA, (q.scaling * (q.X @ q.A.to(q.X.dtype).mT)).to(q.X.dtype), exact, what="XA")
 
 
 @pytest.mark.timeout(120)
@@ -63,14 +61,6 @@ def test_sizes(M, N, K, dtype, kernel, device, flags):
     q = make_problem(M, N, K, 8, dtype, device)
     check(*run(kernel, q), q)
     assert not any(taken.any() for taken in flags)
-
-
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("kernel", ["tma_extend", "one_launch"])
-@pytest.mark.parametrize("sizes", MAGNITUDES, ids=lambda sizes: sizes.name)
-def test_sizes_beyond_float16_intermediates(sizes, kernel, device):
-    q = make_problem(65, 72, 200, 16, torch.float16, device, adapter_dtype=torch.float32, magnitudes=sizes)
-    check(*run(kernel, q), q)
 
 
 @pytest.mark.timeout(120)
@@ -208,3 +198,4 @@ def test_configurations_that_are_known_to_fail_are_refused():
     assert is_valid(flat, torch.bfloat16, 16, H100) is None
     assert "shared memory" in is_valid(flat, torch.bfloat16, 64, H100)
     assert "flattened" in is_valid(flat, torch.bfloat16, 16, CHIPS["sm_100"])
+    assert "float32 XA and dYB" in is_valid(flat, torch.float16, 16, H100)
