@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from lora_kernels.dtypes import low_rank_dtype
+
 _transforms_active = torch._C._are_functorch_transforms_active
 
 
@@ -29,9 +31,10 @@ def fold_scaling(A: Tensor, scaling: float) -> tuple[Tensor, float]:
     """(scaling * A, 1.0), for use while torch.compile traces.
 
     An autograd.Function and an operator take a float as a constant of the graph and are compiled again for each value;
-    a product with a tensor is compiled a second time for the second value, and never again.
+    a product with a tensor is compiled a second time for the second value, and never again. A float16 A becomes
+    float32, whose range the product needs.
     """
-    return A * scaling, 1.0
+    return A.to(low_rank_dtype(A.dtype)) * scaling, 1.0
 
 
 def in_shape(Y: Tensor, *shape: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_kernels.autograd.call import direct_apply, transformed
 from lora_kernels.autograd.lora_linear import dropout_seed
+from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.errors import ConfigError, FrozenWeightError, ShapeError
 from lora_kernels.reference.lora_conv import (
     ConvNeeds,
@@ -168,7 +169,11 @@ def lora_conv(
     geometry = Geometry(steps, _padding(padding, kernel, steps, holes), holes, groups)
     traced = transformed()
     if traced:  # a graph takes a number for a constant and is compiled again for each
-        B, lora_bias, scaling = B * scaling, None if lora_bias is None else lora_bias * scaling, 1.0
+        B, lora_bias, scaling = (
+            B.to(low_rank_dtype(B.dtype)) * scaling,
+            None if lora_bias is None else lora_bias * scaling,
+            1.0,
+        )
     B = B.flatten(1)
     state = dropout_seed(seed, X.device) if training and dropout_p > 0.0 else None
     drawn = dropout_p, is_channels_last(X), torch.compiler.is_compiling() or device_type != "cpu"

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_kernels.autograd.call import direct_apply, in_shape, transformed
+from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.errors import FrozenWeightError, ShapeError
 from lora_kernels.reference.lora_embedding import lora_embedding_bwd, lora_embedding_fwd
 
@@ -114,7 +115,7 @@ def lora_embedding(
     adapters: list[Tensor] = []
     for a, b, s in updates:
         folded = traced or isinstance(s, Tensor)  # a graph takes a number for a constant: compiled again for each
-        adapters += [a, b * s if folded else b]
+        adapters += [a, b.to(low_rank_dtype(b.dtype)) * s if folded else b]
         scalings.append(1.0 if isinstance(s, Tensor) or folded else s)
     if torch.is_grad_enabled():
         apply = _LoRAEmbedding.apply if traced else _apply

@@ -219,7 +219,8 @@ def _ptr_refusal(config: PtrConfig, dtype: torch.dtype, r: int, chip: Chip) -> s
     if r > rank_block(dtype):
         return f"r={r} is above {rank_block(dtype)}, one tile of ranks"
     spared = r <= 16 or (chip.arch in ("sm_90", "sm_100") and not _ragged(r))  # wide matrix units read shared memory
-    most = 128 * (256 if spared and dtype.itemsize == 2 else 128)
+    spared &= dtype.itemsize == 2 and low_rank_dtype(dtype) is dtype
+    most = 128 * (256 if spared else 128)
     if most < config.BLOCK_M * config.BLOCK_N:
         return f"{config.BLOCK_M}x{config.BLOCK_N} tiles with r={r} in {dtype} spill registers on {chip.arch}"
     return None
@@ -282,7 +283,7 @@ def one_pass_config(M: int, dtype: torch.dtype, chip: Chip, dropout: bool, wide:
         return GemmConfig(rows, 64, 32, num_warps=8 if dropout and wide else 4, num_stages=3)
     step = 32 if dropout or chip.is_amd or not wide else 64
     rows = _rows(M, 32 if dropout and not wide else 64)
-    warps = 8 if dropout and rows == 64 and chip.arch == "sm_100" else 4  # 4 spill there, in float16 alone
+    warps = 8 if rows == 64 and dtype == torch.float16 else 4  # whose float32 XA and A spill over 4
     return GemmConfig(rows, 64, step, num_warps=warps, num_stages=3 if wide and not chip.is_amd else 2)
 
 
@@ -295,7 +296,8 @@ def shrink_config(M: int, dtype: torch.dtype, chip: Chip, r: int, dropout: bool,
     if not wide:
         return ShrinkConfig(rows, 32, num_warps=8, num_stages=2)
     long = not dropout and r <= 32 and rank_tile(r, dtype) <= rows  # 64 ranks at 128 columns spill
-    return ShrinkConfig(rows, 128 if long else 64, num_warps=4, num_stages=stages)
+    warps = 8 if dtype == torch.float16 and rank_tile(r, dtype) > 32 else 4  # float32 operands, which spill over 4
+    return ShrinkConfig(rows, 128 if long else 64, num_warps=warps, num_stages=stages)
 
 
 def split_config(M: int, dtype: torch.dtype, chip: Chip, r: int) -> SplitConfig:
@@ -303,8 +305,9 @@ def split_config(M: int, dtype: torch.dtype, chip: Chip, r: int) -> SplitConfig:
     span = 512 if M >= 4096 else 256
     if dtype == torch.float32:
         return SplitConfig(32, 32, span, num_warps=4, num_stages=1)
-    narrow = chip.is_amd or r > 32 or dtype == torch.float16  # whose dots take float32 tiles: 128 columns spill
-    wide = 64 if narrow else 128
+    if dtype == torch.float16:  # its dots take float32 tiles, in three parts: half the rows, or they spill
+        return SplitConfig(32, 64 if r <= 32 else 32, span, num_warps=4, num_stages=2)
+    wide = 128 if r <= 32 and not chip.is_amd else 64
     return SplitConfig(
         64, wide, span, num_warps=4 if chip.is_amd else 8, num_stages=2
     )  # 4 warps spill on sm_80, sm_120
@@ -375,11 +378,15 @@ def ptr_one_launch_config(M: int, N: int, r: int, dtype: torch.dtype, chip: Chip
     if M <= 64 or N <= 64:
         return PtrConfig(rows, 64, 64, num_warps=warps, num_stages=3)
     tiles = -(-M // 128) * -(-N // 256)
-    many = tiles >= chip.units and N % 16 == 0  # Y's rows written element by element spill beside a wide tile
+    wide_low = low_rank_dtype(dtype) is not dtype  # float32 XA and B
+    many = (
+        tiles >= chip.units and N % 16 == 0 and not wide_low
+    )  # Y's rows written element by element spill beside a wide tile
     if chip.arch == "sm_90" and many and not _ragged(r):
         return PtrConfig(128, 256, 64, num_warps=8, num_stages=3, XA_STAGES=6, RANK_STEP=32)
     if chip.arch == "sm_80" and many and r <= 16:
         return PtrConfig(128, 256, 32, num_warps=8, num_stages=4, XA_STAGES=6)
     if chip.shared < 128 * KIB:
         return PtrConfig(128, 128, 32, num_warps=8, num_stages=4, XA_STAGES=6)
-    return PtrConfig(128, 128, 64, num_warps=8, num_stages=4, RANK_STEP=32 if chip.arch == "sm_90" else 64)
+    step = 16 if wide_low else 32 if chip.arch == "sm_90" else 64
+    return PtrConfig(128, 128, 64, num_warps=8, num_stages=4, RANK_STEP=step)

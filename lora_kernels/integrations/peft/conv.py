@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import Identity
 
 from lora_kernels.autograd.lora_conv import lora_conv
+from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.integrations.peft import why_not as conditions
 from lora_kernels.integrations.peft.linear import Told, count_peft_call
 
@@ -72,7 +73,7 @@ def operands(layer: Any, x: Tensor | None = None) -> ConvOperands | str:
         if any(part[-1] > 0.0 for part in parts):
             return "several adapters are active with a dropout each"
         A = torch.cat([a for a, *_ in parts])
-        B = torch.cat([b * s for _, b, _, s, _ in parts], 1)
+        B = torch.cat([b.to(low_rank_dtype(b.dtype)) * s for _, b, _, s, _ in parts], 1)
         biases = [b * s for _, _, b, s, _ in parts if b is not None]
         lora_bias, scaling = torch.stack(biases).sum(0) if biases else None, 1.0
     return ConvOperands(W, A, B, conditions.weight_of(base, "bias"), lora_bias, scaling, p)

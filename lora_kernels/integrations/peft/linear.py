@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_kernels.autograd.lora_linear import run as run_lora_linear
 from lora_kernels.autograd.lora_linear_stacked import Projection
+from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.integrations.peft import why_not as conditions
 from lora_kernels.integrations.peft.dora import dora_forward, is_dora, why_not_dora
 from lora_kernels.integrations.peft.mixed import mixed_forward
@@ -92,8 +93,9 @@ def operands(layer: Linear, x: Tensor | None = None) -> Operands | str:
     elif any(p > 0.0 for *_, p in parts):
         return "several adapters are active with a dropout each"
     else:
-        A = torch.cat([a for a, *_ in parts])
-        B = torch.cat([b * scaling for _, b, _, scaling, _ in parts], 1)
+        dtype = low_rank_dtype(parts[0][0].dtype)  # the range that scaling * B needs
+        A = torch.cat([a.to(dtype) for a, *_ in parts])
+        B = torch.cat([b.to(dtype) * scaling for _, b, _, scaling, _ in parts], 1)
         lora_biases = [b * scaling for _, _, b, scaling, _ in parts if b is not None]
         lora_bias = sum(lora_biases[1:], lora_biases[0]) if lora_biases else None
         scaling, dropout_p = 1.0, 0.0
