@@ -169,11 +169,8 @@ def lora_conv(
     geometry = Geometry(steps, _padding(padding, kernel, steps, holes), holes, groups)
     traced = transformed()
     if traced:  # a graph takes a number for a constant and is compiled again for each
-        B, lora_bias, scaling = (
-            B.to(low_rank_dtype(B.dtype)) * scaling,
-            None if lora_bias is None else lora_bias * scaling,
-            1.0,
-        )
+        B, lora_bias = B.to(low_rank_dtype(B.dtype)) * scaling, None if lora_bias is None else lora_bias * scaling
+        scaling = 1.0
     B = B.flatten(1)
     state = dropout_seed(seed, X.device) if training and dropout_p > 0.0 else None
     drawn = dropout_p, is_channels_last(X), torch.compiler.is_compiling() or device_type != "cpu"

@@ -379,9 +379,7 @@ def ptr_one_launch_config(M: int, N: int, r: int, dtype: torch.dtype, chip: Chip
         return PtrConfig(rows, 64, 64, num_warps=warps, num_stages=3)
     tiles = -(-M // 128) * -(-N // 256)
     wide_low = low_rank_dtype(dtype) is not dtype  # float32 XA and B
-    many = (
-        tiles >= chip.units and N % 16 == 0 and not wide_low
-    )  # Y's rows written element by element spill beside a wide tile
+    many = tiles >= chip.units and not wide_low and N % 16 == 0  # rows of Y element by element spill, too
     if chip.arch == "sm_90" and many and not _ragged(r):
         return PtrConfig(128, 256, 64, num_warps=8, num_stages=3, XA_STAGES=6, RANK_STEP=32)
     if chip.arch == "sm_80" and many and r <= 16:

@@ -112,6 +112,34 @@ def test_float32_adapters_over_16_bits_are_computed_as_peft_does_under_autocast(
     assert calls == {"fused": 2}
 
 
+def float16_base(model, size):
+    """A float16 base under float32 adapters, with ``size`` of their A moved to B: beyond float16 where it is small."""
+    model.to(torch.float16)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    with torch.no_grad():
+        for layer in layers(model):
+            layer.lora_A["default"].weight.div_(size)
+            layer.lora_B["default"].weight.mul_(size)
+    return model
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-4, 1e-7])
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"lora_alpha": 1024}], ids=["lora", "dora", "scaling 256"])
+def test_float32_adapters_over_float16_are_as_exact_as_pefts(config, size, adapted, example, same, calls):
+    """Which computes them in float32: the error of a float16 intermediate would be hundreds of times as large."""
+    model = float16_base(adapted(**config), size)
+    same(model, example(64, torch.float16), dtype=torch.float16)
+    assert calls == {"dora" if "use_dora" in config else "fused": 3}
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-4])
+def test_float16_autocast_over_float16_is_no_worse_than_pefts(size, adapted, example, same, calls):
+    same(float16_base(adapted(), size), example(64, torch.float16), autocast=torch.float16)
+    assert calls == {"fused": 3}
+
+
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
 def test_autocast(dtype, base, adapted, example, same, calls):
