@@ -218,6 +218,8 @@ def _ptr_refusal(config: PtrConfig, dtype: torch.dtype, r: int, chip: Chip) -> s
         return f"{chip.arch} has no cp.async; sm_80 and newer have"
     if r > rank_block(dtype):
         return f"r={r} is above {rank_block(dtype)}, one tile of ranks"
+    if r > 16 and dtype == torch.float16:
+        return f"r={r} is above 16: the float32 XA and B of float16 spill registers beside an accumulator"
     spared = r <= 16 or (chip.arch in ("sm_90", "sm_100") and not _ragged(r))  # wide matrix units read shared memory
     spared &= dtype.itemsize == 2 and low_rank_dtype(dtype) is dtype
     most = 128 * (256 if spared else 128)
@@ -283,7 +285,7 @@ def one_pass_config(M: int, dtype: torch.dtype, chip: Chip, dropout: bool, wide:
         return GemmConfig(rows, 64, 32, num_warps=8 if dropout and wide else 4, num_stages=3)
     step = 32 if dropout or chip.is_amd or not wide else 64
     rows = _rows(M, 32 if dropout and not wide else 64)
-    warps = 8 if rows == 64 and dtype == torch.float16 else 4  # whose float32 XA and A spill over 4
+    warps = 8 if rows >= 32 and dtype == torch.float16 else 4  # whose float32 XA and A spill over 4
     return GemmConfig(rows, 64, step, num_warps=warps, num_stages=3 if wide and not chip.is_amd else 2)
 
 
@@ -295,8 +297,9 @@ def shrink_config(M: int, dtype: torch.dtype, chip: Chip, r: int, dropout: bool,
     stages = 2 if dropout or chip.is_amd else 3
     if not wide:
         return ShrinkConfig(rows, 32, num_warps=8, num_stages=2)
-    long = not dropout and r <= 32 and rank_tile(r, dtype) <= rows  # 64 ranks at 128 columns spill
-    warps = 8 if dtype == torch.float16 and rank_tile(r, dtype) > 32 else 4  # float32 operands, which spill over 4
+    wide_low = dtype == torch.float16  # float32 operands: X's are twice as many registers, and A's
+    long = not dropout and not wide_low and r <= 32 and rank_tile(r, dtype) <= rows  # 64 ranks at 128 columns spill
+    warps = 8 if wide_low and r > 32 else 4
     return ShrinkConfig(rows, 128 if long else 64, num_warps=warps, num_stages=stages)
 
 
