@@ -91,7 +91,7 @@ def expand_add_(dX: Tensor, dYB: Tensor, A: Tensor, drop: Dropout | None, config
 
 def add_update_(Y: Tensor, XA: Tensor, B: Tensor, chip: Chip) -> Tensor:
     """Y (M, N) += XA B^T in place, for a Y just made by the caller, XA (M, r) and B (N, r); one launch, M > 0."""
-    return expand_add_(Y, XA, B.t(), None, expand_config(*Y.shape, Y.dtype, chip, wide_loads(Y)))
+    return expand_add_(Y, XA, B.t(), None, expand_config(Y.shape[0], Y.shape[1], Y.dtype, chip, wide_loads(Y)))
 
 
 def library_low_rank(dtype: torch.dtype, drop: Dropout | None) -> bool:

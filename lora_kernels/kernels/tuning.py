@@ -130,8 +130,11 @@ Config = GemmConfig | ShrinkConfig | SplitConfig | TmaConfig | TmaDxConfig | Ptr
 
 
 def rank_block(dtype: torch.dtype) -> int:
-    """The most ranks one tile holds; larger ranks are walked in blocks. fp32 dots unroll on scalar units: few."""
-    return 16 if dtype == torch.float32 else RANK_BLOCK
+    """The most ranks one tile holds; larger ranks are walked in blocks. fp32 dots unroll on scalar units: few.
+
+    float16 has as few: its low-rank operands are float32, in three parts each, and 32 ranks spill on sm_80.
+    """
+    return RANK_BLOCK if dtype == torch.bfloat16 else 16
 
 
 def rank_tile(r: int, dtype: torch.dtype) -> int:
@@ -218,8 +221,6 @@ def _ptr_refusal(config: PtrConfig, dtype: torch.dtype, r: int, chip: Chip) -> s
         return f"{chip.arch} has no cp.async; sm_80 and newer have"
     if r > rank_block(dtype):
         return f"r={r} is above {rank_block(dtype)}, one tile of ranks"
-    if r > 16 and dtype == torch.float16:
-        return f"r={r} is above 16: the float32 XA and B of float16 spill registers beside an accumulator"
     spared = r <= 16 or (chip.arch in ("sm_90", "sm_100") and not _ragged(r))  # wide matrix units read shared memory
     spared &= dtype.itemsize == 2 and low_rank_dtype(dtype) is dtype
     most = 128 * (256 if spared else 128)
@@ -299,8 +300,7 @@ def shrink_config(M: int, dtype: torch.dtype, chip: Chip, r: int, dropout: bool,
         return ShrinkConfig(rows, 32, num_warps=8, num_stages=2)
     wide_low = dtype == torch.float16  # float32 operands: X's are twice as many registers, and A's
     long = not dropout and not wide_low and r <= 32 and rank_tile(r, dtype) <= rows  # 64 ranks at 128 columns spill
-    warps = 8 if wide_low and r > 32 else 4
-    return ShrinkConfig(rows, 128 if long else 64, num_warps=warps, num_stages=stages)
+    return ShrinkConfig(rows, 128 if long else 64, num_warps=4, num_stages=stages)
 
 
 def split_config(M: int, dtype: torch.dtype, chip: Chip, r: int) -> SplitConfig:
@@ -309,7 +309,7 @@ def split_config(M: int, dtype: torch.dtype, chip: Chip, r: int) -> SplitConfig:
     if dtype == torch.float32:
         return SplitConfig(32, 32, span, num_warps=4, num_stages=1)
     if dtype == torch.float16:  # its dots take float32 tiles, in three parts: half the rows, or they spill
-        return SplitConfig(32, 64 if r <= 32 else 32, span, num_warps=4, num_stages=2)
+        return SplitConfig(32, 64, span, num_warps=4, num_stages=2)
     wide = 128 if r <= 32 and not chip.is_amd else 64
     return SplitConfig(
         64, wide, span, num_warps=4 if chip.is_amd else 8, num_stages=2

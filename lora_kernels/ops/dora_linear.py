@@ -110,13 +110,13 @@ def dora_linear_bwd(
         dX, dA, dB, _ = lora_linear_bwd(*operands, None, None, inner, backend)
         return dX, dA, dB, dm, dY.sum(0) if needs.bias else None
     inner = Needs(needs.X, needs.A, needs.B or needs.m, needs.bias)
-    operands = dY, X, W, A, B * g[:, None], XA, scaling
+    gB = B * g[:, None]
     if seed is None:
         kernels, chip = planner.triton_kernels(), planner.chip_for(X.device)
         dZ = scale_columns(dY, g) if needs.X else None
-        dX, dA, dgB, dbias = kernels.lora_linear_bwd(*operands, None, inner, "eager", chip, dZ=dZ)
+        dX, dA, dgB, dbias = kernels.lora_linear_bwd(dY, X, W, A, gB, XA, scaling, None, inner, "eager", chip, dZ=dZ)
     else:
-        dX, dA, dgB, dbias = lora_linear_bwd(*operands, p, seed, keep, inner, backend)
+        dX, dA, dgB, dbias = lora_linear_bwd(dY, X, W, A, gB, XA, scaling, p, seed, keep, inner, backend)
     if needs.m and Z is not None and dgB is not None:
         dm = column_dots(dY, Z).add_((dgB * B).sum(1)).div_(norm).to(m.dtype)
     dB = (dgB * g[:, None]).to(B.dtype) if needs.B and dgB is not None else None

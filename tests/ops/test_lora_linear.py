@@ -16,8 +16,9 @@ def fwd_args(dtype, device, backend, p=0.0):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("p", [0.0, 0.5])
-def test_opcheck_forward(backend, p, device):
-    args = fwd_args(torch.float32, device, backend, p)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_opcheck_forward(dtype, backend, p, device):
+    args = fwd_args(dtype, device, backend, p)
     torch.library.opcheck(torch.ops.lora_kernels.lora_linear_fwd.default, args)
 
 

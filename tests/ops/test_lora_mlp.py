@@ -9,16 +9,17 @@ from lora_kernels.testing.stacked import make_mlp
 BACKENDS = ["reference", "triton:shrink_extend"]
 
 
-def operands(device, p=0.0):
-    problems = make_mlp(6, 14, 20, 12, (3, 2, 4), torch.float32, device, adjacent=True, dropout_p=p)
+def operands(device, p=0.0, dtype=torch.float32):
+    problems = make_mlp(6, 14, 20, 12, (3, 2, 4), dtype, device, adjacent=True, dropout_p=p)
     parts = zip(*((q.W, q.A, q.B, q.bias, q.scaling) for q in problems), strict=True)
     return problems[0].X, *map(list, parts), p, torch.stack((problems[0].seed, problems[0].seed + 1)) if p else None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("p", [0.0, 0.5])
-def test_opcheck_forward(backend, p, device):
-    args = (*operands(device, p), backend, p > 0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_opcheck_forward(dtype, backend, p, device):
+    args = (*operands(device, p, dtype), backend, p > 0)
     torch.library.opcheck(torch.ops.lora_kernels.lora_mlp_fwd.default, args)
 
 
