@@ -138,8 +138,8 @@ def lora_conv(
     Args:
         X: (M, C, *in), float64, float32, float16 or bfloat16; any strides (channels last stays so), any M.
         W: (N, C/groups, *k) frozen, in X's dtype.
-        A: (r, C, *k), B: (N, r/groups, *1): any float dtype, rounded to X's; r divisible by groups. A's convolution has
-            the base's stride, padding and dilation, and one group: PEFT's layout.
+        A: (r, C, *k), B: (N, r/groups, *1): any float dtype, rounded to X's (to float32 for float16); r divisible by
+            groups. A's convolution has the base's stride, padding and dilation, and one group: PEFT's layout.
         bias: (N,) in X's dtype, or None. lora_bias: (N,) in any float dtype, or None.
         scaling: lora_alpha / r, or lora_alpha / sqrt(r).
         dropout_p: probability that an element of A's input is zeroed while ``training``; the others grow by 1/(1-p).

@@ -116,7 +116,7 @@ def lora_linear(
     Args:
         X: (..., K), float64 (reference only), float32, float16 or bfloat16; any strides, any number of rows.
         W: (N, K) frozen, in X's dtype.
-        A: (r, K), any float dtype; r from 1 up.
+        A: (r, K), any float dtype, rounded to X's (to float32 for float16), as B is; r from 1 up.
         B: (N, r), any float dtype.
         bias: (N,) in X's dtype, or None.
         scaling: lora_alpha / r, or lora_alpha / sqrt(r); a run-time value, nothing is compiled for it.
