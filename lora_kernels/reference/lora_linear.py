@@ -10,6 +10,7 @@
 
 D is the 0/1 keep mask of inverted dropout on the adapter's input, s the scaling. s enters twice only, into XA and into
 dYB, before they are rounded: no product is rounded once more for it, and no other term needs it.
+XA and dYB are in low_rank_dtype(X.dtype), to which A and B are converted: float32 for float16, else X's own.
 Source: Hu et al., LoRA, arXiv 2106.09685, equation 3.
 """
 
@@ -19,7 +20,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lora_kernels.reference.products import linear, mm, scaled_mm
+from lora_kernels.dtypes import low_rank_dtype
+from lora_kernels.reference.products import add_low_rank_, linear, mm, scaled_mm, wide_mm
 
 
 class Needs(NamedTuple):
@@ -55,15 +57,15 @@ def lora_linear_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Y (M, N) and XA (M, r) for X (M, K), W (N, K), A (r, K), B (N, r), bias (N,) and keep (M, K) or None.
 
-    A and B may have another float dtype than X: they are rounded to X's, as under autocast.
+    A and B may have another float dtype than X: they are rounded to low_rank_dtype(X.dtype), XA's.
     """
-    dtype, XD = X.dtype, X
+    dtype, XD = low_rank_dtype(X.dtype), X
     A = A if A.dtype is dtype else A.to(dtype)
     B = B if B.dtype is dtype else B.to(dtype)
     if keep is not None:  # a product with bool takes three times as long on a CPU
         XD, scaling = X * _as(keep, X), scaling * _inv_keep(keep, p)
     XA = scaled_mm(XD, A.t(), scaling)
-    return linear(X, W, bias).addmm_(XA, B.t()), XA
+    return add_low_rank_(linear(X, W, bias), XA, B.t()), XA
 
 
 def lora_linear_bwd(
@@ -83,7 +85,7 @@ def lora_linear_bwd(
     dX = dA = dB = dbias = None
     D = None if keep is None else _as(keep, X)
     if needs.X or needs.A:
-        dYB = scaled_mm(dY, _as(B, X), scaling, XA)
+        dYB = scaled_mm(dY, _as(B, XA), scaling, XA)
         if needs.A:
             XD = X if D is None else X * D
             dA = _as(scaled_mm(dYB.t(), XD, _inv_keep(keep, p), A), A)
@@ -91,9 +93,9 @@ def lora_linear_bwd(
         if needs.X:
             dX = mm(dY, W)
             if D is None:
-                dX.addmm_(dYB, _as(A, X))
+                add_low_rank_(dX, dYB, _as(A, XA))
             else:
-                dX.addcmul_(dYB @ _as(A, X), D, value=_inv_keep(keep, p))
+                dX.addcmul_(wide_mm(dYB, _as(A, XA)), D, value=_inv_keep(keep, p))
     if needs.B:
         dB = _as(mm(dY.t(), XA), B)
     if needs.bias:

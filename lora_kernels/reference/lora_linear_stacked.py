@@ -20,8 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.reference.lora_linear import _as, _inv_keep
-from lora_kernels.reference.products import add_mm_, linear, mm, scaled_mm
+from lora_kernels.reference.products import add_low_rank_, add_mm_, linear, mm, scaled_mm, wide_mm
 
 
 class StackedNeeds(NamedTuple):
@@ -41,13 +42,16 @@ def columns(T: Tensor, ranks: Sequence[int]) -> tuple[Tensor, ...]:
 def _down(
     P: Sequence[Tensor], Q: Sequence[Tensor], factors: Sequence[float], shared: Tensor | None = None
 ) -> tuple[Tensor, list[int]]:
-    """[f_0 P_0 Q_0, f_1 P_1 Q_1, ...] side by side, each scaled before it is rounded; and the widths of the blocks."""
+    """[f_0 P_0 Q_0, f_1 P_1 Q_1, ...] side by side, each scaled before it is rounded; and the widths of the blocks.
+
+    In the Q's dtype, which is the P's or a wider one.
+    """
     widths = [q.shape[1] for q in Q]
     if shared is not None and len(set(factors)) == 1:  # one product over the stacked Q
         return scaled_mm(shared, Q[0] if len(Q) == 1 else torch.cat(list(Q), 1), factors[0]), widths
-    out = P[0].new_empty(P[0].shape[0], sum(widths))
+    out = P[0].new_empty(P[0].shape[0], sum(widths), dtype=Q[0].dtype)
     for part, p, q, factor in zip(columns(out, widths), P, Q, factors, strict=True):
-        torch.addmm(part, p, q, beta=0, alpha=factor, out=part)
+        torch.addmm(part, _as(p, q), q, beta=0, alpha=factor, out=part)
     return out, widths
 
 
@@ -63,11 +67,12 @@ def lora_linear_stacked_fwd(
 ) -> tuple[list[Tensor], Tensor]:
     """Y_p (M, N_p) each and XA (M, R) for X (M, K), W_p (N_p, K), A_p (r_p, K), B_p (N_p, r_p), keep (M, K) or None."""
     XD = X if keep is None else X * _as(keep, X)
-    down = [_as(a, X).t() for a in A]
+    dtype = low_rank_dtype(X.dtype)
+    down = [(a if a.dtype is dtype else a.to(dtype)).t() for a in A]
     XA, ranks = _down([XD] * len(A), down, [s * _inv_keep(keep, p) for s in scaling], shared=XD)
     Y = []
     for w, b, up, xa in zip(W, bias, B, columns(XA, ranks), strict=True):
-        Y.append(linear(X, w, b).addmm_(xa, _as(up, X).t()))
+        Y.append(add_low_rank_(linear(X, w, b), xa, _as(up, xa).t()))
     return Y, XA
 
 
@@ -90,16 +95,16 @@ def lora_linear_stacked_bwd(
     dX = dA = None
     D = None if keep is None else _as(keep, X)
     if needs.X or needs.A:
-        dYB, _ = _down(dY, [_as(b, X) for b in B], scaling)
+        dYB, _ = _down(dY, [_as(b, xa) for b, xa in zip(B, XA, strict=True)], scaling)
         if needs.X:
-            A_all = _as(A[0] if len(A) == 1 else torch.cat(list(A)), X)
+            A_all = _as(A[0] if len(A) == 1 else torch.cat(list(A)), dYB)
             dX = mm(dY[0], W[0])
             for dy, w in zip(dY[1:], W[1:], strict=True):
                 add_mm_(dX, dy, w)
             if D is None:
-                dX.addmm_(dYB, A_all)
+                add_low_rank_(dX, dYB, A_all)
             else:
-                dX.addcmul_(dYB @ A_all, D, value=_inv_keep(keep, p))
+                dX.addcmul_(wide_mm(dYB, A_all), D, value=_inv_keep(keep, p))
         if needs.A:
             XD = X if D is None else X * D
             dA = _as(scaled_mm(dYB.t(), XD, _inv_keep(keep, p)), A[0])

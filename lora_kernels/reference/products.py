@@ -1,13 +1,16 @@
 """Matrix products of the reference path, by the faster of the two libraries that PyTorch has for float32 on a CPU.
 
     linear(X, W, bias) = X W^T + bias        mm(P, Q) = P Q
-    scaled_mm(P, Q, f) = f P Q               add_mm_(Y, P, Q): Y += P Q
+    scaled_mm(P, Q, f) = f P Q               add_mm_(Y, P, Q), add_low_rank_(Y, P, Q): Y += P Q
 
 ``F.linear`` and ``@`` take MKL for float32, which leaves a tenth to a fifth of an AMD core's rate unused (Zen 4, two
 threads, 512 x 768 x 3072: 15.2 ms, oneDNN 12.2; XA 0.28, 0.23; dY^T XA 0.91, 0.45). torch.compile's CPU backend calls
 oneDNN by an operator of its own, which is called here where it was measured to win: products that are large enough on
 AMD processors with AVX-512. Everything else, other dtypes, devices and layouts, are PyTorch's usual operators.
 docs/lora_linear.md has the figures; ``LORA_KERNELS_CPU_GEMM`` = auto, torch or onednn decides otherwise.
+
+Operands of two dtypes are multiplied in the wider one, as float32 A and B of a float16 layer are. Such products are
+written in place: autocast narrows the operands of all others to 16 bit.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from lora_kernels.errors import ConfigError
 
 SWITCH = "LORA_KERNELS_CPU_GEMM"
 CHOICES = ("auto", "torch", "onednn")
+CHUNK = 1 << 17  # elements of a 16-bit Y whose wide update exists at a time
 MULTIPLICATIONS = 1 << 22  # from which oneDNN gains more than its 12 us a call and its 0.5 ms a new shape
 _CPUINFO = Path("/proc/cpuinfo")
 
@@ -98,8 +102,20 @@ def linear(X: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(X, W, bias)
 
 
+def wide_mm(P: Tensor, Q: Tensor, factor: float = 1.0) -> Tensor:
+    """factor * P Q in the wider dtype of the two, under autocast as well."""
+    dtype = torch.promote_types(P.dtype, Q.dtype)
+    P, Q = P.to(dtype), Q.to(dtype)
+    if _takes(P, Q, Q.size(1)):
+        product = mm(P, Q)
+        return product if factor == 1.0 else product.mul_(factor)
+    return P.new_empty(P.shape[0], Q.shape[1]).addmm_(P, Q, beta=0, alpha=factor)
+
+
 def mm(P: Tensor, Q: Tensor) -> Tensor:
     """P Q (m, n) for P (m, k), Q (k, n)."""
+    if P.dtype is not Q.dtype:
+        return wide_mm(P, Q)
     if _takes(P, Q, Q.size(1)):  # oneDNN copies a first operand that is not contiguous: let it be the small one
         small = P.size(0) <= Q.size(1)
         if (small or P.is_contiguous()) and _dense(Q):
@@ -114,11 +130,28 @@ def add_mm_(Y: Tensor, P: Tensor, Q: Tensor) -> Tensor:
     return Y.add_(mm(P, Q)) if _takes(P, Q, Q.size(1)) else Y.addmm_(P, Q)
 
 
+def add_low_rank_(Y: Tensor, P: Tensor, Q: Tensor) -> Tensor:
+    """Y += P Q in place for P (M, r), Q (r, N), rounded to Y's dtype once where P and Q have a wider one.
+
+    A CPU adds so many rows at a time that the wide product stays in its cache.
+    """
+    if P.dtype is Y.dtype:
+        return Y.addmm_(P, Q)
+    if Y.device.type != "cpu" or torch.compiler.is_compiling() or Y.numel() <= CHUNK:
+        return Y.add_(wide_mm(P, Q))
+    rows = max(1, CHUNK // Y.shape[1])
+    for y, p in zip(Y.split(rows), P.split(rows), strict=True):
+        y.add_(wide_mm(p, Q))
+    return Y
+
+
 def scaled_mm(P: Tensor, Q: Tensor, factor: float, like: Tensor | None = None) -> Tensor:
     """factor * P Q with the factor applied before rounding to 16 bit, in one matrix product.
 
     ``like``: any tensor of the result's shape and dtype. addmm wants one, and reads nothing of it at beta=0.
     """
+    if P.dtype is not Q.dtype:
+        return wide_mm(P, Q, factor)
     if factor == 1.0:
         return mm(P, Q)
     if _takes(P, Q, Q.size(1)):

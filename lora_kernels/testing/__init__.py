@@ -6,8 +6,10 @@ imported by name; the rest needs PyTorch alone.
 
 from lora_kernels.testing.poison import poison
 from lora_kernels.testing.problems import (
+    MAGNITUDES,
     REGIMES,
     FuzzCase,
+    Magnitudes,
     Problem,
     Regime,
     Results,
@@ -19,8 +21,10 @@ from lora_kernels.testing.problems import (
 from lora_kernels.testing.rule import Pool, Verdict, assert_close, within_rule
 
 __all__ = [
+    "MAGNITUDES",
     "REGIMES",
     "FuzzCase",
+    "Magnitudes",
     "Pool",
     "Problem",
     "Regime",

@@ -1,7 +1,8 @@
 """Inputs shared by tests and benchmarks, with fp64 truth and plain PyTorch's answer for each.
 
 The LoRA term of a problem is as large as its base term. With B near zero, as after PEFT's initialisation, every
-tolerance accepts a kernel that does no LoRA at all.
+tolerance accepts a kernel that does no LoRA at all. MAGNITUDES are what 16-bit intermediates cannot hold: there the
+gradients, which are as relatively exact for a small B as for any, are what shows an error.
 """
 
 import random
@@ -51,6 +52,31 @@ class Results:
     dbias: Tensor | None
 
 
+class Magnitudes(NamedTuple):
+    """Sizes of a problem's operands: the RMS of A, B and dY, None for the usual one, and the scaling.
+
+    ``wide``: only for float32 adapters, since A or gradients leave the range of float16.
+    """
+
+    name: str
+    scaling: float = 1.7
+    A: float | None = None
+    B: float | None = None
+    dY: float | None = None
+    wide: bool = False
+
+
+MAGNITUDES = (
+    Magnitudes("small-B", B=1e-4),
+    Magnitudes("tiny-B", B=1e-5),
+    Magnitudes("tinier-B", B=1e-7, wide=True),
+    Magnitudes("large-scaling", scaling=256.0),
+    Magnitudes("small-dY", dY=1e-6),
+    Magnitudes("large-dY", scaling=256.0, dY=2e3, wide=True),
+    Magnitudes("large-A", A=3e5, wide=True),
+)
+
+
 def make_problem(
     M: int,
     N: int,
@@ -65,6 +91,7 @@ def make_problem(
     seed: int = 0,
     lora_scale: float = 1.0,
     scaling: float = 1.7,
+    magnitudes: Magnitudes | None = None,
 ) -> Problem:
     """Draws a problem; the same arguments give the same values on every device.
 
@@ -74,18 +101,22 @@ def make_problem(
             element (bias, dY); gaps hold NaN.
         lora_scale: RMS of the LoRA term over that of the base term.
         scaling: lora_alpha / r. The default is no power of two and not exact in 16 bits, so rounding it shows.
+        magnitudes: sizes of A, B and dY and the scaling, in place of ``scaling``. A given B makes the LoRA term as
+            small as it is, without one B is as small as a large A or scaling wants it.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, std: float = 1.0) -> Tensor:
         return torch.randn(*shape, generator=generator) * std
 
-    X, W, dY = normal(M, K), normal(N, K, std=K**-0.5), normal(M, N)
-    A, B = normal(r, K, std=K**-0.5), normal(N, r, std=r**-0.5)
+    sizes = magnitudes or Magnitudes("usual", scaling)
+    scaling = sizes.scaling
+    X, W, dY = normal(M, K), normal(N, K, std=K**-0.5), normal(M, N, std=sizes.dY or 1.0)
+    A, B = normal(r, K, std=sizes.A or K**-0.5), normal(N, r, std=sizes.B or r**-0.5)
     bias_values = normal(N) if bias else None
     rows = X[:_SAMPLED_ROWS]
     base_term, lora_term = (rows @ W.T).square().mean(), (scaling * (rows @ A.T) @ B.T).square().mean()
-    if lora_term > 0:  # not so for M = 0, or for a scaling of 0
+    if lora_term > 0 and sizes.B is None:  # not so for M = 0, or for a scaling of 0
         B *= lora_scale * (base_term / lora_term).sqrt()
 
     def place(values: Tensor, dtype: torch.dtype, layout: str) -> Tensor:
@@ -124,8 +155,17 @@ def truth(problem: Problem, keep: Tensor | None = None) -> Results:
 
 
 def plain(problem: Problem, keep: Tensor | None = None) -> Results:
-    """What plain PyTorch gives in the problem's own dtype, as PEFT computes it: A and B are cast to X's dtype."""
+    """What plain PyTorch gives in the problem's own dtype.
+
+    A and B are cast to X's dtype, as PEFT computes it under autocast; but float32 ones of a float16 X are not, and X
+    is cast for them, as PEFT computes it without autocast. In bfloat16, which has float32's range, both are as good.
+    """
     return _differentiate(problem, keep, problem.X.dtype)
+
+
+def lora_dtype(dtype: torch.dtype, adapter_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of plain's LoRA term for X in ``dtype``: its own, but float32 for float32 adapters over float16."""
+    return adapter_dtype if dtype == torch.float16 and adapter_dtype == torch.float32 else dtype
 
 
 def _differentiate(problem: Problem, keep: Tensor | None, dtype: torch.dtype) -> Results:
@@ -138,7 +178,9 @@ def _differentiate(problem: Problem, keep: Tensor | None, dtype: torch.dtype) ->
     bias = None if problem.bias is None else leaf(problem.bias, dtype)
     dropped = X if keep is None else torch.where(keep, X * (1 / (1 - problem.p)), 0)
     base_term = F.linear(X, problem.W.detach().to(dtype), bias)
-    Y = base_term + problem.scaling * F.linear(F.linear(dropped, A.to(dtype)), B.to(dtype))
+    branch = lora_dtype(dtype, adapters_in)
+    low = F.linear(F.linear(dropped.to(branch), A.to(branch)), B.to(branch))
+    Y = (base_term + problem.scaling * low).to(dtype)
     Y.backward(problem.dY.to(dtype))
     gradients = [leaf.grad if leaf is not None else None for leaf in (X, A, B, bias)]
     return Results(Y.detach(), *gradients)  # type: ignore[arg-type]  # a leaf's gradient is set by backward

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_kernels.testing.problems import Problem, Results, make_problem, plain, truth
+from lora_kernels.testing.problems import Magnitudes, Problem, Results, lora_dtype, make_problem, plain, truth
 
 
 def make_stacked(
@@ -29,6 +29,7 @@ def make_stacked(
     adapter_dtype: torch.dtype | None = None,
     strided: bool = False,
     seed: int = 0,
+    magnitudes: Magnitudes | None = None,
 ) -> list[Problem]:
     """One Problem a projection, all with the same X, dropout and seed.
 
@@ -42,6 +43,7 @@ def make_stacked(
             M, N, K, r, dtype, device,
             bias=p != 1 if biases is None else biases[p], dropout_p=dropout_p, adapter_dtype=adapter_dtype,
             strided=strided, seed=seed + 100 * p, scaling=1.7 if scalings is None else scalings[p],
+            magnitudes=magnitudes,
         )  # fmt: skip
         problems.append(q if p == 0 else replace(q, X=problems[0].X, seed=problems[0].seed))
     if adjacent:
@@ -98,15 +100,17 @@ def make_mlp(
     adapter_dtype: torch.dtype | None = None,
     adjacent: bool = False,
     seed: int = 0,
+    magnitudes: Magnitudes | None = None,
 ) -> list[Problem]:
     """Problems of gate, up (F, K) and down (N, F); X and dY of the block are the first's X and the last's dY."""
     down = make_problem(
         M, N, F, ranks[2], dtype, device,
-        dropout_p=dropout_p, adapter_dtype=adapter_dtype, seed=seed + 200, scaling=1.3,
+        dropout_p=dropout_p, adapter_dtype=adapter_dtype, seed=seed + 200, scaling=1.3, magnitudes=magnitudes,
     )  # fmt: skip
     first = make_stacked(
         M, K, (F, F), ranks[:2], dtype, device,
         scalings=(1.7, 0.8), adjacent=adjacent, dropout_p=dropout_p, adapter_dtype=adapter_dtype, seed=seed,
+        magnitudes=magnitudes,
     )  # fmt: skip
     return [*first, down]
 
@@ -132,6 +136,7 @@ def _block(
         return values.detach().to(dtype, copy=True).requires_grad_()
 
     adapters_in = torch.float64 if dtype == torch.float64 else problems[0].A.dtype
+    branch = lora_dtype(dtype, adapters_in)
     leaves = {"X": leaf(problems[0].X, dtype)}
     for i, q in enumerate(problems):
         leaves |= {f"A{i}": leaf(q.A, adapters_in), f"B{i}": leaf(q.B, adapters_in)}
@@ -141,8 +146,8 @@ def _block(
     def layer(i: int, X: Tensor, keep: Tensor | None) -> Tensor:
         q = problems[i]
         dropped = X if keep is None else torch.where(keep, X * (1 / (1 - q.p)), 0)
-        low = linear(linear(dropped, leaves[f"A{i}"].to(dtype)), leaves[f"B{i}"].to(dtype))
-        return linear(X, q.W.detach().to(dtype), leaves.get(f"bias{i}")) + q.scaling * low
+        low = linear(linear(dropped.to(branch), leaves[f"A{i}"].to(branch)), leaves[f"B{i}"].to(branch))
+        return (linear(X, q.W.detach().to(dtype), leaves.get(f"bias{i}")) + q.scaling * low).to(dtype)
 
     linear = torch.nn.functional.linear
     X = leaves["X"]

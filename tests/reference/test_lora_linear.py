@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lora_kernels.reference import Needs, lora_linear_bwd, lora_linear_fwd
-from lora_kernels.testing import assert_close, make_problem, plain, truth
+from lora_kernels.testing import MAGNITUDES, assert_close, make_problem, plain, truth
 
 ALL = Needs(True, True, True, True)
 
@@ -34,6 +34,18 @@ def test_error_rule(dtype, adapter_dtype):
     names = ("Y", "dX", "dA", "dB", "dbias")
     for name, got in zip(names, run(problem, None), strict=True):
         assert_close(got, getattr(expected, name), getattr(true, name), what=name, dtype=dtype)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("sizes", MAGNITUDES, ids=lambda sizes: sizes.name)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sizes_beyond_16_bit_intermediates(dtype, sizes, p):
+    for adapter_dtype in (torch.float32,) if sizes.wide else (torch.float32, dtype):
+        q = make_problem(96, 80, 112, 16, dtype, adapter_dtype=adapter_dtype, magnitudes=sizes, dropout_p=p)
+        keep = torch.rand(96, 112, generator=torch.Generator().manual_seed(1)) >= p if p else None
+        expected, true = plain(q, keep), truth(q, keep)
+        for name, got in zip(("Y", "dX", "dA", "dB", "dbias"), run(q, keep), strict=True):
+            assert_close(got, getattr(expected, name), getattr(true, name), what=name, dtype=dtype)
 
 
 def test_makes_only_what_is_needed():
