@@ -26,9 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.kernels.common import precision_of
 from lora_kernels.kernels.decode_workspace import workspace_of
-from lora_kernels.kernels.multi_shrink import load_ids, slot_rows
+from lora_kernels.kernels.multi_shrink import in_one_dtype, load_ids, low_rank_precision, slot_rows
 from lora_kernels.kernels.tuning import SHRINK_K, SHRINK_RANKS, DecodeConfig
 from lora_kernels.slots import Slots
 
@@ -56,7 +55,7 @@ def span_product(
     BLOCK_K: tl.constexpr,
     EVICT: tl.constexpr,
 ):
-    """acc (BLOCK_M, BLOCK_N) + P Q^T over columns first .. last of P (M, K), Q (N, K), any strides, in P's dtype."""
+    """acc (BLOCK_M, BLOCK_N) + P Q^T over columns first .. last of P (M, K), Q (N, K), any strides and float dtypes."""
     offs_k = tl.arange(0, BLOCK_K)
     from_p = tl.cast(first, tl.int64) * stride_pk
     from_q = tl.cast(first, tl.int64) * stride_qk
@@ -72,7 +71,8 @@ def span_product(
             mask_k = offs_k < last - k
             p = tl.load(p_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0, eviction_policy=EVICT)
             q = tl.load(q_ptrs, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
-        acc = tl.dot(p, q.to(p.dtype), acc, input_precision=PRECISION)
+        p, q = in_one_dtype(p, q)
+        acc = tl.dot(p, q, acc, input_precision=PRECISION)
         p_ptrs += step_p
         q_ptrs += step_q
     return acc
@@ -368,7 +368,7 @@ def multi_decode(
         adapter_programs=sizes.adapter_programs,
         HAS_BIAS=bias is not None,
         EVEN_K=K % config.BLOCK_K == 0,
-        PRECISION=precision_of(dtype),
+        PRECISION=low_rank_precision(dtype),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,

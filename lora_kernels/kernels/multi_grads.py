@@ -7,6 +7,7 @@ multi_rows   the rows of every slot, in their order in the batch: one launch, on
 multi_grads  both sums from those lists: a program gathers a slot's rows, whatever lies between them, and sums a span of
              them in fp32. One span a slot is written at once; several are partials that a second launch adds in order.
 
+dYB and XA are as multi_shrink.py leaves them: float32 where X and dY are float16, which are widened for the dots.
 The same bits in every run. A row's X and dY reach its own slot's sums only. Rows of slots no token uses stay zero.
 """
 
@@ -19,8 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.kernels.common import precision_of
-from lora_kernels.kernels.multi_shrink import slot_rows
+from lora_kernels.kernels.multi_shrink import in_one_dtype, low_rank_precision, slot_rows
 from lora_kernels.kernels.tuning import SplitConfig, rank_tile
 from lora_kernels.slots import Slots
 
@@ -96,6 +96,7 @@ def _span_sum(
         else:
             p = tl.load(p_ptrs, mask=mask_i[:, None] & mask_c[None, :], other=0.0)
         s = tl.load(s_ptrs, mask=mask_i[:, None] & (offs_r < max_rank)[None, :], other=0.0)
+        p, s = in_one_dtype(p, s)
         acc = tl.dot(tl.trans(p), s, acc, input_precision=PRECISION)
     out_rows = (start + offs_r)[None, :].to(tl.int64) * stride_or
     out_ptrs = out_ptr + out_rows + offs_c[:, None].to(tl.int64) * stride_oc
@@ -298,7 +299,7 @@ def multi_grads(
         **made,
         EVEN_K=K % config.BLOCK_N == 0,
         EVEN_N=N % config.BLOCK_N == 0,
-        PRECISION=precision_of(X.dtype),
+        PRECISION=low_rank_precision(X.dtype),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_R=BLOCK_R,
