@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.kernels.decode_workspace import workspace_of
-from lora_kernels.kernels.multi_shrink import in_one_dtype, load_ids, low_rank_precision, slot_rows
+from lora_kernels.kernels.multi_shrink import load_ids, low_rank_dot, low_rank_precision, slot_rows
 from lora_kernels.kernels.tuning import SHRINK_K, SHRINK_RANKS, DecodeConfig
 from lora_kernels.slots import Slots
 
@@ -71,8 +71,7 @@ def span_product(
             mask_k = offs_k < last - k
             p = tl.load(p_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0, eviction_policy=EVICT)
             q = tl.load(q_ptrs, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
-        p, q = in_one_dtype(p, q)
-        acc = tl.dot(p, q, acc, input_precision=PRECISION)
+        acc = low_rank_dot(p, q, acc, PRECISION)
         p_ptrs += step_p
         q_ptrs += step_q
     return acc
@@ -275,7 +274,7 @@ def _multi_decode_kernel(
                 b_ptrs = B_ptr + offs_n[None, :].to(tl.int64) * stride_bn + b_rows
                 xa = tl.load(XA_ptr + s_rows + first_rank, mask=mine[:, None] & mask_r[None, :], other=0.0)
                 b = tl.load(b_ptrs, mask=(offs_n < N)[None, :] & mask_r[:, None], other=0.0)
-                low = tl.where(mine[:, None], tl.dot(xa, b.to(xa.dtype), low, input_precision=PRECISION), low)
+                low = tl.where(mine[:, None], low_rank_dot(xa, b, low, PRECISION), low)
             planes = plane_of(planes_ptr, low_tile // LOWS, 0, BLOCK_M, BLOCK_N, SPLIT)
             if blocks > 0:
                 columns = low_tile % LOWS * LOW_N + offs_l

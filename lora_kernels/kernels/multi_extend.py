@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lora_kernels.kernels.common import accumulate, precision_of, tile_order
 from lora_kernels.kernels.multi_config import extend_rank_tile
-from lora_kernels.kernels.multi_shrink import load_ids, low_rank_precision, next_slot, slot_rows
+from lora_kernels.kernels.multi_shrink import load_ids, low_rank_dot, low_rank_precision, next_slot, slot_rows
 from lora_kernels.kernels.tuning import GemmConfig
 from lora_kernels.slots import Slots
 
@@ -54,7 +54,7 @@ def multi_low_rank(
     own rows: one accumulator, where selecting a term of its own would take two (181 registers on sm_90 for 124).
     TF32 rounds to infinity from 3.402e38 on.
     """
-    LIMIT: tl.constexpr = 3.4e38 if PRECISION == "tf32" else float("inf")
+    LIMIT: tl.constexpr = float("inf") if PRECISION == "ieee" else 3.4e38
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     while slot < L:
         start, rank = slot_rows(starts_ptr, ranks_ptr, slot, R, max_rank)
@@ -68,7 +68,7 @@ def multi_low_rank(
             s = tl.load(s_ptrs, mask=mine[:, None] & (offs_r < max_rank)[None, :], other=0.0)
             t = tl.load(t_ptrs, mask=mask_n[None, :] & (offs_r < rank)[:, None], other=0.0).to(s.dtype)
             finite = tl.abs(t.to(tl.float32)) < LIMIT
-            acc = tl.dot(s, tl.where(finite, t, 0.0).to(s.dtype), acc, input_precision=PRECISION)
+            acc = low_rank_dot(s, tl.where(finite, t, 0.0), acc, PRECISION)
             lost += tl.sum((finite == 0).to(tl.int32), axis=0)
         acc = tl.where(mine[:, None] & (lost > 0)[None, :], float("nan"), acc)
         slot = next_slot(ids, slot, L)

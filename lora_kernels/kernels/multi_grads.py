@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.kernels.multi_shrink import in_one_dtype, low_rank_precision, slot_rows
+from lora_kernels.kernels.multi_shrink import low_rank_dot, low_rank_precision, slot_rows
 from lora_kernels.kernels.tuning import SplitConfig, rank_tile
 from lora_kernels.slots import Slots
 
@@ -96,8 +96,7 @@ def _span_sum(
         else:
             p = tl.load(p_ptrs, mask=mask_i[:, None] & mask_c[None, :], other=0.0)
         s = tl.load(s_ptrs, mask=mask_i[:, None] & (offs_r < max_rank)[None, :], other=0.0)
-        p, s = in_one_dtype(p, s)
-        acc = tl.dot(tl.trans(p), s, acc, input_precision=PRECISION)
+        acc = low_rank_dot(tl.trans(p), s, acc, PRECISION)
     out_rows = (start + offs_r)[None, :].to(tl.int64) * stride_or
     out_ptrs = out_ptr + out_rows + offs_c[:, None].to(tl.int64) * stride_oc
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_c[:, None] & (offs_r < rank)[None, :])

@@ -3,8 +3,7 @@
     S[m, :r_l] = s_l P[m] Q_l^T,  l = ids[m]        P (M, C)  Q (R, C)  S (M, max_rank), zero elsewhere
     XA: P = X, Q = A        dYB: P = dY, Q = B^T by its strides
 
-S is in low_rank_dtype(P.dtype): float32 for float16, else P's own. A float16 P, exact in TF32, is multiplied with a
-float32 Q in TF32; any other Q is converted to P's dtype.
+S is in low_rank_dtype(P.dtype): float32 for float16, else P's own. low_rank_dot has how the two meet.
 
 A program makes a tile of rows and walks the slots that occur in it, the least first: the next one is a minimum over the
 tile's ids, so there is no list of slots on the host and nothing is sorted. A slot's turn loads its own rows of P and
@@ -18,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import is_hip
 
 from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.kernels.common import precision_of
@@ -26,17 +26,20 @@ from lora_kernels.slots import Slots
 
 
 def low_rank_precision(dtype: torch.dtype) -> str:
-    """Triton's input_precision for products with XA and dYB in a layer of ``dtype``: TF32 where float16 widens."""
-    return "tf32" if dtype is torch.float16 and torch.version.hip is None else precision_of(dtype)
+    """The PRECISION of low_rank_dot in a layer of ``dtype``."""
+    return "tf32x3" if dtype is torch.float16 else precision_of(dtype)
 
 
 @triton.jit
-def in_one_dtype(p, q):
-    """p and q as factors of a dot: q in p's dtype, but both in float32 where a float16 p meets a wider q."""
+def low_rank_dot(p, q, acc, PRECISION: tl.constexpr):
+    """acc + p q for q in p's dtype; both in float32 where a float16 p meets a wider q, which float16 cannot hold.
+
+    Such products are float32's in three TF32 ones, on AMD in one of float32.
+    """
+    EXACT: tl.constexpr = "ieee" if PRECISION == "tf32x3" and is_hip() else PRECISION
     if p.dtype == tl.float16 and q.dtype != tl.float16:
-        return p.to(tl.float32), q.to(tl.float32)
-    else:
-        return p, q.to(p.dtype)
+        p = p.to(tl.float32)
+    return tl.dot(p, q.to(p.dtype), acc, input_precision=EXACT)
 
 
 @triton.jit
@@ -115,8 +118,7 @@ def _multi_shrink_kernel(
                     mask_c = offs_c < C - k * BLOCK_K
                     p = tl.load(p_ptrs, mask=mine[:, None] & mask_c[None, :], other=0.0)
                     q = tl.load(q_ptrs, mask=mask_r[None, :] & mask_c[:, None], other=0.0)
-                p, q = in_one_dtype(p, q)
-                acc = tl.dot(p, q, acc, input_precision=PRECISION)
+                acc = low_rank_dot(p, q, acc, PRECISION)
                 p_ptrs += step_p
                 q_ptrs += step_q
             s = tl.where(mine[:, None], acc * tl.load(scalings_ptr + slot), s)
