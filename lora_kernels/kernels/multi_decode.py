@@ -228,6 +228,7 @@ def _multi_decode_kernel(
         blocks = tl.sum(counts, axis=0)
         spans = tl.cdiv(K, SHRINK_K)
         offs_r = tl.arange(0, BLOCK_R)
+        STEP: tl.constexpr = BLOCK_K // 2 if X_ptr.dtype.element_ty == tl.float16 else BLOCK_K  # widened: registers
         s_rows = offs_m[:, None].to(tl.int64) * stride_sm + offs_r[None, :]
         part_step = tl.cast(stride_sm, tl.int64) * BLOCK_M
         while task < blocks * spans:
@@ -240,7 +241,7 @@ def _multi_decode_kernel(
             s = span_product(
                 s, X_ptr, A_ptr, offs_m, row + offs_r, mine, offs_r < rank, span * SHRINK_K,
                 tl.minimum((span + 1) * SHRINK_K, K), stride_xm, stride_xk, stride_ar, stride_ak, EVEN_K, PRECISION,
-                BLOCK_K, "",
+                STEP, "",
             )  # fmt: skip
             part_ptrs = parts_ptr + s_rows + first_rank
             tl.store(part_ptrs + span * part_step, s, mask=mask_s)

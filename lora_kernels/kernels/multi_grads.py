@@ -20,8 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.kernels.multi_config import grads_rank_tile
 from lora_kernels.kernels.multi_shrink import low_rank_dot, low_rank_precision, slot_rows
-from lora_kernels.kernels.tuning import SplitConfig, rank_tile
+from lora_kernels.kernels.tuning import SplitConfig
 from lora_kernels.slots import Slots
 
 ROWS_BLOCK = 1024  # ids a step of multi_rows
@@ -273,7 +274,7 @@ def multi_grads(
     if spans > 1:
         sums = [None if o is None else o.new_empty(spans, *o.shape, dtype=torch.float32) for o in outputs]
     made = {"MAKE_DA": dA is not None, "MAKE_DB": dB is not None}
-    BLOCK_R = rank_tile(slots.max_rank, X.dtype)
+    BLOCK_R = grads_rank_tile(slots.max_rank, X.dtype)
     widths = [C for C, o in zip((K, N), outputs, strict=True) if o is not None]
     blocks = sum(triton.cdiv(C, config.BLOCK_N) for C in widths)
     sizes = {"K": K, "N": N, "R": R, "max_rank": slots.max_rank, "spans": spans}
