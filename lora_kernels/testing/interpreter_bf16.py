@@ -43,7 +43,7 @@ def ensure_exact() -> None:
         make_exact(tf32=False, strict=False)
     except AttributeError as error:
         raise BackendUnavailableError(
-            f"TRITON_INTERPRET=1 is set, and the interpreter of this Triton cannot be made exact in bfloat16 ({error}); "
+            f"TRITON_INTERPRET=1 is set, and this Triton's interpreter cannot be made exact in bfloat16 ({error}); "
             "install Triton 3.6 to 3.9, or use backend='reference'"
         ) from error
 
