@@ -19,7 +19,7 @@ from torch import Tensor
 from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.slots import Slots
 
-DTYPES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.bfloat16,)
 ROWS = 64  # of X, at most
 UPDATE_DTYPES = (torch.float32, torch.bfloat16)
 _PIECE = 16  # bytes that the kernel copies at once
@@ -63,8 +63,10 @@ def available() -> str | None:
 
 def refusal(dtype: torch.dtype, K: int) -> str | None:
     """Why no tensors of this dtype and this K are taken, or None."""
+    if dtype is torch.float16:
+        return "it keeps XA in 16 bits, and XA may leave float16's range; it takes bfloat16"
     if dtype not in DTYPES:
-        return f"it multiplies float16 and bfloat16 alone, X is {str(dtype).removeprefix('torch.')}"
+        return f"it multiplies bfloat16 alone, X is {str(dtype).removeprefix('torch.')}"
     if K % (_PIECE // dtype.itemsize) or K == 0:
         return f"K = {K}, and rows must be whole pieces of {_PIECE} bytes"
     return None
@@ -88,7 +90,7 @@ def unsuited(X: Tensor, W: Tensor, slots: Slots) -> str | None:
 def multi_lora_decode(X: Tensor, W: Tensor, slots: Slots, ids: Tensor, bias: Tensor | None) -> Tensor:
     """Y (M, N) for X (M, K), W (N, K), ids int32 (M,), bias (N,) or None, M <= 64, in one launch.
 
-    Everything in float16 or everything in bfloat16. B is read fastest as a pool holds it, a transposed (R, N). An id
+    Everything in bfloat16. B is read fastest as a pool holds it, a transposed (R, N). An id
     that names no slot, and a slot whose rows are not all in A, give their rows the base alone.
 
     Raises:

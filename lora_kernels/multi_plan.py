@@ -22,6 +22,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from lora_kernels import plan as planner
 from lora_kernels.cost import Plan, seconds
 from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.kernels.chip import Chip
@@ -38,7 +39,7 @@ CPP_ROWS = {torch.float32: 4096, torch.bfloat16: 1024}  # up to which it beats t
 @functools.cache
 def triton_kernels() -> ModuleType:
     """The Triton kernels of mixed batches; importing them imports Triton."""
-    return importlib.import_module("lora_kernels.kernels.multi_launchers")
+    return planner.triton_kernels("multi_launchers")
 
 
 @functools.cache

@@ -83,9 +83,11 @@ def triton_missing(device_type: str) -> str | None:
 
 
 @functools.cache
-def triton_kernels() -> ModuleType:
-    """The Triton kernels; the only place that imports them, and with them Triton."""
-    return importlib.import_module("lora_kernels.kernels.launchers")
+def triton_kernels(launchers: str = "launchers") -> ModuleType:
+    """The Triton kernels; the only place that imports them, and with them Triton. Interpreted, bfloat16 is exact."""
+    if _interpreted:
+        importlib.import_module("lora_kernels.testing.interpreter_bf16").ensure_exact()
+    return importlib.import_module(f"lora_kernels.kernels.{launchers}")
 
 
 def backend_status() -> dict[str, str | None]:

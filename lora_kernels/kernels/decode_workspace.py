@@ -9,9 +9,11 @@ import torch
 import triton
 from torch import Tensor
 
+from lora_kernels.dtypes import low_rank_dtype
+
 
 class Workspace(NamedTuple):
-    """int32 counters, zero between launches; fp32 planes of tiles; fp32 parts of XA; XA in X's dtype. All flat."""
+    """int32 counters, zero between launches; fp32 planes of tiles; fp32 parts of XA; XA in low_rank_dtype. All flat."""
 
     counters: Tensor
     planes: Tensor
@@ -59,6 +61,6 @@ def _spare_counters(n: int, device: torch.device) -> Tensor:
 
 
 def _scratch(sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    kinds = (torch.float32, torch.float32, dtype)
+    kinds = (torch.float32, torch.float32, low_rank_dtype(dtype))
     planes, parts, XA = (torch.empty(n, dtype=kind, device=device) for n, kind in zip(sizes[1:], kinds, strict=True))
     return planes, parts, XA

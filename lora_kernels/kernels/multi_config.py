@@ -23,21 +23,30 @@ from lora_kernels.kernels.tuning import (
 
 
 def extend_rank_tile(max_rank: int, dtype: torch.dtype) -> int:
-    """Ranks a step of multi_extend and multi_expand_add_: 64 spill on sm_100, and halve the blocks of sm_90."""
-    return min(32, rank_tile(max_rank, dtype))
+    """Ranks a step of multi_extend and multi_expand_add_: 64 spill on sm_100, and halve the blocks of sm_90.
+
+    Of float16, whose XA and B are float32 in three TF32 products, 32 spill on sm_80.
+    """
+    return min(16 if dtype == torch.float16 else 32, rank_tile(max_rank, dtype))
+
+
+def grads_rank_tile(max_rank: int, dtype: torch.dtype) -> int:
+    """Ranks a program of multi_grads: 64 of float16, in three TF32 products, spill on sm_80."""
+    return min(32 if dtype == torch.float16 else 64, rank_tile(max_rank, dtype))
 
 
 def multi_shrink_config(M: int, dtype: torch.dtype, chip: Chip, max_rank: int, wide: bool = True) -> ShrinkConfig:
     """Tiles of multi_shrink: those of the pass for one adapter, but at most 32 rows, which hold fewer slots to walk.
 
-    64 rows spill on sm_80, 86, 89 and 120; 32 rows with 64 ranks on four warps on sm_100; eight warps for 16 on sm_90.
+    64 rows spill on sm_80, 86, 89 and 120; 32 rows with 64 ranks on four warps on sm_100; eight warps for 16 on sm_90;
+    128 columns of float16, in three TF32 products, everywhere.
     """
     one = shrink_config(M, dtype, chip, max_rank, False, wide)
     if dtype == torch.float32 or not wide:
         return replace(one, BLOCK_M=min(one.BLOCK_M, 32), BLOCK_K=32, num_warps=4)
-    few, rows = max_rank <= 16, min(one.BLOCK_M, 32)
+    few, rows, wide_step = max_rank <= 16, min(one.BLOCK_M, 32), not chip.is_amd and dtype != torch.float16
     warps = 8 if rows == 32 and not few and not chip.is_amd else 4
-    return replace(one, BLOCK_M=rows, BLOCK_K=128 if few and not chip.is_amd else 64, num_warps=warps)
+    return replace(one, BLOCK_M=rows, BLOCK_K=128 if few and wide_step else 64, num_warps=warps)
 
 
 def multi_extend_config(M: int, N: int, dtype: torch.dtype, chip: Chip, max_rank: int, wide: bool = True) -> GemmConfig:

@@ -26,9 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.kernels.common import precision_of
 from lora_kernels.kernels.decode_workspace import workspace_of
-from lora_kernels.kernels.multi_shrink import load_ids, slot_rows
+from lora_kernels.kernels.multi_shrink import load_ids, low_rank_dot, low_rank_precision, slot_rows
 from lora_kernels.kernels.tuning import SHRINK_K, SHRINK_RANKS, DecodeConfig
 from lora_kernels.slots import Slots
 
@@ -56,7 +55,7 @@ def span_product(
     BLOCK_K: tl.constexpr,
     EVICT: tl.constexpr,
 ):
-    """acc (BLOCK_M, BLOCK_N) + P Q^T over columns first .. last of P (M, K), Q (N, K), any strides, in P's dtype."""
+    """acc (BLOCK_M, BLOCK_N) + P Q^T over columns first .. last of P (M, K), Q (N, K), any strides and float dtypes."""
     offs_k = tl.arange(0, BLOCK_K)
     from_p = tl.cast(first, tl.int64) * stride_pk
     from_q = tl.cast(first, tl.int64) * stride_qk
@@ -72,7 +71,7 @@ def span_product(
             mask_k = offs_k < last - k
             p = tl.load(p_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0, eviction_policy=EVICT)
             q = tl.load(q_ptrs, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
-        acc = tl.dot(p, q.to(p.dtype), acc, input_precision=PRECISION)
+        acc = low_rank_dot(p, q, acc, PRECISION)
         p_ptrs += step_p
         q_ptrs += step_q
     return acc
@@ -229,6 +228,7 @@ def _multi_decode_kernel(
         blocks = tl.sum(counts, axis=0)
         spans = tl.cdiv(K, SHRINK_K)
         offs_r = tl.arange(0, BLOCK_R)
+        STEP: tl.constexpr = BLOCK_K // 2 if X_ptr.dtype.element_ty == tl.float16 else BLOCK_K  # widened: registers
         s_rows = offs_m[:, None].to(tl.int64) * stride_sm + offs_r[None, :]
         part_step = tl.cast(stride_sm, tl.int64) * BLOCK_M
         while task < blocks * spans:
@@ -241,7 +241,7 @@ def _multi_decode_kernel(
             s = span_product(
                 s, X_ptr, A_ptr, offs_m, row + offs_r, mine, offs_r < rank, span * SHRINK_K,
                 tl.minimum((span + 1) * SHRINK_K, K), stride_xm, stride_xk, stride_ar, stride_ak, EVEN_K, PRECISION,
-                BLOCK_K, "",
+                STEP, "",
             )  # fmt: skip
             part_ptrs = parts_ptr + s_rows + first_rank
             tl.store(part_ptrs + span * part_step, s, mask=mask_s)
@@ -275,7 +275,7 @@ def _multi_decode_kernel(
                 b_ptrs = B_ptr + offs_n[None, :].to(tl.int64) * stride_bn + b_rows
                 xa = tl.load(XA_ptr + s_rows + first_rank, mask=mine[:, None] & mask_r[None, :], other=0.0)
                 b = tl.load(b_ptrs, mask=(offs_n < N)[None, :] & mask_r[:, None], other=0.0)
-                low = tl.where(mine[:, None], tl.dot(xa, b.to(xa.dtype), low, input_precision=PRECISION), low)
+                low = tl.where(mine[:, None], low_rank_dot(xa, b, low, PRECISION), low)
             planes = plane_of(planes_ptr, low_tile // LOWS, 0, BLOCK_M, BLOCK_N, SPLIT)
             if blocks > 0:
                 columns = low_tile % LOWS * LOW_N + offs_l
@@ -368,7 +368,7 @@ def multi_decode(
         adapter_programs=sizes.adapter_programs,
         HAS_BIAS=bias is not None,
         EVEN_K=K % config.BLOCK_K == 0,
-        PRECISION=precision_of(dtype),
+        PRECISION=low_rank_precision(dtype),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,

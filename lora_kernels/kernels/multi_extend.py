@@ -2,6 +2,8 @@
 
     Y[m] = X[m] W^T + bias + XA[m, :r_l] B_l^T,  l = ids[m]        X (M,K)  W (N,K)  XA (M,max_rank)  B (N,R)  Y (M,N)
 
+XA, and dYB in its place, is as multi_shrink.py leaves it; B is converted to its dtype.
+
 multi_extend       that, as one GEMM in its usual order of tiles. By strides the same kernel makes dX = dY W + dYB A_l.
 multi_expand_add_  Y += XA B_l^T into a Y that the vendor's library made; tiles and rows without an adapter stay unread.
 
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from lora_kernels.kernels.common import accumulate, precision_of, tile_order
 from lora_kernels.kernels.multi_config import extend_rank_tile
-from lora_kernels.kernels.multi_shrink import load_ids, next_slot, slot_rows
+from lora_kernels.kernels.multi_shrink import load_ids, low_rank_dot, low_rank_precision, next_slot, slot_rows
 from lora_kernels.kernels.tuning import GemmConfig
 from lora_kernels.slots import Slots
 
@@ -50,7 +52,9 @@ def multi_low_rank(
     S (M, max_rank) with ranks side by side and zeros from rank r_l on, T (N, R) of any strides, cast to S's dtype.
     Rows of other slots add zeros times T, so a column where T is not finite adds nothing and is made NaN in the slot's
     own rows: one accumulator, where selecting a term of its own would take two (181 registers on sm_90 for 124).
+    TF32 rounds to infinity from 3.402e38 on.
     """
+    LIMIT: tl.constexpr = float("inf") if PRECISION == "ieee" else 3.4e38
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     while slot < L:
         start, rank = slot_rows(starts_ptr, ranks_ptr, slot, R, max_rank)
@@ -63,8 +67,8 @@ def multi_low_rank(
             t_ptrs = T_ptr + offs_n[None, :].to(tl.int64) * stride_tn + t_rows
             s = tl.load(s_ptrs, mask=mine[:, None] & (offs_r < max_rank)[None, :], other=0.0)
             t = tl.load(t_ptrs, mask=mask_n[None, :] & (offs_r < rank)[:, None], other=0.0).to(s.dtype)
-            finite = tl.abs(t.to(tl.float32)) < float("inf")
-            acc = tl.dot(s, tl.where(finite, t, 0.0).to(s.dtype), acc, input_precision=PRECISION)
+            finite = tl.abs(t.to(tl.float32)) < LIMIT
+            acc = low_rank_dot(s, tl.where(finite, t, 0.0), acc, PRECISION)
             lost += tl.sum((finite == 0).to(tl.int32), axis=0)
         acc = tl.where(mine[:, None] & (lost > 0)[None, :], float("nan"), acc)
         slot = next_slot(ids, slot, L)
@@ -100,6 +104,7 @@ def _multi_extend_kernel(
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    LOW_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -115,7 +120,7 @@ def _multi_extend_kernel(
     ids = load_ids(ids_ptr, offs_m, mask_m)
     acc = multi_low_rank(
         XA_ptr, B_ptr, ids, starts_ptr, ranks_ptr, next_slot(ids, -1, L), offs_m, offs_n, mask_n, R, L, max_rank,
-        stride_sm, stride_bn, stride_br, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+        stride_sm, stride_bn, stride_br, BLOCK_M, BLOCK_N, BLOCK_R, LOW_PRECISION,
     )  # fmt: skip
     acc = accumulate(
         acc, X_ptr, W_ptr, offs_m, offs_n, mask_m, mask_n, K, stride_xm, stride_xk, stride_wn, stride_wk, BLOCK_K,
@@ -212,6 +217,7 @@ def multi_extend(
         HAS_BIAS=bias is not None,
         EVEN_K=K % config.BLOCK_K == 0,
         PRECISION=precision_of(X.dtype),
+        LOW_PRECISION=low_rank_precision(X.dtype),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,
@@ -247,7 +253,7 @@ def multi_expand_add_(Y: Tensor, XA: Tensor, B: Tensor, slots: Slots, ids: Tenso
         stride_sm=XA.stride(0),
         stride_bn=B.stride(0),
         stride_br=B.stride(1),
-        PRECISION=precision_of(Y.dtype),
+        PRECISION=low_rank_precision(Y.dtype),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_R=extend_rank_tile(slots.max_rank, Y.dtype),

@@ -7,6 +7,7 @@ multi_rows   the rows of every slot, in their order in the batch: one launch, on
 multi_grads  both sums from those lists: a program gathers a slot's rows, whatever lies between them, and sums a span of
              them in fp32. One span a slot is written at once; several are partials that a second launch adds in order.
 
+dYB and XA are as multi_shrink.py leaves them: float32 where X and dY are float16, which are widened for the dots.
 The same bits in every run. A row's X and dY reach its own slot's sums only. Rows of slots no token uses stay zero.
 """
 
@@ -19,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.kernels.common import precision_of
-from lora_kernels.kernels.multi_shrink import slot_rows
-from lora_kernels.kernels.tuning import SplitConfig, rank_tile
+from lora_kernels.kernels.multi_config import grads_rank_tile
+from lora_kernels.kernels.multi_shrink import low_rank_dot, low_rank_precision, slot_rows
+from lora_kernels.kernels.tuning import SplitConfig
 from lora_kernels.slots import Slots
 
 ROWS_BLOCK = 1024  # ids a step of multi_rows
@@ -96,7 +97,7 @@ def _span_sum(
         else:
             p = tl.load(p_ptrs, mask=mask_i[:, None] & mask_c[None, :], other=0.0)
         s = tl.load(s_ptrs, mask=mask_i[:, None] & (offs_r < max_rank)[None, :], other=0.0)
-        acc = tl.dot(tl.trans(p), s, acc, input_precision=PRECISION)
+        acc = low_rank_dot(tl.trans(p), s, acc, PRECISION)
     out_rows = (start + offs_r)[None, :].to(tl.int64) * stride_or
     out_ptrs = out_ptr + out_rows + offs_c[:, None].to(tl.int64) * stride_oc
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_c[:, None] & (offs_r < rank)[None, :])
@@ -273,7 +274,7 @@ def multi_grads(
     if spans > 1:
         sums = [None if o is None else o.new_empty(spans, *o.shape, dtype=torch.float32) for o in outputs]
     made = {"MAKE_DA": dA is not None, "MAKE_DB": dB is not None}
-    BLOCK_R = rank_tile(slots.max_rank, X.dtype)
+    BLOCK_R = grads_rank_tile(slots.max_rank, X.dtype)
     widths = [C for C, o in zip((K, N), outputs, strict=True) if o is not None]
     blocks = sum(triton.cdiv(C, config.BLOCK_N) for C in widths)
     sizes = {"K": K, "N": N, "R": R, "max_rank": slots.max_rank, "spans": spans}
@@ -298,7 +299,7 @@ def multi_grads(
         **made,
         EVEN_K=K % config.BLOCK_N == 0,
         EVEN_N=N % config.BLOCK_N == 0,
-        PRECISION=precision_of(X.dtype),
+        PRECISION=low_rank_precision(X.dtype),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_R=BLOCK_R,

@@ -1,7 +1,9 @@
 """XA of a batch in which every row has an adapter of its own, or none: one pass over the rows that have one.
 
-    S[m, :r_l] = s_l P[m] Q_l^T,  l = ids[m]        P (M, C)  Q (R, C)  S (M, max_rank) in P's dtype, zero elsewhere
+    S[m, :r_l] = s_l P[m] Q_l^T,  l = ids[m]        P (M, C)  Q (R, C)  S (M, max_rank), zero elsewhere
     XA: P = X, Q = A        dYB: P = dY, Q = B^T by its strides
+
+S is in low_rank_dtype(P.dtype): float32 for float16, else P's own. low_rank_dot has how the two meet.
 
 A program makes a tile of rows and walks the slots that occur in it, the least first: the next one is a minimum over the
 tile's ids, so there is no list of slots on the host and nothing is sorted. A slot's turn loads its own rows of P and
@@ -11,13 +13,33 @@ A row takes nothing from another slot's turn, so what is not finite in one adapt
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import is_hip
 
+from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.kernels.common import precision_of
 from lora_kernels.kernels.tuning import ShrinkConfig, rank_tile
 from lora_kernels.slots import Slots
+
+
+def low_rank_precision(dtype: torch.dtype) -> str:
+    """The PRECISION of low_rank_dot in a layer of ``dtype``."""
+    return "tf32x3" if dtype is torch.float16 else precision_of(dtype)
+
+
+@triton.jit
+def low_rank_dot(p, q, acc, PRECISION: tl.constexpr):
+    """acc + p q for q in p's dtype; both in float32 where a float16 p meets a wider q, which float16 cannot hold.
+
+    Such products are float32's in three TF32 ones, on AMD in one of float32.
+    """
+    EXACT: tl.constexpr = "ieee" if PRECISION == "tf32x3" and is_hip() else PRECISION
+    if p.dtype == tl.float16 and q.dtype != tl.float16:
+        p = p.to(tl.float32)
+    return tl.dot(p, q.to(p.dtype), acc, input_precision=EXACT)
 
 
 @triton.jit
@@ -96,7 +118,7 @@ def _multi_shrink_kernel(
                     mask_c = offs_c < C - k * BLOCK_K
                     p = tl.load(p_ptrs, mask=mine[:, None] & mask_c[None, :], other=0.0)
                     q = tl.load(q_ptrs, mask=mask_r[None, :] & mask_c[:, None], other=0.0)
-                acc = tl.dot(p, q.to(p.dtype), acc, input_precision=PRECISION)
+                acc = low_rank_dot(p, q, acc, PRECISION)
                 p_ptrs += step_p
                 q_ptrs += step_q
             s = tl.where(mine[:, None], acc * tl.load(scalings_ptr + slot), s)
@@ -111,7 +133,7 @@ def multi_shrink(P: Tensor, Q: Tensor, slots: Slots, ids: Tensor, config: Shrink
     P (M, C) and Q (R, C) of any strides and float dtypes, ids int32 (M,); M > 0. One launch, none for max_rank 0.
     """
     (M, C), dtype = P.shape, P.dtype
-    S = P.new_empty(M, slots.max_rank)
+    S = P.new_empty(M, slots.max_rank, dtype=low_rank_dtype(dtype))
     BLOCK_R = rank_tile(slots.max_rank, dtype)
     grid = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(slots.max_rank, BLOCK_R))
     if not S.numel():
@@ -135,7 +157,7 @@ def multi_shrink(P: Tensor, Q: Tensor, slots: Slots, ids: Tensor, config: Shrink
         stride_qc=Q.stride(1),
         stride_sm=S.stride(0),
         EVEN_C=C % config.BLOCK_K == 0,
-        PRECISION=precision_of(dtype),
+        PRECISION=low_rank_precision(dtype),
         BLOCK_M=config.BLOCK_M,
         BLOCK_K=config.BLOCK_K,
         BLOCK_R=BLOCK_R,

@@ -9,6 +9,7 @@ from itertools import product
 
 import torch
 
+from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.kernels.chip import Chip
 from lora_kernels.kernels.multi_config import multi_decode_config
 from lora_kernels.kernels.multi_decode import multi_decode
@@ -22,7 +23,7 @@ LAYERS = ((WIDTH, WIDTH), (14336, WIDTH), (1024, WIDTH))  # N, K: K in a few sha
 
 
 def decode_cases(chip: Chip) -> Iterator[Case]:
-    """The cases of the one-launch kernel for mixed batches: adapters of a pool in X's dtype, and packed in float32."""
+    """The cases of the one-launch kernel for mixed batches: adapters of a pool, and packed in float32."""
     for dtype, M in product(DTYPES, TOKENS):
         for N, K in LAYERS if dtype == torch.bfloat16 else LAYERS[:1]:
             yield _case(Layer(M, N, K, RANK, "", dtype), True, chip)
@@ -32,7 +33,7 @@ def decode_cases(chip: Chip) -> Iterator[Case]:
 
 def _case(layer: Layer, pool: bool, chip: Chip) -> Case:
     M, N, K, R, X, W = layer.M, layer.N, layer.K, SLOTS * layer.r, layer.X, layer.W
-    dtype = layer.dtype if pool else torch.float32
+    dtype = low_rank_dtype(layer.dtype) if pool else torch.float32
     A = torch.empty(R, K, dtype=dtype)
     B = torch.empty(R, N, dtype=dtype).t() if pool else torch.empty(N, R, dtype=dtype)
     starts, ranks = torch.empty(2, SLOTS, dtype=torch.int32)

@@ -9,6 +9,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.kernels.chip import Chip
 from lora_kernels.kernels.multi_config import (
     multi_expand_config,
@@ -35,17 +36,21 @@ SPANS = {8192: 4, ODD: 1}  # of rows in the sums
 
 @dataclass(frozen=True)
 class _Mix:
-    """A layer's slots and ids, uninitialised: packed float32 adapters as training has them, or a pool of X's dtype."""
+    """A layer's slots and ids, uninitialised: packed float32 adapters as training has them, or a pool's."""
 
     layer: Layer
 
     def slots(self, pool: bool) -> Slots:
         """L adapters of the layer's rank; those of a ``pool`` have B transposed."""
         layer, R = self.layer, SLOTS * self.layer.r
-        dtype = layer.dtype if pool else torch.float32
+        dtype = low_rank_dtype(layer.dtype) if pool else torch.float32
         B = torch.empty(R, layer.N, dtype=dtype).t() if pool else torch.empty(layer.N, R, dtype=dtype)
         starts, ranks = torch.empty(2, SLOTS, dtype=torch.int32)
         return Slots(torch.empty(R, layer.K, dtype=dtype), B, starts, ranks, torch.empty(SLOTS), layer.r)
+
+    @cached_property
+    def XA(self) -> Tensor:
+        return torch.empty(self.layer.M, self.layer.r, dtype=low_rank_dtype(self.layer.dtype))
 
     @cached_property
     def ids(self) -> Tensor:
@@ -63,7 +68,7 @@ def multi_cases(chip: Chip) -> Iterator[Case]:
 
 def _serving(mix: _Mix, chip: Chip) -> Iterator[Case]:
     layer, ids, slots = mix.layer, mix.ids, mix.slots(pool=True)
-    M, N, r, dtype, X, W, XA = layer.M, layer.N, layer.r, layer.dtype, layer.X, layer.W, layer.XA
+    M, N, r, dtype, X, W, XA = layer.M, layer.N, layer.r, layer.dtype, layer.X, layer.W, mix.XA
     rows = multi_shrink_config(M, dtype, chip, r, wide_loads(X, slots.A))
     tiles = multi_extend_config(M, N, dtype, chip, r, wide_loads(X, W, slots.B))
     patch = multi_expand_config(M, N, dtype, chip, r, wide_loads(layer.dY, slots.B))
@@ -77,7 +82,7 @@ def _serving(mix: _Mix, chip: Chip) -> Iterator[Case]:
 def _training(mix: _Mix, chip: Chip) -> Iterator[Case]:
     """The backward: B by its columns in the shrink pass, W^T and A^T in the product, several spans in the sums."""
     layer, ids, slots = mix.layer, mix.ids, mix.slots(pool=False)
-    M, K, r, dtype, dY, XA = layer.M, layer.K, layer.r, layer.dtype, layer.dY, layer.XA
+    M, K, r, dtype, dY, XA = layer.M, layer.K, layer.r, layer.dtype, layer.dY, mix.XA
     Bt, At, Wt = slots.B.t(), slots.A.t(), layer.W.t()
     rows = multi_shrink_config(M, dtype, chip, r, wide_loads(dY, Bt))
     tiles = multi_extend_config(M, K, dtype, chip, r, wide_loads(dY, Wt, At))

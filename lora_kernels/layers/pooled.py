@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from lora_kernels.autograd.multi_lora_linear import multi_lora_linear, run
+from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.errors import AdapterPoolError, ShapeError
 from lora_kernels.slots import Slots
 
@@ -140,9 +141,12 @@ class _Pooled(nn.Module):
         return Slots(A, Bt.t(), starts, ranks, scalings, self.pool_slots.max_rank)  # type: ignore[arg-type,union-attr]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Pooled:
-        scalings = self.pool_scalings
+        A, Bt, scalings = self.pool_A, self.pool_Bt, self.pool_scalings
         super()._apply(fn, recurse)
-        self.pool_scalings = scalings.to(self.pool_A.device)  # float32 whatever the weight is: an alpha may be 1e6
+        device = self.pool_A.device
+        if self.pool_A.dtype == torch.float16:
+            self.pool_A, self.pool_Bt = (T.to(device, low_rank_dtype(torch.float16)) for T in (A, Bt))
+        self.pool_scalings = scalings.to(device)  # float32 whatever the weight is: an alpha may be 1e6
         self.pool_slots = self._slots_now()
         return self
 
@@ -165,8 +169,9 @@ class PooledLinear(_Pooled, nn.Linear):  # type: ignore[misc]  # mypy: a bias th
 
     An nn.Linear whose class was exchanged by ``into_pooled``: the object, its weight, bias, hooks and state_dict stay.
     The adapters lie in buffers that state_dict leaves out and that are changed in place: ``pool_A`` (max_rank_total, K)
-    and ``pool_Bt`` (max_rank_total, N) in the weight's dtype; ``pool_starts``, ``pool_ranks`` int32 and
-    ``pool_scalings`` float32 (capacity,). ``to`` and ``half`` move and convert them.
+    and ``pool_Bt`` (max_rank_total, N) in low_rank_dtype of the weight's dtype: float32 for float16, which has no place
+    for a small B or a large A; ``pool_starts``, ``pool_ranks`` int32 and ``pool_scalings`` float32 (capacity,). ``to``
+    and ``half`` move and convert them.
     """
 
 
@@ -185,7 +190,8 @@ def into_pooled(
 
         starts, ranks = zeros(capacity, dtype=torch.int32), zeros(capacity, dtype=torch.int32)
         scalings = zeros(capacity, dtype=torch.float32)
-        made = zeros(max_rank_total, K), zeros(max_rank_total, N), starts, ranks, scalings
+        adapters = (zeros(max_rank_total, width, dtype=low_rank_dtype(weight.dtype)) for width in (K, N))
+        made = *adapters, starts, ranks, scalings
     for name, buffer in zip(BUFFERS, made, strict=True):
         linear.register_buffer(name, buffer, persistent=False)
     linear.__class__ = kind

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from lora_kernels import multi_plan, reference
+from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.reference import Needs
 from lora_kernels.reference.products import linear
 from lora_kernels.slots import Slots
@@ -72,7 +73,8 @@ def _fwd_impl(X: Tensor, W: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 def _fwd_fake(X: Tensor, W: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     max_rank, need_xa = args[5], args[8]
-    return X.new_empty(X.shape[0], W.shape[0]), X.new_empty(X.shape[0], max_rank) if need_xa else X.new_empty(0)
+    XA = X.new_empty(X.shape[0], max_rank, dtype=low_rank_dtype(X.dtype)) if need_xa else X.new_empty(0)
+    return X.new_empty(X.shape[0], W.shape[0]), XA
 
 
 def _bwd_impl(dY: Tensor, X: Tensor, W: Tensor, *args: Any) -> tuple[Tensor, ...]:

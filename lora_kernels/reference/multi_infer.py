@@ -3,10 +3,12 @@
     Y[m] = X[m] W^T + bias + s_l X[m] A_l^T B_l^T        l = ids[m]        X (M, K)  W (N, K)  Y (M, N)
 
 runs      neighbours with one adapter are a slice of X and of Y: no row moves
-masked    X times every adapter that is there, other rows' ranks set to zero, one product into Y
+masked    X times every adapter that is there, other rows' ranks set to zero, one product into Y; groups where a B is
+          not finite, since zero times that would be NaN in every row
 sorted    rows brought together by adapter before the base product, slices of it, and put back
 groups    each adapter's rows gathered, its product added to their places in Y
 
+X A^T is in low_rank_dtype(X.dtype), to which A and B are converted: float32 for float16, else X's own.
 Which is fastest on a CPU depends on the number of rows, on the dtype and on the CPU: 16-bit products of few rows cost
 20 to 50 us each whatever their size, so there one large product wins. docs/multi_lora_linear.md has the measurements.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import weakref
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -22,8 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels.reference.lora_linear import _as
-from lora_kernels.reference.products import linear
+from lora_kernels.dtypes import low_rank_dtype
+from lora_kernels.reference.products import add_low_rank_, linear, wide_mm
 from lora_kernels.slots import Slots
 
 RUN_ROWS = 64  # mean run from which slices beat gathered rows
@@ -49,7 +52,7 @@ class Rows:
     def __init__(self, ids: Tensor) -> None:
         self.ids = ids
         self._index: dict[int, Tensor] = {}
-        self._scales: dict[tuple[object, ...], Tensor] = {}
+        self._scales: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
 
     @functools.cached_property
     def bounds(self) -> tuple[int, int]:
@@ -90,21 +93,26 @@ class Rows:
             self._index[L] = torch.where((self.ids < 0) | (self.ids >= L), L, self.ids)
         return self._index[L]
 
-    def scales(self, L: int, there: tuple[tuple[int, int, float, int], ...], dtype: torch.dtype) -> Tensor:
-        """(M, ranks) for the adapters ``there`` (first, rank, scaling, slot) side by side: a row's own scaling in its
-        own columns, else 0. Kept, as the layers of a model hold the same adapters in the same places."""
+    def scales(
+        self, L: int, there: tuple[tuple[int, int, float, int], ...], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """(M, ranks) twice for the adapters ``there`` (first, rank, scaling, slot) side by side: a row's own scaling in
+        its own columns, and whether a column belongs to others. Kept, as the layers of a model hold the same adapters
+        in the same places."""
         key = L, there, dtype
-        scales = self._scales.get(key)
-        if scales is None:
+        kept = self._scales.get(key)
+        if kept is None:
             ends = list(itertools.accumulate(r for _, r, _, _ in there))
             table = torch.zeros(L + 1, ends[-1], dtype=dtype, device=self.ids.device)
+            others = torch.ones_like(table, dtype=torch.bool)
             for end, (_, r, scaling, slot) in zip(ends, there, strict=True):
                 table[slot].narrow(0, end - r, r).fill_(scaling)
-            scales = table.index_select(0, self.index(L))
+                others[slot].narrow(0, end - r, r).fill_(False)
+            index = self.index(L)
             if len(self._scales) >= KEPT_SCALES:
                 self._scales.clear()
-            self._scales[key] = scales
-        return scales
+            kept = self._scales[key] = table.index_select(0, index), others.index_select(0, index)
+        return kept
 
 
 def _runs(ids: Tensor) -> list[tuple[int, int, int]]:
@@ -175,34 +183,51 @@ def multi_lora_linear_infer(X: Tensor, W: Tensor, slots: Slots, ids: Tensor, bia
         return linear(X, W, bias)
     N, K = W.shape
     order = order_for(X.shape[0], N, K, X.dtype, rows, runs)
-    if order == "masked":
-        return _masked(X, W, slots, bias, held, rows)
     if order == "runs":
         return _add_runs(linear(X, W, bias), X, slots, owned(rows.in_place, held))
     if order == "sorted":
         X = X.index_select(0, rows.order)
         return _add_runs(linear(X, W, bias), X, slots, runs).index_select(0, rows.back)
     Y = linear(X, W, bias)
+    if order == "masked":
+        if (whole := _masked(Y, X, slots, held, rows)) is not None:
+            return whole
+        Y = linear(X, W, bias)
     for begin, end, first, r, scaling in runs:
         own = rows.order[begin:end]
-        xa = X.index_select(0, own) @ _as(slots.A[first : first + r], X).t()
-        Y.index_add_(0, own, xa @ _as(slots.B[:, first : first + r], X).t(), alpha=scaling)
+        A, Bt = _factors(slots.A.narrow(0, first, r), slots.B.narrow(1, first, r).t(), X)
+        if A.dtype is X.dtype:
+            Y.index_add_(0, own, X.index_select(0, own) @ A.t() @ Bt, alpha=scaling)
+        else:
+            xa = wide_mm(X.index_select(0, own), A.t(), scaling)
+            Y.index_copy_(0, own, add_low_rank_(Y.index_select(0, own), xa, Bt))
     return Y
+
+
+def _factors(A: Tensor, Bt: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B^T in the dtype of X A^T; themselves where they have it (asking ``to`` for nothing costs microseconds)."""
+    dtype = low_rank_dtype(X.dtype)
+    return (A if A.dtype is dtype else A.to(dtype)), (Bt if Bt.dtype is dtype else Bt.to(dtype))
 
 
 def _add_runs(Y: Tensor, X: Tensor, slots: Slots, runs: list[Run]) -> Tensor:
     """Y[run] += s X[run] A^T B^T in place."""
     At, Bt = slots.A.t(), slots.B.t()
     for begin, end, first, r, scaling in runs:  # narrow, twice as fast as a slice: with few rows the host decides
-        xa = X.narrow(0, begin, end - begin) @ _as(At.narrow(1, first, r), X)
-        Y.narrow(0, begin, end - begin).addmm_(xa, _as(Bt.narrow(0, first, r), X), alpha=scaling)
+        a, bt = _factors(At.narrow(1, first, r), Bt.narrow(0, first, r), X)
+        x, y = X.narrow(0, begin, end - begin), Y.narrow(0, begin, end - begin)
+        if a.dtype is X.dtype:
+            y.addmm_(x @ a, bt, alpha=scaling)
+        else:
+            add_low_rank_(y, wide_mm(x, a, scaling), bt)
     return Y
 
 
-def _masked(
-    X: Tensor, W: Tensor, slots: Slots, bias: Tensor | None, held: list[tuple[int, int, float]], rows: Rows
-) -> Tensor:
-    """X times the A of every adapter that is there, each row keeping its own ranks, times their B."""
+def _masked(Y: Tensor, X: Tensor, slots: Slots, held: list[tuple[int, int, float]], rows: Rows) -> Tensor | None:
+    """Y, in place, + X times the A of every adapter that is there, each row keeping its own ranks, times their B.
+
+    None where a B is not finite. Every row multiplies every B, so the first row of Y shows it.
+    """
     L = len(held)
     there = tuple(sorted((*held[slot], slot) for slot, _, _ in rows.in_order if 0 <= slot < L and held[slot][1]))
     A, Bt = slots.A, slots.B.t()
@@ -213,9 +238,9 @@ def _masked(
             Bt = torch.cat([Bt.narrow(0, first, r) for first, r, _, _ in there])
         else:
             Bt = torch.cat([slots.B.narrow(1, first, r) for first, r, _, _ in there], 1).t()
-    own = rows.scales(L, there, torch.promote_types(X.dtype, torch.float32))  # 16 bit would round s
-    XA = X @ _as(A, X).t()
-    XA *= own
-    if X.dtype == torch.float16:  # whose products overflow leaves no NaN in the others' rows
-        XA.masked_fill_(own == 0, 0)
-    return linear(X, W, bias).addmm_(XA, _as(Bt, X))
+    A, Bt = _factors(A, Bt, X)
+    own, others = rows.scales(L, there, torch.promote_types(X.dtype, torch.float32))  # 16 bit would round s
+    XA = X @ A.t() if A.dtype is X.dtype else wide_mm(X, A.t())
+    XA.mul_(own).masked_fill_(others, 0)  # what overflows in another adapter's ranks is no number, nor is its product
+    Y = add_low_rank_(Y, XA, Bt)
+    return Y if math.isfinite(Y[0].sum(dtype=torch.float32)) else None

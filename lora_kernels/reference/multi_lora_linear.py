@@ -9,6 +9,7 @@
     dB_l        = sum over rows of l: dY[m]^T XA[m, :r_l]    (N, r_l)
     dbias       = sum over the rows of dY    (N,)
 
+XA and dYB are in low_rank_dtype(X.dtype), to which A and B are converted: float32 for float16, else X's own.
 The rows of a slot are brought together on the host, one set of small products a slot. Source: Chen et al., Punica,
 arXiv 2310.18547, section 4, for the problem; the products are those of reference/lora_linear.py.
 """
@@ -20,9 +21,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.reference.lora_linear import Needs, _as
 from lora_kernels.reference.multi_infer import owned, places, rows_of
-from lora_kernels.reference.products import linear, mm, scaled_mm
+from lora_kernels.reference.products import add_low_rank_, linear, mm, scaled_mm
 from lora_kernels.slots import Slots
 
 
@@ -47,24 +49,24 @@ def parts(slots: Slots, ids: Tensor) -> Iterator[Part]:
 def _add_mm(Y: Tensor, rows: slice | Tensor, P: Tensor, Q: Tensor) -> None:
     """Y[rows] += P Q in place."""
     if isinstance(rows, slice):
-        Y[rows].addmm_(P, Q)
+        add_low_rank_(Y[rows], P, Q)
     else:
-        Y.index_copy_(0, rows, Y.index_select(0, rows).addmm_(P, Q))
+        Y.index_copy_(0, rows, add_low_rank_(Y.index_select(0, rows), P, Q))
 
 
 def multi_lora_linear_fwd(
     X: Tensor, W: Tensor, slots: Slots, ids: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Y (M, N) and XA (M, max_rank) for X (M, K), W (N, K), ids (M,), bias (N,); A and B are rounded to X's dtype.
+    """Y (M, N) and XA (M, max_rank) for X (M, K), W (N, K), ids (M,), bias (N,).
 
     Where nothing is kept for a backward, multi_infer.py has faster orders.
     """
     Y = linear(X, W, bias)
-    XA = X.new_zeros(X.shape[0], slots.max_rank)
+    XA = X.new_zeros(X.shape[0], slots.max_rank, dtype=low_rank_dtype(X.dtype))
     for rows, first, r, scaling in parts(slots, ids):
-        xa = scaled_mm(X[rows], _as(slots.A[first : first + r], X).t(), scaling)
+        xa = scaled_mm(X[rows], _as(slots.A[first : first + r], XA).t(), scaling)
         XA[rows, :r] = xa
-        _add_mm(Y, rows, xa, _as(slots.B[:, first : first + r], X).t())
+        _add_mm(Y, rows, xa, _as(slots.B[:, first : first + r], XA).t())
     return Y, XA
 
 
@@ -90,11 +92,11 @@ def multi_lora_linear_bwd(
             own = slice(first, first + r)
             dy = dY[rows]
             if dX is not None or dA is not None:
-                dyb = scaled_mm(dy, _as(B[:, own], X), scaling)
+                dyb = scaled_mm(dy, _as(B[:, own], XA), scaling)
                 if dX is not None:
-                    _add_mm(dX, rows, dyb, _as(A[own], X))
+                    _add_mm(dX, rows, dyb, _as(A[own], XA))
                 if dA is not None:
-                    dA[own] = _as(dyb.t() @ X[rows], A)
+                    dA[own] = _as(mm(dyb.t(), X[rows]), A)
             if dB is not None:
-                dB[:, own] = _as(dy.t() @ XA[rows, :r], B)
+                dB[:, own] = _as(mm(dy.t(), XA[rows, :r]), B)
     return dX, dA, dB, dY.sum(0) if needs.bias else None

@@ -14,6 +14,7 @@ from triton._C.libtriton import ir
 from triton.runtime import interpreter as triton_interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.testing.interpreter_memory import Method, wrap_method
 
 
@@ -21,22 +22,48 @@ from lora_kernels.testing.interpreter_memory import Method, wrap_method
 class _State:
     installed: bool = False
     tf32: bool = True
+    strict: bool = True
 
 
 _state = _State()
 
 
-def make_exact(*, tf32: bool = True) -> None:
-    """Patches Triton's interpreter with the arithmetic of this module; `interpreter.install` calls it."""
-    _state.tf32 = tf32
+def ensure_exact() -> None:
+    """Makes bf16 exact where nothing did so yet: what the package calls before its kernels are interpreted.
+
+    It concerns every kernel that this process interprets. A sum in bf16 is made in float32 and rounded once, and
+    float32 dots keep float32's precision, as without the patch.
+
+    Raises:
+        BackendUnavailableError: Triton's interpreter has moved.
+    """
     if _state.installed:
         return
-    _state.installed = True
+    try:
+        make_exact(tf32=False, strict=False)
+    except AttributeError as error:
+        raise BackendUnavailableError(
+            f"TRITON_INTERPRET=1 is set, and this Triton's interpreter cannot be made exact in bfloat16 ({error}); "
+            "install Triton 3.6 to 3.9, or use backend='reference'"
+        ) from error
+
+
+def make_exact(*, tf32: bool = True, strict: bool = True) -> None:
+    """Patches Triton's interpreter with the arithmetic of this module; `interpreter.install` calls it.
+
+    Args:
+        tf32: fp32 dots that don't ask for another input_precision round their operands to TF32.
+        strict: a sum or scan in bf16 is refused.
+    """
+    _state.tf32, _state.strict = tf32, strict
+    if _state.installed:
+        return
     for name, wrap in _BUILDER_METHODS.items():
         wrap_method(InterpreterBuilder, name, wrap)
     wrap_method(triton_interpreter.ReduceOps, "apply_impl", _reduction)
     wrap_method(triton_interpreter.ScanOps, "apply_impl", _reduction)
     InterpreterBuilder.get_bf16 = _bf16_constant
+    _state.installed = True
 
 
 def bf16_values(bits: np.ndarray) -> np.ndarray:
@@ -186,7 +213,7 @@ _BUILDER_METHODS: dict[str, Callable[[Method], Method]] = {
 
 
 def _reduction(original: Method) -> Method:
-    """A bf16 maximum or minimum is exact; every other reduction or scan is refused."""
+    """A bf16 maximum or minimum is exact; every other reduction or scan is refused, or rounded once at its end."""
     exact = (
         tl.standard._elementwise_max,
         tl.standard._elementwise_min,
@@ -198,7 +225,7 @@ def _reduction(original: Method) -> Method:
         values, *indices = inputs
         if not _is_bf16(values.handle):
             return original(self, inputs)
-        if self.combine_fn not in exact:
+        if _state.strict and self.combine_fn not in exact:
             raise TypeError("a reduction in bf16 rounds at every step on a GPU; convert the tile to float32 first")
         widened = tl.tensor(_float32_handle(values.handle), _with_scalar(values.type, tl.float32))
         result = original(self, (widened, *indices))

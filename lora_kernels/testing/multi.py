@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels.slots import Slots
+from lora_kernels.testing.problems import Magnitudes, lora_dtype
 
 DISTRIBUTIONS = ("distinct", "uniform", "skewed", "identical", "none", "half")
 
@@ -79,6 +80,7 @@ def make_multi_problem(
     gap: int = 0,
     seed: int = 0,
     lora_scale: float = 1.0,
+    magnitudes: Magnitudes | None = None,
 ) -> MultiProblem:
     """Draws a layer for the rows that ``ids`` (M,) names, on its device; the LoRA term is as large as the base term.
 
@@ -87,16 +89,18 @@ def make_multi_problem(
         pool_layout: slots lie in reverse order with ``gap`` rows of NaN before each, B is a transposed (R, N), and the
             starts are data of the problem; else they are packed in order.
         lora_scale: RMS of every slot's LoRA term over that of the base term.
+        magnitudes: sizes of A, B and dY, and of every scaling. A given B makes the LoRA term as small as it is.
     """
+    sizes = magnitudes or Magnitudes("usual")
     generator = torch.Generator().manual_seed(seed)
     device, M, L = ids.device, ids.shape[0], len(ranks)
 
     def normal(*shape: int, std: float = 1.0) -> Tensor:
         return torch.randn(*shape, generator=generator) * std
 
-    X, W, dY = normal(M, K), normal(N, K, std=K**-0.5), normal(M, N)
-    bias_values = normal(N) if bias else None
-    scalings = [1.7 / (1 + slot % 3) for slot in range(L)]  # not exact in 16 bits
+    X, W, dY = normal(M, K), normal(N, K, std=K**-0.5), normal(M, N, std=sizes.dY or 1.0)
+    bias_values, std_A = normal(N) if bias else None, sizes.A or K**-0.5
+    scalings = [sizes.scaling / (1 + slot % 3) for slot in range(L)]  # not exact in 16 bits
     order = list(reversed(range(L))) if pool_layout else list(range(L))
     starts, total = [0] * L, 0
     for slot in order:
@@ -104,8 +108,9 @@ def make_multi_problem(
         starts[slot], total = total, total + ranks[slot]
     A, B = torch.full((total, K), float("nan")), torch.full((N, total), float("nan"))
     for slot, (first, r) in enumerate(zip(starts, ranks, strict=True)):
-        A[first : first + r] = normal(r, K, std=K**-0.5)
-        B[:, first : first + r] = normal(N, r, std=lora_scale / (scalings[slot] * max(r, 1) ** 0.5))
+        A[first : first + r] = normal(r, K, std=std_A)
+        std_B = lora_scale / (scalings[slot] * std_A * (K * max(r, 1)) ** 0.5)
+        B[:, first : first + r] = normal(N, r, std=sizes.B or std_B)
     adapters_in = adapter_dtype or dtype
     A, B = A.to(device, adapters_in), B.to(device, adapters_in)
     slots = Slots(
@@ -132,13 +137,14 @@ def multi_truth(problem: MultiProblem) -> MultiResults:
 
 
 def multi_plain(problem: MultiProblem) -> MultiResults:
-    """What plain PyTorch gives in the problem's dtype, row by row; A and B are cast to X's dtype."""
+    """What plain PyTorch gives in the problem's dtype, row by row, for A and B in lora_dtype, as PEFT computes it."""
     return _differentiate(problem, problem.X.dtype)
 
 
 def _differentiate(problem: MultiProblem, dtype: torch.dtype) -> MultiResults:
     slots, ids = problem.slots, problem.ids.long()
     adapters_in = torch.float64 if dtype == torch.float64 else slots.A.dtype
+    branch = lora_dtype(dtype, adapters_in)
 
     def leaf(values: Tensor, dtype: torch.dtype) -> Tensor:
         return values.detach().to(dtype, copy=True).requires_grad_()
@@ -153,10 +159,10 @@ def _differentiate(problem: MultiProblem, dtype: torch.dtype) -> MultiResults:
         place = torch.arange(slots.max_rank, device=ids.device)
         own = known[:, None] & (place < slots.ranks[slot, None])  # (M, max_rank): the ranks that a row has
         rows = torch.where(own, slots.starts[slot, None] + place, 0)
-        As = torch.where(own[..., None], A.to(dtype)[rows], 0)  # (M, max_rank, K)
-        Bs = torch.where(own[..., None], B.to(dtype).t()[rows], 0)  # (M, max_rank, N)
-        update = ((X[:, None] @ As.mT) @ Bs)[:, 0]
-        Y = Y + torch.where(known, slots.scalings[slot], 0.0).to(dtype)[:, None] * update
+        As = torch.where(own[..., None], A.to(branch)[rows], 0)  # (M, max_rank, K)
+        Bs = torch.where(own[..., None], B.to(branch).t()[rows], 0)  # (M, max_rank, N)
+        update = ((X[:, None].to(branch) @ As.mT) @ Bs)[:, 0]
+        Y = (Y + torch.where(known, slots.scalings[slot], 0.0).to(branch)[:, None] * update).to(dtype)
     Y.backward(problem.dY.to(dtype))
     dX, dA, dB = (leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in (X, A, B))
     return MultiResults(Y.detach(), dX, dA, dB, None if bias is None else bias.grad)

@@ -166,7 +166,7 @@ def test_numbers_too_large_for_the_layers_dtype_are_refused(
 ) -> None:
     one = adapter(0, 2)
     key = "base_model.model.blocks.1.q.lora_A.weight"
-    model.half()
-    with pytest.raises(lk.AdapterFormatError, match=r"blocks.1.q.lora_A holds numbers too large for torch.float16"):
-        pool.load("a", {**one.tensors, key: one.tensors[key] * 1e7}, one.config)
+    model.bfloat16()
+    with pytest.raises(lk.AdapterFormatError, match=r"blocks.1.q.lora_A holds numbers too large for torch.bfloat16"):
+        pool.load("a", {**one.tensors, key: torch.full_like(one.tensors[key], 3.4e38)}, one.config)
     assert not len(pool)

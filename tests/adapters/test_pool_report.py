@@ -22,7 +22,7 @@ def test_table(served: Any) -> None:
     pooled = PooledModel(served().half(), ["q"], 2, 8, 4, Here(), "auto")
     layouts = {"x": Layout(8, {1: Span(0, 3)}), "y": Layout(8)}
     first, *rest = table(pooled, 2, 4, layouts, [AdapterInfo("longest name", 1, {"x": 3}, True)]).splitlines()
-    assert first.startswith("AdapterPool(Served, 2 layers, 1 of 2 slots, 3 of 8 ranks, up to 4 each, float16 on cpu, ")
+    assert first.startswith("AdapterPool(Served, 2 layers, 1 of 2 slots, 3 of 8 ranks, up to 4 each, float32 on cpu, ")
     assert rest == ["slot  name          rank  layers  state", "1     longest name  3     1       pinned"]
     pooled.restore()
     assert table(pooled, 2, 4, layouts, []) == "AdapterPool(Served, closed)"

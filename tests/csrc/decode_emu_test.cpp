@@ -25,7 +25,7 @@ struct Batch {
   bool bias;
   int pad;          // elements between rows of X, W, A and B; a multiple of eight
   int hostile;      // slots whose place is not in A
-  int sick = -1;    // a slot whose adapter is NaN
+  int sick = -1;    // a slot whose adapter is NaN, or infinite where M is odd
 };
 
 // Ends where its last row ends, on addresses of 16 bytes.
@@ -71,9 +71,9 @@ struct Layer {
       scalings.push_back(1.7f / float(1 + slot % 3));
       for (int r = 0; r < ranks[slot]; ++r) {
         const bool sick = slot == b.sick;
-        for (int k = 0; k < b.K; ++k) A.at(starts[slot] + r, k) = sick ? nan() : Number::narrow(normal() * spread);
+        for (int k = 0; k < b.K; ++k) A.at(starts[slot] + r, k) = sick ? ill() : Number::narrow(normal() * spread);
         const float size = 1 / (scalings[slot] * std::sqrt(float(ranks[slot])));
-        for (int n = 0; n < b.N; ++n) of_b(n, starts[slot] + r) = sick ? nan() : Number::narrow(normal() * size);
+        for (int n = 0; n < b.N; ++n) of_b(n, starts[slot] + r) = sick ? ill() : Number::narrow(normal() * size);
       }
     }
     for (int n = 0; b.bias && n < b.N; ++n) bias.push_back(Number::narrow(normal()));
@@ -91,6 +91,7 @@ struct Layer {
     }
   }
   static uint16_t nan() { return Number::narrow(NAN); }
+  uint16_t ill() const { return Number::narrow(batch.M % 2 ? INFINITY : NAN); }
   uint16_t& of_b(int n, int r) { return batch.transposed ? B.at(r, n) : B.at(n, r); }
   uint16_t of_b(int n, int r) const { return batch.transposed ? B.at(r, n) : B.at(n, r); }
   static void fill(Matrix& matrix, int rows, int columns, float size) {
@@ -172,8 +173,8 @@ struct Layer {
           plain_update += plain_xa[i] * value(of_b(n, starts[slot] + i));
         }
         const double exact = base + (slot < 0 ? 0 : scalings[slot] * update);
-        if (std::isnan(exact)) {
-          emu::check(std::isnan(got), "a token whose adapter is NaN got a number");
+        if (!std::isfinite(exact)) {
+          emu::check(!std::isfinite(got), "a token whose adapter is not finite got a number");
           continue;
         }
         const double simple = slot < 0 ? rounded(base)

@@ -86,6 +86,7 @@ BUGS = {
     "rows of one chunk alone": ("multi_lora_update.cpp", "done += CHUNK)", "done += rows)"),
     "XA of chunks overlaps": ("multi_lora_update.cpp", "plan.xa += part * r;", "plan.xa += part;"),
     "the last ranks left out": ("multi_lora_update.cpp", "j + RANK_PART))});", "j + RANK_PART - 1))});"),
+    "sums of other rows": ("update.h", "Vec sums[ROWS][RANKS] = {};", "static Vec sums[ROWS][RANKS];"),
     "the narrowest scratch": ("multi_lora_update.cpp", "widest = std::max(widest,", "widest = std::min(RANK_PART,"),
 }
 QUICK = ("scaling forgotten", "columns past N", "rank past the end of A", "rows of one chunk alone")

@@ -1,6 +1,6 @@
 // The C++ of a mixed batch's update, by every instruction set that this CPU has, against double arithmetic. Arrays end where their
 // last element does (ASan sees a step further), A and B are NaN where no adapter lies, tasks run in drawn order and cuts, and
-// each row must have the bits that it has alone.
+// each row must have the bits that it has alone, whatever an adapter of others or another row holds.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -146,6 +146,22 @@ static bool one_case(bool halves, int level) {
   const auto alone = made(in_order, m, 1);
   const int64_t row = before.stride * (halves ? 2 : 4);
   if (std::memcmp(out.get() + m * row, alone.get(), N * (halves ? 2 : 4))) return fault("a row alone has other bits");
+
+  // What one adapter or one row of X holds reaches no other row.
+  const int64_t ill = below(int(L)), sick = below(int(M));
+  const float values[] = {NAN, INFINITY, -INFINITY, 1e38f, 3e38f};
+  const float bad = values[below(5)];
+  const int where = below(3);
+  for (int64_t j = true_starts[ill]; where < 2 && j < true_starts[ill] + true_ranks[ill]; ++j) {
+    for (int64_t k = 0; k < K; ++k) if (where == 0) A.set(j, k, bad);
+    for (int64_t n = 0; n < N; ++n) by_rank ? B.set(j, n, bad) : B.set(n, j, bad);
+  }
+  for (int64_t k = 0; where == 2 && k < K; ++k) X.set(sick, k, bad);
+  const auto after = made(in_order, 0, M);
+  for (int64_t i = 0; i < M; ++i) {
+    if (where == 2 ? i == sick : ids[i] == ill) continue;
+    if (std::memcmp(out.get() + i * row, after.get() + i * row, N * (halves ? 2 : 4))) return fault("a row takes from another");
+  }
   return true;
 }
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
+from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.kernels.multi_extend import multi_expand_add_, multi_extend
 from lora_kernels.kernels.tuning import GemmConfig
 from lora_kernels.testing import Pool, assert_close, poison
@@ -19,7 +20,7 @@ LARGE = GemmConfig(64, 64, 64, num_warps=4, num_stages=2)
 def low(P, Q, p, slots=None):
     """XA or dYB as an exact shrink pass leaves it, beyond doubt in the rows and ranks that nobody may read."""
     slots = slots or p.slots
-    return multi_shrunk(P, Q, slots, p.ids, torch.float64).to(P.dtype)
+    return multi_shrunk(P, Q, slots, p.ids, torch.float64).to(low_rank_dtype(P.dtype))
 
 
 def run(p, config=SMALL, slots=None, XA=None):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.kernels import multi_grads as module
 from lora_kernels.kernels.multi_grads import multi_grads, multi_rows
 from lora_kernels.kernels.tuning import SplitConfig
@@ -19,7 +20,7 @@ LARGE = SplitConfig(64, 64, 64, num_warps=4, num_stages=1)
 def run(p, config=SMALL, spans=1, slots=None, need_a=True, need_b=True):
     """dA and dB in memory that holds NaN until it is written."""
     exact = (multi_shrunk(P, Q, p.slots, p.ids, torch.float64) for P, Q in ((p.X, p.slots.A), (p.dY, p.slots.B.t())))
-    XA, dYB = (S.to(p.X.dtype) for S in exact)
+    XA, dYB = (S.to(low_rank_dtype(p.X.dtype)) for S in exact)
     with poison():
         return multi_grads(
             p.dY, p.X, XA if need_b else None, dYB if need_a else None, slots or p.slots, p.ids, config, spans

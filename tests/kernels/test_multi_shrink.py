@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.kernels.multi_shrink import multi_shrink
 from lora_kernels.kernels.tuning import ShrinkConfig
 from lora_kernels.testing import Pool, assert_close, poison
@@ -26,7 +27,7 @@ def check(p, close=assert_close, config=SMALL, slots=None, meant=None):
     slots, meant = slots or p.slots, meant or p.slots
     for name, P, Q in (("XA", p.X, slots.A), ("dYB", p.dY, slots.B.t())):
         S = run(P, Q, slots, p.ids, config)
-        plain, truth = (multi_shrunk(P, Q, meant, p.ids, dtype) for dtype in (P.dtype, torch.float64))
+        plain, truth = (multi_shrunk(P, Q, meant, p.ids, dtype) for dtype in (low_rank_dtype(P.dtype), torch.float64))
         close(S, plain, truth, what=name)
         assert torch.equal(S == 0, truth == 0), f"{name} is to be zero where a row has no rank"
 
@@ -45,10 +46,14 @@ def test_ids_that_name_no_slot_and_slots_that_point_outside(device):
     check(replace(p, ids=wild))
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("nan"), 3e4])
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [(float("inf"), torch.float16), (float("nan"), torch.float16), (3e38, torch.bfloat16)],
+    ids=["inf", "nan", "too large"],
+)
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy's, which interprets
-def test_what_is_not_finite_in_one_adapter_stays_with_its_rows(value, device):
-    p = make_multi_problem(mix_ids("uniform", 33, 3, device=device), 24, 40, (8, 4, 20), torch.float16)
+def test_what_is_not_finite_in_one_adapter_stays_with_its_rows(value, dtype, device):
+    p = make_multi_problem(mix_ids("uniform", 33, 3, device=device), 24, 40, (8, 4, 20), dtype)
     sound = run(p.X, p.slots.A, p.slots, p.ids)
     p.slots.A[8:12] = value
     broken = run(p.X, p.slots.A, p.slots, p.ids)

@@ -30,7 +30,7 @@ BUGS = [
     ("a 32-bit row of X", "multi_shrink.py", "P_ptr + offs_m[:, None].to(tl.int64) * stride_pm", "P_ptr + offs_m[:, None] * stride_pm"),
     ("every block of ranks is the first", "multi_shrink.py", "first_rank = tl.program_id(1) * BLOCK_R", "first_rank = tl.program_id(1) * 0"),
     ("another slot's rows are not left out", "multi_extend.py", "s = tl.load(s_ptrs, mask=mine[:, None] & (offs_r < max_rank)[None, :]", "s = tl.load(s_ptrs, mask=(offs_m < 10**6)[:, None] & (offs_r < max_rank)[None, :]"),
-    ("zeros times NaN reach the others' rows", "multi_extend.py", "tl.where(finite, t, 0.0).to(s.dtype)", "t"),
+    ("zeros times NaN reach the others' rows", "multi_extend.py", "tl.where(finite, t, 0.0)", "t"),
     ("what is not finite is lost", "multi_extend.py", "acc = tl.where(mine[:, None] & (lost > 0)[None, :], float(\"nan\"), acc)", "acc = acc"),
     ("ranks beyond a tile are left out", "multi_extend.py", "tl.range(0, rank, BLOCK_R,", "tl.range(0, tl.minimum(rank, BLOCK_R), BLOCK_R,"),
     ("every slot has the first columns of B", "multi_extend.py", "t_rows = (start + offs_r)[:, None]", "t_rows = offs_r[:, None]"),

@@ -220,11 +220,22 @@ def test_copies_are_the_frozen_layer(kind: type[nn.Module]) -> None:
     assert len(list(made.buffers())) == 5
 
 
+@pytest.mark.parametrize(
+    ("weight", "adapters"), [(torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)], ids=str
+)
+def test_a_small_B_stays_what_it_is_over_float16(weight: torch.dtype, adapters: torch.dtype) -> None:
+    made = into_pooled(nn.Linear(K, N).to(weight), CAPACITY, 6, 4, Here(), "auto", "its.path")
+    assert (made.pool_A.dtype, made.pool_Bt.dtype) == (adapters, adapters)
+
+
 def test_conversions_keep_the_adapters_and_float32_scalings() -> None:
     made = layer()
     made.pool_scalings.fill_(1e6)
+    A = made.pool_A.mul_(1e-6).clone()
     made.half()
-    assert (made.pool_A.dtype, made.pool_scalings.dtype) == (torch.float16, torch.float32)
+    assert (made.weight.dtype, made.pool_A.dtype, made.pool_Bt.dtype) == (torch.float16, torch.float32, torch.float32)
+    assert torch.equal(made.pool_A, A)
+    made.pool_A.mul_(1e6)
     assert made.pool_scalings.tolist() == [1e6] * 3
     assert made.pool_slots.A is made.pool_A
     assert made.pool_slots.scalings is made.pool_scalings

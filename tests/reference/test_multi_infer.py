@@ -76,12 +76,14 @@ def test_masked_with_slots_in_any_order_and_two_that_share_their_rows(starts):
 def test_scales_are_kept_for_the_same_adapters_and_made_anew_for_others(monkeypatch):
     rows = multi_infer.rows_of(torch.tensor([1, 0, -1, 1, 5], dtype=torch.int32))
     there = ((0, 2, 0.5, 1), (2, 1, 3.0, 0))
-    scales = rows.scales(2, there, torch.float32)
+    scales, others = rows.scales(2, there, torch.float32)
     assert scales.tolist() == [[0.5, 0.5, 0], [0, 0, 3], [0, 0, 0], [0.5, 0.5, 0], [0, 0, 0]]
-    assert rows.scales(2, there, torch.float32) is scales
-    assert rows.scales(2, ((0, 2, 1.5, 1), there[1]), torch.float32)[0, 0] == 1.5
+    assert torch.equal(others, scales == 0)
+    assert rows.scales(2, there, torch.float32)[0] is scales
+    assert rows.scales(2, ((0, 2, 1.5, 1), there[1]), torch.float32)[0][0, 0] == 1.5
+    assert not rows.scales(2, ((0, 2, 0.0, 1), there[1]), torch.float32)[1][0, 0]
     monkeypatch.setattr(multi_infer, "KEPT_SCALES", 1)
-    assert rows.scales(2, there[:1], torch.float64).dtype == torch.float64
+    assert rows.scales(2, there[:1], torch.float64)[0].dtype == torch.float64
     assert len(rows._scales) == 1
 
 

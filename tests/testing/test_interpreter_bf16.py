@@ -1,11 +1,19 @@
 """The stand-in is tested first: where Triton's internals move, these fail and not two thousand kernel tests."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
 
+import lora_kernels
+from lora_kernels.errors import BackendUnavailableError
+from lora_kernels.testing import interpreter_bf16
 from lora_kernels.testing.interpreter_bf16 import bf16_bits, bf16_values, round_to_tf32
 
 INTERPRETED = pytest.mark.skipif(
@@ -129,6 +137,57 @@ def test_a_sum_in_bf16_is_refused() -> None:
     x = torch.zeros(16, 16, dtype=torch.bfloat16)
     with pytest.raises(Exception, match="convert the tile to float32"):
         _reduce_kernel[(1,)](x, x[0], "sum")
+
+
+A_USERS_PROGRAM = """
+import torch, triton, triton.language as tl
+import lora_kernels as lk
+from lora_kernels.testing import assert_close, make_problem, plain, truth
+from lora_kernels.testing.multi import make_multi_problem, mix_ids, multi_plain, multi_truth
+
+@triton.jit
+def sums(x_ptr, out_ptr):
+    rows = tl.arange(0, 16)
+    tl.store(out_ptr + rows, tl.sum(tl.load(x_ptr + rows[:, None] * 16 + rows[None, :]), axis=1))
+
+def judge(got, expected, true, dtype):
+    for name, T in got.items():
+        assert_close(T, getattr(expected, name), getattr(true, name), what=name, dtype=dtype)
+
+for dtype, adapters in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+    q = make_problem(9, 24, 40, 4, dtype, adapter_dtype=adapters)
+    X, A, B = (T.clone().requires_grad_() for T in (q.X, q.A, q.B))
+    Y = lk.lora_linear(X, q.W, A, B, q.bias, scaling=q.scaling, backend="triton:one_pass")
+    Y.backward(q.dY)
+    judge({"Y": Y.detach(), "dX": X.grad, "dA": A.grad, "dB": B.grad}, plain(q), truth(q), dtype)
+    p = make_multi_problem(mix_ids("uniform", 9, 3), 24, 40, (4, 3, 0), dtype, adapter_dtype=adapters)
+    Y = lk.multi_lora_linear(p.X, p.W, p.slots, p.ids, p.bias, backend="triton:decode")
+    judge({"Y": Y}, multi_plain(p), multi_truth(p), dtype)
+x, out = torch.ones(16, 16).bfloat16(), torch.empty(16).bfloat16()
+sums[(1,)](x, out)
+assert torch.equal(out, x.sum(1)), "a kernel of the user's own is refused or wrong"
+print("all is right")
+"""
+
+
+def test_bf16_is_exact_in_a_program_that_installs_nothing(tmp_path: Path) -> None:
+    """The package makes the interpreter exact itself, where TRITON_INTERPRET=1 is all that a user did."""
+    program = tmp_path / "program.py"
+    program.write_text(A_USERS_PROGRAM)
+    path = os.pathsep.join([str(Path(lora_kernels.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "all is right", done.stderr[-2000:]
+
+
+def test_an_interpreter_that_has_moved_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def moved(**options: bool) -> None:
+        raise AttributeError("no attribute 'ternary_op'")
+
+    monkeypatch.setattr(interpreter_bf16._state, "installed", False)
+    monkeypatch.setattr(interpreter_bf16, "make_exact", moved)
+    with pytest.raises(BackendUnavailableError, match=r"no attribute 'ternary_op'.*backend='reference'"):
+        interpreter_bf16.ensure_exact()
 
 
 def test_rounding_agrees_with_torch_on_every_kind_of_number() -> None:
