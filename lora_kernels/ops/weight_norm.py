@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from lora_kernels.reference import composition
 from lora_kernels.reference import weight_norm as norms
 
 _SCHEMA = "weight_norm(Tensor W, Tensor A, Tensor B, float scaling) -> Tensor"
@@ -22,6 +23,8 @@ def weight_norm(W: Tensor, A: Tensor, B: Tensor, scaling: float, W_sq: Tensor | 
     """
     if torch.compiler.is_compiling():
         return torch.ops.lora_kernels.weight_norm(W.detach(), A.detach(), B.detach(), scaling)
+    if composition.derived():
+        return composition.weight_norm(W, A, B, scaling)
     device_type = W.device.type
     autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     with torch.no_grad(), torch.autocast(device_type, enabled=False) if autocast else nullcontext():
@@ -56,7 +59,7 @@ class NormCache:
 
         ``trust``: between calls nobody writes into W, A or B but through PyTorch's own operators on these very tensors.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or composition.derived():  # tensors of a transform must not outlive it
             return weight_norm(W, A, B, scaling)
         if W.device.type == "cpu":
             return self._compared(W, A, B, scaling)
