@@ -26,7 +26,7 @@ _has_storage = torch._C._has_storage
 def transformed() -> bool:
     """Whether torch.compile traces, a transform of torch.func is active, or a level of forward-mode differentiation.
 
-    While torch.compile traces, function.apply is right; otherwise the composition is.
+    The composition is right where ``derived``, and function.apply while torch.compile traces.
     """
     return is_compiling() or _transforms_active() or forward_ad._current_level >= 0
 
@@ -99,7 +99,7 @@ def bias_of(need: bool, X: Tensor, N: int, dtype: torch.dtype | None = None) -> 
 
 def check_frozen(W: Tensor) -> None:
     """Raise FrozenWeightError where W requires a gradient and no transform of torch.func differentiates by it."""
-    if W.requires_grad and (is_compiling() or not _transforms_active()):
+    if W.requires_grad and not _transforms_active():
         raise FrozenWeightError(
             "W requires a gradient; this layer trains A and B over a frozen base. Call W.requires_grad_(False), or "
             "pass W.detach()"

@@ -15,7 +15,6 @@ from lora_kernels.autograd.call import (
     fold_scaling,
     in_shape,
     is_compiling,
-    transformed,
     vjp,
 )
 from lora_kernels.autograd.lora_linear import _check, _rows, dropout_seed
@@ -134,12 +133,12 @@ def dora_linear(
         )
     backend = resolve_backend(backend, device_type, X.dtype)
     state = dropout_seed(seed, X.device) if training and dropout_p > 0.0 else None
-    apply, traced = _apply, is_compiling()
-    if traced:
+    apply, composes = _apply, composition.derived()
+    if not composes and is_compiling():
         A, scaling = fold_scaling(A, scaling)
         apply = _DoRALinear.apply
     norm = weight_norm(stored, A, B, scaling) if norms is None else norms.norm(stored, A, B, scaling, trust)
-    if not traced and transformed():
+    if composes:
         keep = composition.keep_mask(X, X.shape[-1], dropout_p, state, backend != "reference")
         return composed(composition.dora_linear, X, W, A, B, m, norm, bias, scaling, keep, dropout_p)
     if torch.is_grad_enabled():

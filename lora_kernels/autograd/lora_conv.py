@@ -14,7 +14,6 @@ from lora_kernels.autograd.call import (
     check_frozen,
     composed,
     direct_apply,
-    is_compiling,
     transformed,
     vjp,
 )
@@ -180,7 +179,7 @@ def lora_conv(
     steps, holes = _each(stride, dims, "stride"), _each(dilation, dims, "dilation")
     geometry = Geometry(steps, _padding(padding, kernel, steps, holes), holes, groups)
     traced = transformed()
-    composes = traced and not is_compiling()
+    composes = traced and composition.derived()
     if traced and not composes:  # a graph takes a number for a constant and is compiled again for each
         B, lora_bias, scaling = B * scaling, None if lora_bias is None else lora_bias * scaling, 1.0
     B = B.flatten(1)

@@ -18,7 +18,6 @@ from lora_kernels.autograd.call import (
     is_compiling,
     keep_inputs,
     kept_inputs,
-    transformed,
     vjp,
 )
 from lora_kernels.errors import ShapeError
@@ -127,14 +126,15 @@ def lora_embedding(
         if not -vocab <= padding_idx < vocab:
             raise ShapeError(f"padding_idx={padding_idx} lies outside a vocabulary of {vocab}")
         padding_idx %= vocab
-    traced = is_compiling()
+    composes = composition.derived()
+    traced = not composes and is_compiling()
     scalings: list[float] = []
     adapters: list[Tensor] = []
     for a, b, s in updates:
         folded = traced or isinstance(s, Tensor)  # a graph takes a number for a constant: compiled again for each
         adapters += [a, b * s if folded else b]
         scalings.append(1.0 if isinstance(s, Tensor) or folded else s)
-    if not traced and transformed():
+    if composes:
         return composed(
             composition.lora_embedding, ids, W, adapters[::2], adapters[1::2], scalings, base_scale, padding_idx
         )

@@ -17,7 +17,6 @@ from lora_kernels.autograd.call import (
     direct_apply,
     fold_scaling,
     in_shape,
-    is_compiling,
     transformed,
     vjp,
 )
@@ -188,7 +187,7 @@ def run(
     state = dropout_seed(seed, X.device) if p > 0.0 else None
     apply = _apply
     if transformed():
-        if not is_compiling():
+        if composition.derived():
             keep = composition.keep_mask(X, X.shape[-1], p, state, backend != "reference")
             return composed(composition.lora_linear, X, W, A, B, bias, scaling, keep, p)
         A, scaling = fold_scaling(A, scaling)

@@ -14,7 +14,6 @@ from lora_kernels.autograd.call import (
     composed,
     fold_scaling,
     in_shape,
-    is_compiling,
     keep_inputs,
     kept_inputs,
     transformed,
@@ -166,7 +165,7 @@ def lora_mlp(
     operands: Any = zip(gate, up, down, strict=True)
     W, A, B, bias, scaling = operands
     if transformed():
-        if not is_compiling():
+        if composition.derived():
             return composed(_composition(X, W, scaling, dropout_p, seeds, backend), X, *A, *B, *bias)
         A, scaling = zip(*(fold_scaling(q.A, q.scaling) for q in (gate, up, down)), strict=True)
     if torch.is_grad_enabled():

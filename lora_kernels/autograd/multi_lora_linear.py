@@ -204,7 +204,7 @@ def run(X: Tensor, W: Tensor, slots: Slots, ids: Tensor, bias: Tensor | None, ba
     X, W, bias = _autocast(X, W, bias)
     backend = resolve(backend, X.device.type, X.dtype)
     traced = transformed()
-    if traced and not is_compiling():
+    if traced and composition.derived():
         return composed(_composed, X, W, slots, ids, bias)
     if torch.is_grad_enabled() and (traced or any(map(_wants, (X, slots.A, slots.B, bias)))):
         apply = _MultiLoRALinear.apply if traced else _apply

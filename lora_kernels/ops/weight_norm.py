@@ -21,10 +21,10 @@ def weight_norm(W: Tensor, A: Tensor, B: Tensor, scaling: float, W_sq: Tensor | 
     On a CPU from factored terms (``W_sq``: the squared norms of W's rows, where they are known); elsewhere, where the
     look at what has cancelled would stop the device's queue, by blocks of rows.
     """
-    if torch.compiler.is_compiling():
-        return torch.ops.lora_kernels.weight_norm(W.detach(), A.detach(), B.detach(), scaling)
     if composition.derived():
         return composition.weight_norm(W, A, B, scaling)
+    if torch.compiler.is_compiling():
+        return torch.ops.lora_kernels.weight_norm(W.detach(), A.detach(), B.detach(), scaling)
     device_type = W.device.type
     autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     with torch.no_grad(), torch.autocast(device_type, enabled=False) if autocast else nullcontext():

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn.functional import embedding, linear, silu
 
 from lora_kernels.reference.dropout import generator_keep_mask, philox_keep_mask
@@ -40,7 +41,7 @@ def derived() -> bool:
 
 def batched(T: Tensor) -> bool:
     """Whether torch.func.vmap maps over T, at any level of nested transforms."""
-    while _functorch.is_functorch_wrapped_tensor(T):
+    while not is_compiling() and _functorch.is_functorch_wrapped_tensor(T):
         if _functorch.is_batchedtensor(T):
             return True
         T = _functorch.get_unwrapped(T)
@@ -49,7 +50,7 @@ def batched(T: Tensor) -> bool:
 
 def _bare(T: Tensor) -> Tensor:
     """T without the wrappers of torch.func, for numbers that are read on the host; T is not mapped over."""
-    while _functorch.is_functorch_wrapped_tensor(T):
+    while not is_compiling() and _functorch.is_functorch_wrapped_tensor(T):
         T = _functorch.get_unwrapped(T)
     return T
 
@@ -69,7 +70,7 @@ def keep_mask(X: Tensor, width: int, p: float, seed: Tensor | None, philox: bool
     if seed is None:
         return None
     M = math.prod(X.shape[:-1])
-    if philox or X.device.type != "cpu" or batched(seed):
+    if philox or X.device.type != "cpu" or is_compiling() or batched(seed):
         keep = philox_keep_mask(seed, p, M, width)
     else:
         keep = _in_thread(generator_keep_mask, _bare(seed), p, M, width, X.dtype)
@@ -212,7 +213,7 @@ def lora_conv(
     none, ones = [0] * len(stride), [1] * len(stride)
     XD, factor = X.to(dtype), scaling
     if mask is not None:
-        if mask.philox or batched(mask.seed):
+        if mask.philox or is_compiling() or batched(mask.seed):
             keep = conv_keep_mask(mask._replace(philox=True), X)
         else:
             keep = _in_thread(
