@@ -17,7 +17,24 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from lora_kernels.errors import FrozenWeightError
-from lora_kernels.reference.composition import no_autocast
+from lora_kernels.reference.transforms import batched, derived, no_autocast
+
+__all__ = [
+    "again",
+    "batched",
+    "bias_of",
+    "check_frozen",
+    "composed",
+    "derived",
+    "direct_apply",
+    "fold_scaling",
+    "in_shape",
+    "is_compiling",
+    "keep_inputs",
+    "kept_inputs",
+    "transformed",
+    "vjp",
+]
 
 _transforms_active = torch._C._are_functorch_transforms_active
 _has_storage = torch._C._has_storage

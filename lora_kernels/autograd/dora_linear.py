@@ -11,6 +11,7 @@ from lora_kernels.autograd.call import (
     again,
     bias_of,
     composed,
+    derived,
     direct_apply,
     fold_scaling,
     in_shape,
@@ -133,7 +134,7 @@ def dora_linear(
         )
     backend = resolve_backend(backend, device_type, X.dtype)
     state = dropout_seed(seed, X.device) if training and dropout_p > 0.0 else None
-    apply, composes = _apply, composition.derived()
+    apply, composes = _apply, derived()
     if not composes and is_compiling():
         A, scaling = fold_scaling(A, scaling)
         apply = _DoRALinear.apply

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from lora_kernels.autograd.call import (
     again,
+    batched,
     bias_of,
     check_frozen,
     composed,
+    derived,
     direct_apply,
     transformed,
     vjp,
@@ -179,12 +181,12 @@ def lora_conv(
     steps, holes = _each(stride, dims, "stride"), _each(dilation, dims, "dilation")
     geometry = Geometry(steps, _padding(padding, kernel, steps, holes), holes, groups)
     traced = transformed()
-    composes = traced and composition.derived()
+    composes = traced and derived()
     if traced and not composes:  # a graph takes a number for a constant and is compiled again for each
         B, lora_bias, scaling = B * scaling, None if lora_bias is None else lora_bias * scaling, 1.0
     B = B.flatten(1)
     state = dropout_seed(seed, X.device) if training and dropout_p > 0.0 else None
-    channels_last = not (composes and composition.batched(X)) and is_channels_last(X)
+    channels_last = not (composes and batched(X)) and is_channels_last(X)
     drawn = dropout_p, channels_last, (traced and not composes) or device_type != "cpu"
     if composes:
         mask = None if state is None else Mask(state, *drawn)

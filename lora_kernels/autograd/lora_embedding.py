@@ -13,6 +13,7 @@ from lora_kernels.autograd.call import (
     again,
     check_frozen,
     composed,
+    derived,
     direct_apply,
     in_shape,
     is_compiling,
@@ -126,7 +127,7 @@ def lora_embedding(
         if not -vocab <= padding_idx < vocab:
             raise ShapeError(f"padding_idx={padding_idx} lies outside a vocabulary of {vocab}")
         padding_idx %= vocab
-    composes = composition.derived()
+    composes = derived()
     traced = not composes and is_compiling()
     scalings: list[float] = []
     adapters: list[Tensor] = []

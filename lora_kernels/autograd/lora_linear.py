@@ -14,6 +14,7 @@ from lora_kernels.autograd.call import (
     bias_of,
     check_frozen,
     composed,
+    derived,
     direct_apply,
     fold_scaling,
     in_shape,
@@ -187,7 +188,7 @@ def run(
     state = dropout_seed(seed, X.device) if p > 0.0 else None
     apply = _apply
     if transformed():
-        if composition.derived():
+        if derived():
             keep = composition.keep_mask(X, X.shape[-1], p, state, backend != "reference")
             return composed(composition.lora_linear, X, W, A, B, bias, scaling, keep, p)
         A, scaling = fold_scaling(A, scaling)

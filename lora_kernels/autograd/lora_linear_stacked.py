@@ -12,6 +12,7 @@ from lora_kernels.autograd.call import (
     again,
     bias_of,
     composed,
+    derived,
     direct_apply,
     fold_scaling,
     transformed,
@@ -235,7 +236,7 @@ def run_stacked(
     W, A, B, bias, scaling = zip(*projections, strict=True)
     apply = _apply
     if transformed():
-        if composition.derived():
+        if derived():
             keep = composition.keep_mask(X, X.shape[-1], p, state, backend != "reference")
             return composed(composition.lora_linear_stacked, X, W, A, B, bias, scaling, keep, p)
         A, scaling = zip(*(fold_scaling(q.A, q.scaling) for q in projections), strict=True)

@@ -12,6 +12,7 @@ from lora_kernels.autograd.call import (
     again,
     bias_of,
     composed,
+    derived,
     fold_scaling,
     in_shape,
     keep_inputs,
@@ -165,7 +166,7 @@ def lora_mlp(
     operands: Any = zip(gate, up, down, strict=True)
     W, A, B, bias, scaling = operands
     if transformed():
-        if composition.derived():
+        if derived():
             return composed(_composition(X, W, scaling, dropout_p, seeds, backend), X, *A, *B, *bias)
         A, scaling = zip(*(fold_scaling(q.A, q.scaling) for q in (gate, up, down)), strict=True)
     if torch.is_grad_enabled():

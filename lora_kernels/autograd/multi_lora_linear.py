@@ -11,9 +11,11 @@ from torch import Tensor
 from lora_kernels import ops
 from lora_kernels.autograd.call import (
     again,
+    batched,
     bias_of,
     check_frozen,
     composed,
+    derived,
     direct_apply,
     in_shape,
     is_compiling,
@@ -112,7 +114,7 @@ def token_ids(ids: Tensor, X: Tensor, L: int) -> Tensor:
     rows = X.shape[:-1]
     if ids.dtype not in (torch.int32, torch.int64):
         raise ShapeError(f"adapter_ids are {ids.dtype}; expected int32 (or int64): a slot, or -1 for none")
-    if not is_compiling() and composition.batched(ids):
+    if not is_compiling() and batched(ids):
         raise ShapeError(
             "adapter_ids are mapped over by torch.func.vmap, but the host reads them; pass X with all its rows and "
             "one id for each"
@@ -204,7 +206,7 @@ def run(X: Tensor, W: Tensor, slots: Slots, ids: Tensor, bias: Tensor | None, ba
     X, W, bias = _autocast(X, W, bias)
     backend = resolve(backend, X.device.type, X.dtype)
     traced = transformed()
-    if traced and composition.derived():
+    if traced and derived():
         return composed(_composed, X, W, slots, ids, bias)
     if torch.is_grad_enabled() and (traced or any(map(_wants, (X, slots.A, slots.B, bias)))):
         apply = _MultiLoRALinear.apply if traced else _apply

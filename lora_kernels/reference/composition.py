@@ -11,16 +11,11 @@ inverted dropout on the adapter's input, or None; it is given, so that it is the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from functools import reduce
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch  # type: ignore[attr-defined]
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn.functional import embedding, linear, silu
 
@@ -29,36 +24,8 @@ from lora_kernels.reference.lora_conv import Geometry, Mask
 from lora_kernels.reference.lora_conv import keep_mask as conv_keep_mask
 from lora_kernels.reference.lora_linear import _inv_keep
 from lora_kernels.reference.multi_lora_linear import parts
+from lora_kernels.reference.transforms import bare, batched, in_thread, no_autocast
 from lora_kernels.slots import Slots
-
-_transforms_active = torch._C._are_functorch_transforms_active
-
-
-def derived() -> bool:
-    """Whether a transform of torch.func or a level of forward-mode differentiation is active."""
-    return _transforms_active() or forward_ad._current_level >= 0
-
-
-def batched(T: Tensor) -> bool:
-    """Whether torch.func.vmap maps over T, at any level of nested transforms."""
-    while not is_compiling() and _functorch.is_functorch_wrapped_tensor(T):
-        if _functorch.is_batchedtensor(T):
-            return True
-        T = _functorch.get_unwrapped(T)
-    return False
-
-
-def _bare(T: Tensor) -> Tensor:
-    """T without the wrappers of torch.func, for numbers that are read on the host; T is not mapped over."""
-    while not is_compiling() and _functorch.is_functorch_wrapped_tensor(T):
-        T = _functorch.get_unwrapped(T)
-    return T
-
-
-def no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """A context in which autocast casts nothing; operands are cast before."""
-    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if on else nullcontext()
 
 
 def keep_mask(X: Tensor, width: int, p: float, seed: Tensor | None, philox: bool) -> Tensor | None:
@@ -73,14 +40,8 @@ def keep_mask(X: Tensor, width: int, p: float, seed: Tensor | None, philox: bool
     if philox or X.device.type != "cpu" or is_compiling() or batched(seed):
         keep = philox_keep_mask(seed, p, M, width)
     else:
-        keep = _in_thread(generator_keep_mask, _bare(seed), p, M, width, X.dtype)
+        keep = in_thread(generator_keep_mask, bare(seed), p, M, width, X.dtype)
     return keep.view(*X.shape[:-1], width)
-
-
-def _in_thread(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """function(*args) in another thread: random numbers that a seed fixes, which vmap refuses or changes in its own."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(function, *args).result()
 
 
 def wide(*tensors: Tensor) -> torch.dtype:
@@ -216,8 +177,8 @@ def lora_conv(
         if mask.philox or is_compiling() or batched(mask.seed):
             keep = conv_keep_mask(mask._replace(philox=True), X)
         else:
-            keep = _in_thread(
-                conv_keep_mask, mask._replace(seed=_bare(mask.seed)), torch.empty(X.shape, dtype=X.dtype, device="meta")
+            keep = in_thread(
+                conv_keep_mask, mask._replace(seed=bare(mask.seed)), torch.empty(X.shape, dtype=X.dtype, device="meta")
             )
         keep = keep.to(dtype)
         XD, factor = XD * keep, scaling * _inv_keep(keep, mask.p)
@@ -234,8 +195,9 @@ def lora_conv(
 def multi_lora_linear(X: Tensor, W: Tensor, slots: Slots, ids: Tensor, bias: Tensor | None) -> Tensor:
     """Y (M, N) with each row's own adapter, or none, for X (M, K), ids (M,), which are read on the host."""
     Y = linear(X, W, bias)
-    starts, ranks, scalings = map(_bare, slots[2:5])
-    found = parts(Slots(slots.A, slots.B, starts, ranks, scalings, slots.max_rank), _bare(ids))
+    starts, ranks, scalings = map(bare, slots[2:5])
+    held, rows_ids = Slots(slots.A, slots.B, starts, ranks, scalings, slots.max_rank), bare(ids)
+    found = in_thread(lambda: list(parts(held, rows_ids)))
     order = torch.arange(X.shape[0], device=X.device)
     rows, made = [], []
     for own, first, r, scaling in found:
