@@ -6,14 +6,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lora_kernels.autograd.call import direct_apply, fold_scaling, in_shape, transformed
+from lora_kernels.autograd.call import (
+    again,
+    bias_of,
+    composed,
+    derived,
+    direct_apply,
+    fold_scaling,
+    in_shape,
+    is_compiling,
+    vjp,
+)
 from lora_kernels.autograd.lora_linear import _check, _rows, dropout_seed
 from lora_kernels.errors import ConfigError, ShapeError
 from lora_kernels.ops import dora_linear as ops
 from lora_kernels.ops.weight_norm import NormCache, weight_norm
 from lora_kernels.plan import resolve_backend
+from lora_kernels.reference import composition
 from lora_kernels.reference.dora_linear import DoRANeeds
 
 __all__ = ["NormCache", "dora_linear", "weight_norm"]
@@ -39,22 +49,31 @@ class _DoRALinear(torch.autograd.Function):
         scaling, p, backend, keep_z = call
         Y, XA, Z, keep = ops.dora_linear_fwd(X2, W, A, B, m, norm, bias, scaling, p, seed, backend, keep_z)
         has_bits = seed is not None and backend != "reference"
-        ctx.save_for_backward(X2, W, A, B, m, norm, XA, Z if keep_z else None, seed, keep if has_bits else None)
+        ctx.save_for_backward(X, W, A, B, m, norm, XA, Z if keep_z else None, seed, keep if has_bits else None)
         ctx.call = call
-        ctx.shape = X.shape
         return Y if X.dim() == 2 else in_shape(Y, *X.shape[:-1], Y.shape[-1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         X, W, A, B, m, norm, XA, Z, seed, keep = ctx.saved_tensors
         scaling, p, backend, _ = ctx.call
         need_x, _, *need = ctx.needs_input_grad[:6]
         needs = DoRANeeds(need_x, *need)
-        grads = ops.dora_linear_bwd(_rows(dY), X, W, A, B, m, norm, XA, Z, scaling, p, seed, keep, needs, backend)
+        if again(dY):
+            mask = composition.keep_mask(X, X.shape[-1], p, seed, backend != "reference")
+            dX, *rest = vjp(
+                lambda X, A, B, m, bias: composition.dora_linear(X, W, A, B, m, norm, bias, scaling, mask, p),
+                (X, A, B, m, bias_of(needs.bias, X, W.shape[0])),
+                needs,
+                dY,
+            )
+            return dX, None, *rest, None, None, None
+        grads = ops.dora_linear_bwd(
+            _rows(dY), _rows(X), W, A, B, m, norm, XA, Z, scaling, p, seed, keep, needs, backend
+        )
         dX, dA, dB, dm, dbias = grads
-        if dX is not None and len(ctx.shape) != 2:
-            dX = dX.view(ctx.shape)
+        if dX is not None and X.dim() != 2:
+            dX = dX.view(X.shape)
         return dX, None, dA, dB, dm, dbias, None, None, None
 
 
@@ -95,7 +114,7 @@ def dora_linear(
 
     Returns:
         Y (..., N) in X's dtype (under torch.autocast in its dtype). Gradients flow to X, A, B, m, and to bias where it
-        asks for one; they can be taken once, not twice.
+        asks for one, to any order.
 
     Raises:
         FrozenWeightError, ShapeError, BackendUnavailableError, ConfigError: as lora_linear.
@@ -115,12 +134,15 @@ def dora_linear(
             f"m is {m.dtype} {tuple(m.shape)} on {m.device}; expected floating-point ({W.shape[0]},) on {X.device}"
         )
     backend = resolve_backend(backend, device_type, X.dtype)
-    apply = _apply
-    if transformed():
+    state = dropout_seed(seed, X.device) if training and dropout_p > 0.0 else None
+    apply, composes = _apply, derived()
+    if not composes and is_compiling():
         A, scaling = fold_scaling(A, scaling)
         apply = _DoRALinear.apply
     norm = weight_norm(stored, A, B, scaling) if norms is None else norms.norm(stored, A, B, scaling, trust)
-    state = dropout_seed(seed, X.device) if training and dropout_p > 0.0 else None
+    if composes:
+        keep = composition.keep_mask(X, X.shape[-1], dropout_p, state, backend != "reference")
+        return composed(composition.dora_linear, X, W, A, B, m, norm, bias, scaling, keep, dropout_p)
     if torch.is_grad_enabled():
         return apply(X, W, A, B, m, bias, norm, state, (scaling, dropout_p, backend, m.requires_grad))
     Y = ops.dora_linear_fwd(_rows(X), W, A, B, m, norm, bias, scaling, dropout_p, state, backend, False)[0]

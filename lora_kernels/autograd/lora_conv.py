@@ -7,12 +7,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lora_kernels.autograd.call import direct_apply, transformed
+from lora_kernels.autograd.call import (
+    again,
+    batched,
+    bias_of,
+    check_frozen,
+    composed,
+    derived,
+    direct_apply,
+    transformed,
+    vjp,
+)
 from lora_kernels.autograd.lora_linear import dropout_seed
 from lora_kernels.dtypes import low_rank_dtype
-from lora_kernels.errors import ConfigError, FrozenWeightError, ShapeError
+from lora_kernels.errors import ConfigError, ShapeError
+from lora_kernels.reference import composition
 from lora_kernels.reference.lora_conv import (
     ConvNeeds,
     Geometry,
@@ -46,13 +56,21 @@ class _LoRAConv(torch.autograd.Function):
         return Y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         X, W, A, B, XA, seed = ctx.saved_tensors
         scaling, geometry, drawn = ctx.call
+        N = W.shape[0]
         need_x, _, need_a, need_b, need_bias, need_lora_bias, *_ = ctx.needs_input_grad
         needs = ConvNeeds(need_x, need_a, need_b, need_bias, need_lora_bias)
         mask = None if seed is None else Mask(seed, *drawn)
+        if again(dY):
+            grads = vjp(
+                lambda X, A, B, b, c: composition.lora_conv(X, W, A, B, b, c, scaling, geometry, mask),
+                (X, A, B, bias_of(need_bias, X, N), bias_of(need_lora_bias, X, N, ctx.lora_bias_dtype)),
+                needs,
+                dY,
+            )
+            return grads[0], None, *grads[1:], None, None
         dX, dA, dB, dbias, dlora_bias = lora_conv_bwd(dY, X, W, A, B, XA, scaling, geometry, mask, needs)
         if dlora_bias is not None:
             dlora_bias = dlora_bias.to(ctx.lora_bias_dtype)
@@ -89,11 +107,7 @@ def _padding(
 def _check(
     X: Tensor, W: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, lora_bias: Tensor | None, groups: int
 ) -> None:
-    if W.requires_grad:
-        raise FrozenWeightError(
-            "W requires a gradient; this layer trains A and B over a frozen base. Call W.requires_grad_(False), or "
-            "pass W.detach()"
-        )
+    check_frozen(W)
     N, r = W.shape[0], A.shape[0]
     C = W.shape[1] * groups
     fits = 3 <= X.dim() <= 5 and W.dim() == A.dim() == B.dim() == X.dim() and X.shape[1] == C and r >= 1
@@ -148,8 +162,8 @@ def lora_conv(
         padding: as there; "same" only where it is as wide on both sides.
 
     Returns:
-        Y (M, N, *out) in X's dtype (under torch.autocast in its dtype). Gradients flow to X, A, B, bias and lora_bias;
-        they can be taken once, not twice.
+        Y (M, N, *out) in X's dtype (under torch.autocast in its dtype). Gradients flow to X, A, B, bias and lora_bias,
+        to any order.
 
     Raises:
         FrozenWeightError: W requires a gradient.
@@ -168,12 +182,17 @@ def lora_conv(
     steps, holes = _each(stride, dims, "stride"), _each(dilation, dims, "dilation")
     geometry = Geometry(steps, _padding(padding, kernel, steps, holes), holes, groups)
     traced = transformed()
-    if traced:  # a graph takes a number for a constant and is compiled again for each
+    composes = traced and derived()
+    if traced and not composes:  # a graph takes a number for a constant and is compiled again for each
         B, lora_bias = B.to(low_rank_dtype(B.dtype)) * scaling, None if lora_bias is None else lora_bias * scaling
         scaling = 1.0
     B = B.flatten(1)
     state = dropout_seed(seed, X.device) if training and dropout_p > 0.0 else None
-    drawn = dropout_p, is_channels_last(X), torch.compiler.is_compiling() or device_type != "cpu"
+    channels_last = not (composes and batched(X)) and is_channels_last(X)
+    drawn = dropout_p, channels_last, (traced and not composes) or device_type != "cpu"
+    if composes:
+        mask = None if state is None else Mask(state, *drawn)
+        return composed(composition.lora_conv, X, W, A, B, bias, lora_bias, scaling, geometry, mask)
     if torch.is_grad_enabled():
         apply = _LoRAConv.apply if traced else _apply
         return apply(X, W, A, B, bias, lora_bias, state, (scaling, geometry, drawn))

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lora_kernels.autograd.call import direct_apply, in_shape, transformed
+from lora_kernels.autograd.call import (
+    again,
+    check_frozen,
+    composed,
+    derived,
+    direct_apply,
+    in_shape,
+    is_compiling,
+    keep_inputs,
+    kept_inputs,
+    vjp,
+)
 from lora_kernels.dtypes import low_rank_dtype
-from lora_kernels.errors import FrozenWeightError, ShapeError
+from lora_kernels.errors import ShapeError
+from lora_kernels.reference import composition
 from lora_kernels.reference.lora_embedding import lora_embedding_bwd, lora_embedding_fwd
 
 Update = tuple[Tensor, Tensor, float | Tensor]
@@ -28,19 +40,29 @@ class _LoRAEmbedding(torch.autograd.Function):
         updates = list(zip(adapters[::2], Bs, scalings, strict=True))
         Y, gathered = lora_embedding_fwd(rows, W, updates, base_scale)
         ctx.save_for_backward(rows, *Bs, *gathered)
+        keep_inputs(ctx, *adapters[::2])
         ctx.call = scalings, W.shape[0], padding_idx
         return in_shape(Y, *ids.shape, Y.shape[1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         scalings, vocab, padding_idx = ctx.call
         ids, *saved = ctx.saved_tensors
+        L, composes = len(scalings), again(dY)
         dY = dY.reshape(ids.numel(), dY.shape[-1])
         grads: list[Tensor | None] = [None] * 4
-        for i, (scaling, B, XA) in enumerate(zip(scalings, saved, saved[len(scalings) :], strict=False)):
+        for i, scaling in enumerate(scalings):
+            B, XA = saved[i::L]
             needs = ctx.needs_input_grad[4 + 2 * i], ctx.needs_input_grad[5 + 2 * i]
-            grads += lora_embedding_bwd(dY, ids, B, XA, scaling, vocab, padding_idx, needs)
+            if composes:
+                A = kept_inputs(ctx)[i]
+                dtype = composition.wide(dY, A)
+                update = partial(
+                    composition.embedding_update, ids, scaling=scaling, padding_idx=padding_idx, dtype=dtype
+                )
+                grads += vjp(update, (A, B), needs, dY.to(dtype))
+            else:
+                grads += lora_embedding_bwd(dY, ids, B, XA, scaling, vocab, padding_idx, needs)
         return tuple(grads)
 
 
@@ -48,11 +70,7 @@ _apply = direct_apply(_LoRAEmbedding)
 
 
 def _check(ids: Tensor, W: Tensor, updates: Sequence[Update]) -> None:
-    if W.requires_grad:
-        raise FrozenWeightError(
-            "W requires a gradient; this layer trains A and B over a frozen base. Call W.requires_grad_(False), or "
-            "pass W.detach()"
-        )
+    check_frozen(W)
     if ids.dtype not in (torch.int64, torch.int32):
         raise ShapeError(f"ids are {ids.dtype}; expected int64 or int32")
     if W.dim() != 2 or not W.dtype.is_floating_point:
@@ -96,7 +114,7 @@ def lora_embedding(
         base_scale: for embeddings that scale their rows (Gemma's); the update is scaled by ``scaling`` alone.
 
     Returns:
-        Y (*ids.shape, N) in W's dtype. Gradients flow to A and B; they can be taken once, not twice.
+        Y (*ids.shape, N) in W's dtype. Gradients flow to A and B, to any order.
 
     Raises:
         FrozenWeightError: W requires a gradient.
@@ -110,13 +128,18 @@ def lora_embedding(
         if not -vocab <= padding_idx < vocab:
             raise ShapeError(f"padding_idx={padding_idx} lies outside a vocabulary of {vocab}")
         padding_idx %= vocab
-    traced = transformed()
+    composes = derived()
+    traced = not composes and is_compiling()
     scalings: list[float] = []
     adapters: list[Tensor] = []
     for a, b, s in updates:
         folded = traced or isinstance(s, Tensor)  # a graph takes a number for a constant: compiled again for each
         adapters += [a, b.to(low_rank_dtype(b.dtype)) * s if folded else b]
         scalings.append(1.0 if isinstance(s, Tensor) or folded else s)
+    if composes:
+        return composed(
+            composition.lora_embedding, ids, W, adapters[::2], adapters[1::2], scalings, base_scale, padding_idx
+        )
     if torch.is_grad_enabled():
         apply = _LoRAEmbedding.apply if traced else _apply
         return apply(ids, W, (base_scale, padding_idx), tuple(scalings), *adapters)

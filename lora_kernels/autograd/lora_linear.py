@@ -7,14 +7,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lora_kernels import ops
-from lora_kernels.autograd.call import direct_apply, fold_scaling, in_shape, transformed
-from lora_kernels.errors import ConfigError, FrozenWeightError, ShapeError
+from lora_kernels.autograd.call import (
+    again,
+    bias_of,
+    check_frozen,
+    composed,
+    derived,
+    direct_apply,
+    fold_scaling,
+    in_shape,
+    transformed,
+    vjp,
+)
+from lora_kernels.errors import ConfigError, ShapeError
 from lora_kernels.formats import format_of
 from lora_kernels.plan import resolve_backend
-from lora_kernels.reference import Needs
+from lora_kernels.reference import Needs, composition
 
 Call = tuple[float, float, str, bool]  # scaling, p, backend, keep_bits: whether the mask's bits stay for the backward
 
@@ -26,26 +36,31 @@ class _LoRALinear(torch.autograd.Function):
     ) -> Tensor:
         X2 = X if X.dim() == 2 else _rows(X)
         Y, XA, keep = ops.lora_linear_fwd(X2, W, A, B, bias, call[0], call[1], seed, call[2], call[3])
-        ctx.save_for_backward(X2, W, A, B, XA, seed, keep if call[3] else None)
+        ctx.save_for_backward(X, W, A, B, XA, seed, keep if call[3] else None)
         ctx.call = call
-        if X2 is X:
-            ctx.shape = None
-            return Y
-        ctx.shape = X.shape
-        return in_shape(Y, *X.shape[:-1], Y.shape[-1])
+        return Y if X2 is X else in_shape(Y, *X.shape[:-1], Y.shape[-1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         X, W, A, B, XA, seed, keep = ctx.saved_tensors
         scaling, p, backend, _ = ctx.call
         need_x, _, need_a, need_b, need_bias, *_ = ctx.needs_input_grad
         needs = Needs(need_x, need_a, need_b, need_bias)
-        if ctx.shape is not None:
-            dY = _rows(dY)
-        dX, dA, dB, dbias = ops.lora_linear_bwd(dY, X, W, A, B, XA, scaling, p, seed, keep, needs, backend)
-        if dX is not None and ctx.shape is not None:
-            dX = dX.view(ctx.shape)
+        if again(dY):
+            mask = composition.keep_mask(X, X.shape[-1], p, seed, backend != "reference")
+            dX, dA, dB, dbias = vjp(
+                lambda X, A, B, bias: composition.lora_linear(X, W, A, B, bias, scaling, mask, p),
+                (X, A, B, bias_of(need_bias, X, W.shape[0])),
+                needs,
+                dY,
+            )
+            return dX, None, dA, dB, dbias, None, None
+        X2, shape = X, None
+        if X.dim() != 2:
+            X2, dY, shape = _rows(X), _rows(dY), X.shape
+        dX, dA, dB, dbias = ops.lora_linear_bwd(dY, X2, W, A, B, XA, scaling, p, seed, keep, needs, backend)
+        if dX is not None and shape is not None:
+            dX = dX.view(shape)
         return dX, None, dA, dB, dbias, None, None
 
 
@@ -59,11 +74,7 @@ def _rows(X: Tensor) -> Tensor:
 
 def _check(X: Tensor, W: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
     """Raise where the operands do not fit together; costs some comparisons of integers."""
-    if W.requires_grad:
-        raise FrozenWeightError(
-            "W requires a gradient; this layer trains A and B over a frozen base. Call W.requires_grad_(False), or "
-            "pass W.detach()"
-        )
+    check_frozen(W)
     N, K = format_of(W).shape(W)
     dtype = X.dtype
     r = A.shape[0] if A.dim() == 2 else 0
@@ -130,7 +141,7 @@ def lora_linear(
 
     Returns:
         Y (..., N) in X's dtype (under torch.autocast in its dtype). Gradients flow to X, A, B, and to bias where it
-        asks for one; they can be taken once, not twice.
+        asks for one, to any order; see docs/autograd.md.
 
     Raises:
         FrozenWeightError: W requires a gradient.
@@ -177,6 +188,9 @@ def run(
     state = dropout_seed(seed, X.device) if p > 0.0 else None
     apply = _apply
     if transformed():
+        if derived():
+            keep = composition.keep_mask(X, X.shape[-1], p, state, backend != "reference")
+            return composed(composition.lora_linear, X, W, A, B, bias, scaling, keep, p)
         A, scaling = fold_scaling(A, scaling)
         apply = _LoRALinear.apply
     try:

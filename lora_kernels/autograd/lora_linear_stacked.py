@@ -7,13 +7,22 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lora_kernels.autograd.call import direct_apply, fold_scaling, transformed
+from lora_kernels.autograd.call import (
+    again,
+    bias_of,
+    composed,
+    derived,
+    direct_apply,
+    fold_scaling,
+    transformed,
+    vjp,
+)
 from lora_kernels.autograd.lora_linear import _check, _rows, dropout_seed
 from lora_kernels.errors import ConfigError, ShapeError
 from lora_kernels.ops import lora_linear_stacked as ops
 from lora_kernels.plan import resolve_backend
+from lora_kernels.reference import composition
 from lora_kernels.reference.lora_linear_stacked import StackedNeeds
 
 
@@ -42,15 +51,13 @@ class _LoRALinearStacked(torch.autograd.Function):
         X2, P = _rows(X), len(scaling)
         W, A, B, bias = (flat[i * P : (i + 1) * P] for i in range(4))
         Y, XA, keep = _forward(X2, W, A, B, bias, scaling, p, seed, backend, keep_bits)
-        ctx.save_for_backward(X2, XA, seed, keep if keep_bits else None, *W, *A, *B)
+        ctx.save_for_backward(X, XA, seed, keep if keep_bits else None, *W, *A, *B)
         ctx.constants = scaling, p, backend
-        ctx.shape = X.shape
         if not torch.compiler.is_compiling():  # an output that nobody uses has no gradient, not zeros
             ctx.set_materialize_grads(False)
         return tuple(Y)  # (M, N_p): were they views, autograd would not let them be changed in place
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *dY: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         scaling, p, backend = ctx.constants
         X, XA, seed, keep, *frozen = ctx.saved_tensors
@@ -60,21 +67,28 @@ class _LoRALinearStacked(torch.autograd.Function):
         need_a, need_b, need_bias = need[P : 2 * P], need[2 * P : 3 * P], need[3 * P :]
         live = [i for i in range(P) if dY[i] is not None]
         dX: Tensor | None = None
-        dA, dB, dbias = ([None] * P for _ in range(3))
+        grads: list[list[Tensor | None]] = [[None] * P for _ in range(3)]  # of the A, B and bias
         if live:
             blocks = XA.split_with_sizes([a.shape[0] for a in A], 1)
 
             def of(values: Sequence[Any]) -> list[Any]:
                 return [values[i] for i in live]
 
-            needs = StackedNeeds(need_x, any(of(need_a)), of(need_b), of(need_bias))
-            args = X, of(W), of(A), of(B), of(blocks), of(scaling), p, seed, keep, needs, backend
-            dX, dA_all, dB_live, dbias_live = _backward(of(dY), *args)
-            dA_live = [None] * len(live) if dA_all is None else dA_all.split_with_sizes([A[i].shape[0] for i in live])
-            for i, da, db, dbias_i in zip(live, dA_live, dB_live, dbias_live, strict=True):
-                dA[i], dB[i], dbias[i] = da if need_a[i] else None, db, dbias_i
-            dX = dX if dX is None or len(ctx.shape) == 2 else dX.view(ctx.shape)
-        return dX, None, None, None, None, None, *[None] * P, *dA, *dB, *dbias
+            wanted = of(need_a), of(need_b), of(need_bias)
+            if again(*of(dY)):
+                operands = X, of(W), of(A), of(B), of(scaling), p, seed, backend
+                dX, *made = _composed_backward(of(dY), *operands, need_x, wanted)
+            else:
+                needs = StackedNeeds(need_x, any(wanted[0]), *wanted[1:])
+                args = of(W), of(A), of(B), of(blocks), of(scaling), p, seed, keep, needs, backend
+                dX, dA, *rest = _backward(of(dY), _rows(X), *args)
+                dX = dX if dX is None or X.dim() == 2 else dX.view(X.shape)
+                ranks = [A[i].shape[0] for i in live]
+                made = [[None] * len(live) if dA is None else dA.split_with_sizes(ranks), *map(list, rest)]
+            for place, found, need in zip(grads, made, wanted, strict=True):
+                for i, grad, wants in zip(live, found, need, strict=True):
+                    place[i] = grad if wants else None
+        return dX, None, None, None, None, None, *[None] * P, *grads[0], *grads[1], *grads[2]
 
 
 _apply = direct_apply(_LoRALinearStacked)
@@ -101,6 +115,31 @@ def _backward(dY: list[Tensor], *args: Any) -> tuple[Any, Any, Sequence[Any], Se
         return [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
 
     return dX if needs.X else None, dA if needs.A else None, made(dB, needs.B), made(dbias, needs.bias)
+
+
+def _composed_backward(
+    dY: list[Tensor],
+    X: Tensor,
+    W: list[Tensor],
+    A: list[Tensor],
+    B: list[Tensor],
+    scaling: list[float],
+    p: float,
+    seed: Tensor | None,
+    backend: str,
+    need_x: bool,
+    needs: tuple[list[bool], list[bool], list[bool]],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
+    """dX, the dA_p, dB_p and dbias_p of the projections that have a gradient, each differentiable again."""
+    P, keep = len(W), composition.keep_mask(X, X.shape[-1], p, seed, backend != "reference")
+    bias = [bias_of(need, X, w.shape[0]) for w, need in zip(W, needs[2], strict=True)]
+
+    def function(X: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+        Y = composition.lora_linear_stacked(X, W, flat[:P], flat[P : 2 * P], flat[2 * P :], scaling, keep, p)
+        return tuple(map(_rows, Y))
+
+    dX, *made = vjp(function, (X, *A, *B, *bias), (need_x, *needs[0], *needs[1], *needs[2]), dY)
+    return dX, made[:P], made[P : 2 * P], made[2 * P :]
 
 
 def prepare(X: Tensor, projections: Sequence[Projection], dropout_p: float) -> tuple[Tensor, Sequence[Projection]]:
@@ -162,7 +201,7 @@ def lora_linear_stacked(
     Returns:
         The Y_p (..., N_p) in X's dtype, in order. By the eager plan, over weights that lie side by side in memory, they
         share one buffer (row stride: the sum of the N_p). Gradients flow to X, every A, B, and bias that asks for one,
-        once; an output without a gradient costs the backward nothing.
+        to any order; an output without a gradient costs the backward nothing.
 
     Raises:
         FrozenWeightError, ShapeError, BackendUnavailableError, ConfigError: as lora_linear.
@@ -197,6 +236,9 @@ def run_stacked(
     W, A, B, bias, scaling = zip(*projections, strict=True)
     apply = _apply
     if transformed():
+        if derived():
+            keep = composition.keep_mask(X, X.shape[-1], p, state, backend != "reference")
+            return composed(composition.lora_linear_stacked, X, W, A, B, bias, scaling, keep, p)
         A, scaling = zip(*(fold_scaling(q.A, q.scaling) for q in projections), strict=True)
         apply = _LoRALinearStacked.apply
     if torch.is_grad_enabled():

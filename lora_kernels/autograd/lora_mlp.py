@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lora_kernels.autograd.call import fold_scaling, in_shape
+from lora_kernels.autograd.call import (
+    again,
+    bias_of,
+    composed,
+    derived,
+    fold_scaling,
+    in_shape,
+    keep_inputs,
+    kept_inputs,
+    transformed,
+    vjp,
+)
 from lora_kernels.autograd.lora_linear import _rows, dropout_seed
 from lora_kernels.autograd.lora_linear_stacked import Projection, check_mask, prepare
 from lora_kernels.errors import ShapeError
 from lora_kernels.ops import lora_mlp as ops
 from lora_kernels.plan import resolve_backend
+from lora_kernels.reference import composition
 from lora_kernels.reference.lora_mlp import MLPGrads, MLPNeeds
 
 
@@ -34,26 +46,45 @@ class _LoRAMLP(torch.autograd.Function):
         Y, kept = _forward(X2, W, A, B, bias, scaling, p, seeds, backend, keep_bits)
         *made, keep_x, keep_h = kept
         bits = (keep_x, keep_h) if keep_bits else (None, None)
-        ctx.save_for_backward(X2, *made, seeds, *bits, *W, *A, *B)
+        ctx.save_for_backward(X, *made, seeds, *bits, *W, *A, *B)
+        keep_inputs(ctx, *bias[:2])  # on which the slopes of silu(G) * U depend
         ctx.constants = scaling, p, backend
-        ctx.shape = X.shape
         return Y if X.dim() == 2 else in_shape(Y, *X.shape[:-1], Y.shape[-1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         scaling, p, backend = ctx.constants
         X, G, U, XA, HA, seeds, keep_x, keep_h, *frozen = ctx.saved_tensors
         W, A, B = (frozen[i : i + 3] for i in (0, 3, 6))
         need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
         needs = MLPNeeds(need_x, need[3:6], need[6:9], need[9:])
+        if again(dY):
+            bias = *kept_inputs(ctx), bias_of(need[11], X, W[2].shape[0])
+            function = _composition(X, W, scaling, p, seeds, backend)
+            dX, *rest = vjp(function, (X, *A, *B, *bias), (need_x, *need[3:]), dY)
+            return dX, *[None] * 8, *rest
         ranks = [a.shape[0] for a in A[:2]]
         args = G, U, W, A, B, XA.split_with_sizes(ranks, 1), HA, scaling, p, seeds, keep_x, keep_h, needs, backend
-        grads = _backward(_rows(dY), X, *args)
+        grads = _backward(_rows(dY), _rows(X), *args)
         dA = [None, None] if grads.A is None else grads.A.split_with_sizes(ranks)
         dA = [grad if need else None for grad, need in zip((*dA, grads.A_down), needs.A, strict=True)]
-        dX = grads.X if grads.X is None or len(ctx.shape) == 2 else grads.X.view(ctx.shape)
+        dX = grads.X if grads.X is None or X.dim() == 2 else grads.X.view(X.shape)
         return dX, None, None, None, None, None, None, None, None, *dA, *grads.B, *grads.bias
+
+
+def _composition(
+    X: Tensor, W: Sequence[Tensor], scaling: Sequence[float], p: float, seeds: Tensor | None, backend: str
+) -> Callable[..., Tensor]:
+    """The block as a composition of X, the three A, B and biases; its masks are drawn once."""
+    seed_x, seed_h = (None, None) if seeds is None else seeds.unbind()
+    philox = not backend.startswith("reference")
+    keep_x = composition.keep_mask(X, X.shape[-1], p, seed_x, philox)
+    keep_h = composition.keep_mask(X, W[0].shape[0], p, seed_h, philox)
+
+    def function(X: Tensor, *flat: Any) -> Tensor:
+        return composition.lora_mlp(X, W, flat[:3], flat[3:6], flat[6:], scaling, keep_x, keep_h, p)
+
+    return function
 
 
 def _forward(X: Tensor, *args: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
@@ -116,7 +147,7 @@ def lora_mlp(
         backend, dropout_mask: as in lora_linear_stacked.
 
     Returns:
-        Y (..., N) in X's dtype. Gradients flow to X, every A, B, and bias that asks for one, once.
+        Y (..., N) in X's dtype. Gradients flow to X, every A, B, and bias that asks for one, to any order.
 
     Raises:
         FrozenWeightError, ShapeError, BackendUnavailableError, ConfigError: as lora_linear.
@@ -132,8 +163,11 @@ def lora_mlp(
     check_mask(dropout_mask)
     backend = resolve_backend(backend, X.device.type, X.dtype)
     seeds = _two_seeds(seed, X.device) if training and dropout_p > 0.0 else None
-    W, A, B, bias, scaling = zip(gate, up, down, strict=True)
-    if torch.compiler.is_compiling():
+    operands: Any = zip(gate, up, down, strict=True)
+    W, A, B, bias, scaling = operands
+    if transformed():
+        if derived():
+            return composed(_composition(X, W, scaling, dropout_p, seeds, backend), X, *A, *B, *bias)
         A, scaling = zip(*(fold_scaling(q.A, q.scaling) for q in (gate, up, down)), strict=True)
     if torch.is_grad_enabled():
         keep_bits = seeds is not None and dropout_mask == "bits" and backend.startswith("triton") and X.numel() > 0

@@ -7,14 +7,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lora_kernels import ops
-from lora_kernels.autograd.call import direct_apply, in_shape, transformed
-from lora_kernels.errors import FrozenWeightError, ShapeError
+from lora_kernels.autograd.call import (
+    again,
+    batched,
+    bias_of,
+    check_frozen,
+    composed,
+    derived,
+    direct_apply,
+    in_shape,
+    is_compiling,
+    transformed,
+    vjp,
+)
+from lora_kernels.errors import ShapeError
 from lora_kernels.formats import format_of
 from lora_kernels.multi_plan import resolve
-from lora_kernels.reference import Needs
+from lora_kernels.reference import Needs, composition
 from lora_kernels.reference.multi_infer import rows_of
 from lora_kernels.slots import Slots
 
@@ -29,26 +40,41 @@ class _MultiLoRALinear(torch.autograd.Function):
         X2 = X if X.dim() == 2 else X.reshape(ids.shape[0], X.shape[-1])
         slots = slots._replace(A=A, B=B)
         Y, XA = ops.multi_lora_linear_fwd(X2, W, slots, ids, bias, True, call)
-        ctx.save_for_backward(X2, W, A, B, slots.starts, slots.ranks, slots.scalings, ids, XA)
-        ctx.call, ctx.max_rank, ctx.shape = call, slots.max_rank, None if X2 is X else X.shape
+        ctx.save_for_backward(X, W, A, B, slots.starts, slots.ranks, slots.scalings, ids, XA)
+        ctx.call, ctx.max_rank = call, slots.max_rank
         return Y if X2 is X else in_shape(Y, *X.shape[:-1], Y.shape[-1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         X, W, A, B, starts, ranks, scalings, ids, XA = ctx.saved_tensors
         need_x, _, need_a, need_b, need_bias, *_ = ctx.needs_input_grad
         slots = Slots(A, B, starts, ranks, scalings, ctx.max_rank)
-        if ctx.shape is not None:
-            dY = dY.reshape(X.shape[0], dY.shape[-1])
         needs = Needs(need_x, need_a, need_b, need_bias)
-        dX, dA, dB, dbias = ops.multi_lora_linear_bwd(dY, X, W, slots, ids, XA, needs, ctx.call)
-        if dX is not None and ctx.shape is not None:
-            dX = dX.view(ctx.shape)
+        if again(dY):
+            dX, dA, dB, dbias = vjp(
+                lambda X, A, B, bias: _composed(X, W, slots._replace(A=A, B=B), ids, bias),
+                (X, A, B, bias_of(need_bias, X, W.shape[0])),
+                needs,
+                dY,
+            )
+            return dX, None, dA, dB, dbias, None, None, None
+        X2, shape = X, None
+        if X.dim() != 2:
+            X2, shape = X.reshape(ids.shape[0], X.shape[-1]), X.shape
+            dY = dY.reshape(ids.shape[0], dY.shape[-1])
+        dX, dA, dB, dbias = ops.multi_lora_linear_bwd(dY, X2, W, slots, ids, XA, needs, ctx.call)
+        if dX is not None and shape is not None:
+            dX = dX.view(shape)
         return dX, None, dA, dB, dbias, None, None, None
 
 
 _apply = direct_apply(_MultiLoRALinear)
+
+
+def _composed(X: Tensor, W: Tensor, slots: Slots, ids: Tensor, bias: Tensor | None) -> Tensor:
+    """Y (..., N) by the composition, for X (..., K) and ids (M,)."""
+    Y = composition.multi_lora_linear(X.reshape(ids.shape[0], X.shape[-1]), W, slots, ids, bias)
+    return Y.reshape(*X.shape[:-1], Y.shape[-1])
 
 
 def check_slots(slots: Slots, N: int, K: int, device: torch.device) -> None:
@@ -88,6 +114,11 @@ def token_ids(ids: Tensor, X: Tensor, L: int) -> Tensor:
     rows = X.shape[:-1]
     if ids.dtype not in (torch.int32, torch.int64):
         raise ShapeError(f"adapter_ids are {ids.dtype}; expected int32 (or int64): a slot, or -1 for none")
+    if not is_compiling() and batched(ids):
+        raise ShapeError(
+            "adapter_ids are mapped over by torch.func.vmap, but the host reads them; pass X with all its rows and "
+            "one id for each"
+        )
     if ids.device != X.device:
         raise ShapeError(f"adapter_ids are on {ids.device}, X on {X.device}; expected one device")
     if ids.shape != rows:
@@ -138,7 +169,8 @@ def multi_lora_linear(
 
     Returns:
         Y (..., N) in X's dtype (under torch.autocast in its dtype). Gradients flow to X, to the adapters, and to bias
-        where it asks for one; those of an adapter are what its own tokens alone would give. They can be taken once.
+        where it asks for one; those of an adapter are what its own tokens alone would give. They
+        can be differentiated again, to any order.
 
     Raises:
         FrozenWeightError: W requires a gradient.
@@ -149,11 +181,7 @@ def multi_lora_linear(
     Source: Chen et al., Punica, arXiv 2310.18547; Hu et al., LoRA, arXiv 2106.09685.
     """
     slots = adapters if isinstance(adapters, Slots) else Slots.of(*adapters)
-    if W.requires_grad:
-        raise FrozenWeightError(
-            "W requires a gradient; this layer trains adapters over a frozen base. Call W.requires_grad_(False), or "
-            "pass W.detach()"
-        )
+    check_frozen(W)
     N, K = format_of(W).shape(W)
     if X.dim() < 1 or X.shape[-1] != K:
         raise ShapeError(f"X {tuple(X.shape)} and W ({N}, {K}) do not fit: expected X (..., {K})")
@@ -177,8 +205,11 @@ def run(X: Tensor, W: Tensor, slots: Slots, ids: Tensor, bias: Tensor | None, ba
     """multi_lora_linear for layers that have looked at their operands: ids int32 (M,), one a row of X (..., K)."""
     X, W, bias = _autocast(X, W, bias)
     backend = resolve(backend, X.device.type, X.dtype)
-    if torch.is_grad_enabled() and (transformed() or any(map(_wants, (X, slots.A, slots.B, bias)))):
-        apply = _MultiLoRALinear.apply if transformed() else _apply
+    traced = transformed()
+    if traced and derived():
+        return composed(_composed, X, W, slots, ids, bias)
+    if torch.is_grad_enabled() and (traced or any(map(_wants, (X, slots.A, slots.B, bias)))):
+        apply = _MultiLoRALinear.apply if traced else _apply
         return apply(X, W, slots.A, slots.B, bias, ids, slots, backend)
     X2 = X if X.dim() == 2 else X.reshape(ids.shape[0], X.shape[-1])
     Y = ops.multi_lora_linear_fwd(X2, W, slots, ids, bias, False, backend)[0]

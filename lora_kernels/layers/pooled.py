@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from lora_kernels.autograd.call import batched, derived
 from lora_kernels.autograd.multi_lora_linear import multi_lora_linear, run
 from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.errors import AdapterPoolError, ShapeError
@@ -55,6 +56,14 @@ class Rows:
         version = -1 if ids.is_inference() else ids._version  # -1: changes cannot be noticed
         if version != self._version or version < 0:
             self._look(version)
+        if derived():
+            if self.uniform is None and batched(x):
+                raise AdapterPoolError(
+                    f"{path} is called under torch.func.vmap, which hides a dimension of x; {tuple(x.shape)} does not "
+                    f"show which of the batch's {ids.numel()} ids a row has. Open a batch of one adapter, or map over "
+                    "lora_kernels.multi_lora_linear with an id for each row"
+                )
+            return self._repeated(x, M, path).to(device)  # a tensor made under a transform must not outlive it
         key = M, self._fits(x, M), device  # of as many rows x may still be laid out otherwise
         kept = self._kept.get(key)
         if kept is None:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from lora_kernels.reference import composition
 from lora_kernels.reference import weight_norm as norms
+from lora_kernels.reference.transforms import derived
 
 _SCHEMA = "weight_norm(Tensor W, Tensor A, Tensor B, float scaling) -> Tensor"
 
@@ -20,6 +22,8 @@ def weight_norm(W: Tensor, A: Tensor, B: Tensor, scaling: float, W_sq: Tensor | 
     On a CPU from factored terms (``W_sq``: the squared norms of W's rows, where they are known); elsewhere, where the
     look at what has cancelled would stop the device's queue, by blocks of rows.
     """
+    if derived():
+        return composition.weight_norm(W, A, B, scaling)
     if torch.compiler.is_compiling():
         return torch.ops.lora_kernels.weight_norm(W.detach(), A.detach(), B.detach(), scaling)
     device_type = W.device.type
@@ -56,7 +60,7 @@ class NormCache:
 
         ``trust``: between calls nobody writes into W, A or B but through PyTorch's own operators on these very tensors.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or derived():  # tensors of a transform must not outlive it
             return weight_norm(W, A, B, scaling)
         if W.device.type == "cpu":
             return self._compared(W, A, B, scaling)

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lora_kernels import LoRALinear, Projection, ShapeError, dora_linear, lora_linear, lora_linear_stacked, lora_mlp
-from lora_kernels.autograd.call import direct_apply, fold_scaling, transformed
+from lora_kernels.autograd.call import again, direct_apply, fold_scaling, transformed, vjp
 from lora_kernels.autograd.lora_embedding import lora_embedding
 from lora_kernels.testing import make_problem
 
@@ -31,14 +31,41 @@ def test_direct_apply_is_apply():
     assert torch.autograd.grad(y, x)[0] == 12.0
 
 
-def test_a_transform_is_seen_and_refused_in_words():
+def test_transforms_forward_mode_and_gradients_of_gradients_are_seen():
+    x = torch.ones(2, 3)
     assert not transformed()
     seen = []
-    torch.func.vmap(lambda x: seen.append(transformed()) or x)(torch.ones(2, 3))
-    assert seen == [True]
-    q = make_problem(4, 6, 8, 2, torch.float32)
-    with pytest.raises(RuntimeError, match="vmap"):  # without the look at it: silently the wrong gradient
-        torch.func.vmap(lambda x: lora_linear(x, q.W, q.A, q.B))(torch.randn(3, 4, 8))
+    torch.func.vmap(lambda row: seen.append(transformed()) or row)(x)
+    with torch.autograd.forward_ad.dual_level():
+        seen.append(transformed())
+    with torch.no_grad():
+        seen.append(not again(x))
+    seen.append(again(x))
+    assert seen == [True] * 4
+
+
+def test_vjp_is_the_gradient_of_each_operand_alone():
+    x = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    y = x * 2  # computed from x: its part of the gradient is not x's
+    made = vjp(lambda a, b: a * b, (x, y), (True, True), torch.ones_like(x))
+    torch.testing.assert_close(made, [y, x])
+    (second,) = torch.autograd.grad(made[0].sum(), x)
+    torch.testing.assert_close(second, torch.full_like(x, 2.0))
+    with torch.no_grad():
+        once = vjp(lambda a, b: a * b, (x, y), (False, True), torch.ones_like(x))
+    assert once[0] is None
+    assert not once[1].requires_grad
+
+
+def test_a_parameter_changed_after_the_forward_is_refused():
+    ids, W = torch.tensor([1, 0]), torch.randn(4, 3)
+    A, B = torch.randn(2, 4, requires_grad=True), torch.randn(3, 2, requires_grad=True)
+    y = lora_embedding(ids, W, A, B)
+    with torch.no_grad():
+        A.add_(1)
+    torch.autograd.grad(y.sum(), (A, B), retain_graph=True)  # first gradients do not read A
+    with pytest.raises(RuntimeError, match="changed in place after the forward"):
+        torch.autograd.grad(y.sum(), (A, B), create_graph=True)
 
 
 def test_folded_scaling_is_in_A():

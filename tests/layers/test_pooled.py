@@ -275,3 +275,38 @@ def test_one_graph_for_batches_of_every_size() -> None:
             made.pool_here.rows, x = Rows(ints(*ids), CAPACITY), torch.randn(len(ids), K)
             assert close(compiled(x), wanted(made, x, ids))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_derivatives_of_every_kind_in_a_batch() -> None:
+    made = layer()
+    ids = [0, -1, 2, 2]
+    made.pool_here.rows = Rows(ints(*ids), 3)
+    K = made.weight.shape[1]
+    x = torch.randn(4, K).requires_grad_()
+
+    def plain(x: Tensor) -> Tensor:
+        return wanted(made, x, ids)
+
+    tangents = [torch.func.jvp(run, (x.detach(),), (x.detach(),))[1] for run in (made, plain)]
+    assert close(*tangents)
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x.detach())
+        assert close(torch.autograd.forward_ad.unpack_dual(made(dual)).tangent, tangents[1])
+    second = []
+    for run in (made, plain):
+        (dx,) = torch.autograd.grad(run(x).pow(3).sum(), x, create_graph=True)
+        second.append(torch.autograd.grad(dx.square().sum(), x)[0])
+    assert close(*second)
+    for jacobian in (torch.func.jacfwd, torch.func.jacrev):
+        assert close(jacobian(made)(x.detach()), jacobian(plain)(x.detach()))
+    assert close(made(x), plain(x))  # nothing that a transform made is left behind
+
+
+def test_vmap_hides_which_row_is_whose() -> None:
+    made = layer()
+    x = torch.randn(4, 4, made.weight.shape[1])
+    made.pool_here.rows = Rows(ints(0, 2, 2, -1), 3)
+    with pytest.raises(AdapterPoolError, match=r"torch\.func\.vmap"):
+        torch.func.vmap(made)(x)
+    made.pool_here.rows = Rows(ints(2, 2, 2, 2), 3, uniform=ints(2))
+    assert close(torch.func.vmap(made)(x), torch.stack([wanted(made, rows, [2] * 4) for rows in x]))

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from lora_kernels.autograd.lora_linear_stacked import Projection, run_stacked
 from lora_kernels.integrations.peft import why_not as conditions
-from lora_kernels.integrations.peft.linear import FusedLinear, projection_of
+from lora_kernels.integrations.peft.linear import FusedLinear, drops, projection_of
 from lora_kernels.integrations.peft.reads import Partners, Reads, in_backward
+from lora_kernels.reference.transforms import derived
 
 SEAT = "_lora_group"  # in a layer's __dict__: its Seat
 Mode = tuple[bool, bool, torch.dtype | None]
@@ -154,6 +155,8 @@ class Seat:
             return self._traced(x)
         if x.is_inference() or self.layer() is not layer:  # no version to see changes by; a replica
             return None
+        if derived():  # x and its version do not show the tangents and transforms that an output belongs to
+            return None
         group, mode = self.group, _mode(x)
         partners, made = group.reads.partners, _aside.made
         if partners is not None:
@@ -168,11 +171,11 @@ class Seat:
             _leave()
             partners = group.reads.partners  # which a miss may have shown to be wrong
         if partners is None:
-            partners = group.reads.observe(self.index, x, _drops(layer))
+            partners = group.reads.observe(self.index, x, drops(layer))
             if partners is None or not partners[self.index]:
                 return None
             _leave()
-        pays = mode[0] or not x.is_cpu or _drops(layer)  # else nothing is saved that is worth a group's own host work
+        pays = mode[0] or not x.is_cpu or drops(layer)  # else nothing is saved that is worth a group's own host work
         started = group.start(self.index, partners[self.index], x) if pays else None
         if started is None:
             return None
@@ -197,11 +200,6 @@ class Seat:
         y = left.pop(self.index)
         group.traced = (x, mode, left) if left else None
         return y
-
-
-def _drops(layer: FusedLinear) -> bool:
-    """Whether a dropout of the layer is at work."""
-    return any(isinstance(dropout, nn.Dropout) and dropout.training for dropout in layer.lora_dropout.values())
 
 
 def form_groups(model: nn.Module) -> list[Group]:

@@ -151,6 +151,11 @@ def projection_of(layer: Linear, x: Tensor | None = None) -> tuple[Projection, f
     return None if isinstance(found, str) or found.dora else (Projection(*found[:5]), found.dropout_p)
 
 
+def drops(layer: Linear) -> bool:
+    """Whether a dropout of the layer is at work."""
+    return any(isinstance(dropout, nn.Dropout) and dropout.training for dropout in layer.lora_dropout.values())
+
+
 def count_peft_call(layer: nn.Module, reason: str) -> None:
     """Remember on the layer that a call took PEFT's own forward; nothing is kept under torch.compile."""
     if not torch.compiler.is_compiling():

@@ -22,7 +22,7 @@ from transformers.activations import ACT2FN
 from lora_kernels.autograd.lora_linear_stacked import Projection
 from lora_kernels.autograd.lora_mlp import lora_mlp
 from lora_kernels.integrations.peft import why_not as conditions
-from lora_kernels.integrations.peft.linear import BLOCK, FusedLinear, projection_of
+from lora_kernels.integrations.peft.linear import BLOCK, FusedLinear, drops, projection_of
 
 NAMES = "_lora_mlp"  # in a block's __dict__: its Names
 SILU = frozenset((nn.SiLU, type(ACT2FN["silu"])))
@@ -88,7 +88,7 @@ def whole(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
     modules: dict[str, Any] = block._modules
     gate, up, down, act = map(modules.get, names)
     # Without gradients nothing is kept. But a forward that is to be recomputed runs so, and has to draw the same masks.
-    if not isinstance(gate, FusedLinear) or not (torch.is_grad_enabled() or _drops(gate)):
+    if not isinstance(gate, FusedLinear) or not (torch.is_grad_enabled() or drops(gate)):
         return None
     if len(modules) != len(names) or type(act) not in SILU or _hooked((gate, up, down, act)):
         return None
@@ -112,11 +112,6 @@ def whole(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # a view made inside may not be changed in place
     y = lora_mlp(rows, *found, dropout_p=p)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
-
-
-def _drops(layer: FusedLinear) -> bool:
-    """Whether a dropout of the layer is at work."""
-    return any(isinstance(dropout, nn.Dropout) and dropout.training for dropout in layer.lora_dropout.values())
 
 
 def _hooked(modules: Iterable[nn.Module | None]) -> bool:
