@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.adapters.files import read_adapter, write_adapter
+from lora_kernels.adapters.files import write_adapter
+from lora_kernels.adapters.keys import PREFIX, KeyMapping, is_base_tensor, mismatch
 from lora_kernels.adapters.sharded import is_sharded, placed_like, whole, write_once
+from lora_kernels.adapters.sources import read_source
 from lora_kernels.config import BASE_CHANGING_INITS, LoRAConfig, refuse_unsupported
 from lora_kernels.errors import AdapterFormatError, ConfigError, MergeError
 from lora_kernels.inject import build_layers, inject, plan_injection, rollback
 from lora_kernels.layers import DoRALinear, LoRALinear
 from lora_kernels.report import Injection, injection_of, unwrap
-
-PREFIX = "base_model.model."
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -58,9 +58,18 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def load_adapter(
-    model: nn.Module, folder: str | os.PathLike[str], *, trainable: bool = False, follow_symlinks: bool = False
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    trainable: bool = False,
+    follow_symlinks: bool = False,
+    key_mapping: KeyMapping | None = None,
 ) -> nn.Module:
     """Load the adapter in `folder`, written by save_adapter or by PEFT, into `model`, in place; returns the model.
+
+    `folder` may also be a .safetensors file, or hold one, in diffusers' or Kohya's layout, whose configuration is
+    derived from the tensors. `key_mapping`: {found prefix: wanted prefix} for keys that another program or version
+    wrote; the longest prefix that fits counts, "" fits every key, and None leaves the keys out.
 
     A model without LoRA layers gets them by the file's configuration, frozen unless `trainable` (PEFT's is_trainable);
     one that has them must have those the file describes, and keeps what it trains. Tensors of any float dtype are
@@ -74,7 +83,7 @@ def load_adapter(
     inner = unwrap(model)
     if any(isinstance(module, LoRALinear) and module.merged for module in inner.modules()):
         raise MergeError("the model is merged; call unmerge_lora before load_adapter")
-    tensors, raw = read_adapter(folder, follow_symlinks)
+    tensors, raw = read_source(inner, folder, key_mapping, follow_symlinks)
     config = replace(_parse_config(raw), inference_mode=not trainable)
     present = injection_of(inner)
     if present is None and any(map(is_sharded, inner.parameters())):
@@ -177,10 +186,7 @@ def _check_tensors(model: nn.Module, injection: Injection, names: dict[str, str]
     missing, extra = names.keys() - tensors.keys(), tensors.keys() - names.keys()
     extra = {key for key in sorted(extra) if not _is_pefts_surplus(key, tensors[key], injection, state)}
     if missing or extra:
-        key, what = (min(missing), "missing") if missing else (min(extra), "in the file but not expected")
-        raise AdapterFormatError(
-            f"{key[:300]!r} is {what} ({len(names)} keys expected, {len(missing)} missing, {len(extra)} too many)"
-        )
+        raise AdapterFormatError(mismatch(names.keys(), missing, extra))
     for key, name in names.items():
         path, _, last = name.rpartition(".")
         if path in adapted and last in DoRALinear.adapter_parameters:
@@ -199,17 +205,13 @@ def _check_tensors(model: nn.Module, injection: Injection, names: dict[str, str]
 
 def _is_pefts_surplus(key: str, tensor: Tensor, injection: Injection, state: dict[str, Tensor]) -> bool:
     """Whether PEFT writes this key beside those it reads back: with bias="all" the biases inside its wrappers of
-    modules_to_save, and for an adapted output head the base weight, which must be the model's own."""
+    modules_to_save, and tensors of the base, which must be the model's own."""
     name = key.removeprefix(PREFIX)
     for path in injection.saved:
         inner = name.removeprefix(f"{path}.")
         if inner != name and injection.config.bias == "all" and inner.endswith(".bias"):
             return inner.startswith(("modules_to_save.", "original_module."))
-    path = name.removesuffix(".base_layer.weight")
-    if path == name or path not in injection.adapted:
-        return False
-    weight = whole(state[f"{path}.weight"]).cpu()
-    return tensor.dtype == weight.dtype and torch.equal(tensor, weight)
+    return is_base_tensor(key, tensor, state)
 
 
 def _converted(key: str, tensor: Tensor, like: Tensor) -> Tensor:

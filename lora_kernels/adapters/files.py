@@ -66,9 +66,9 @@ def read_adapter(folder: str | os.PathLike[str], follow_symlinks: bool = False) 
     data = _read(folder / WEIGHTS_NAME, MAX_WEIGHTS_BYTES, follow_symlinks)
     text = _check_header(data).get(CONFIG_METADATA)
     if text is None:
-        config = _parse_json(_read(folder / CONFIG_NAME, MAX_CONFIG_BYTES, follow_symlinks), CONFIG_NAME)
+        config = parse_json(_read(folder / CONFIG_NAME, MAX_CONFIG_BYTES, follow_symlinks), CONFIG_NAME)
     else:
-        config = _parse_json(text, f"the configuration in {WEIGHTS_NAME}")
+        config = parse_json(text, f"the configuration in {WEIGHTS_NAME}")
         copy = folder / CONFIG_NAME
         if copy.exists() and not _holds(copy, text.encode(errors="replace")):
             warnings.warn(f"{copy} differs from the configuration in {WEIGHTS_NAME}; the latter counts", stacklevel=3)
@@ -76,6 +76,16 @@ def read_adapter(folder: str | os.PathLike[str], follow_symlinks: bool = False) 
         return load(data), config
     except SafetensorError as error:
         raise AdapterFormatError(f"{WEIGHTS_NAME}: {error}") from None
+
+
+def read_weights(path: Path, follow_symlinks: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors and the metadata of one safetensors file. Raises AdapterFormatError."""
+    data = _read(path, MAX_WEIGHTS_BYTES, follow_symlinks)
+    metadata = _check_header(data)
+    try:
+        return load(data), metadata
+    except SafetensorError as error:
+        raise AdapterFormatError(f"{path}: {error}") from None
 
 
 def _with_metadata(data: bytes, metadata: dict[str, str]) -> bytes:
@@ -148,7 +158,9 @@ def _read(path: Path, limit: int, follow_symlinks: bool) -> bytes:
         os.close(handle)
 
 
-def _parse_json(text: Any, name: str) -> Any:
+def parse_json(text: Any, name: str) -> Any:
+    """The JSON value in ``text``. Raises AdapterFormatError, also where an object has a name twice."""
+
     def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
@@ -171,7 +183,7 @@ def _check_header(data: bytes) -> dict[str, Any]:
         if len(data) < 8 or data[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
             raise AdapterFormatError(f"{WEIGHTS_NAME} is not a safetensors file (a zip or pickle is never read)")
         raise AdapterFormatError(f"{WEIGHTS_NAME}: header of {size} bytes in a file of {len(data)}: truncated?")
-    header = _parse_json(data[8 : 8 + size], WEIGHTS_NAME)
+    header = parse_json(data[8 : 8 + size], WEIGHTS_NAME)
     if not isinstance(header, dict):
         raise AdapterFormatError(f"{WEIGHTS_NAME}: the header is no JSON object")
     metadata = header.pop("__metadata__", None) or {}

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.adapters.checkpoint import PREFIX, _is_finite, _parse_config
-from lora_kernels.adapters.files import read_adapter
+from lora_kernels.adapters.checkpoint import _is_finite, _parse_config
+from lora_kernels.adapters.keys import PREFIX, KeyMapping, is_base_tensor, mismatch
+from lora_kernels.adapters.layouts import is_foreign
 from lora_kernels.adapters.sharded import is_sharded
+from lora_kernels.adapters.sources import as_peft, read_source
 from lora_kernels.config import BASE_CHANGING_INITS, LoRAConfig
 from lora_kernels.errors import AdapterFormatError, ConfigError, UnservableAdapterError
 from lora_kernels.layers.pooled import _Pooled
@@ -44,6 +46,7 @@ def read_updates(
     adapter: Source,
     config: Any = None,
     follow_symlinks: bool = False,
+    key_mapping: KeyMapping | None = None,
 ) -> dict[str, Update]:
     """{path: update} of every pooled layer that the adapter targets, its tensors as they lie in the file.
 
@@ -54,13 +57,15 @@ def read_updates(
     sound one of a kind that a pool does not serve or that targets modules which are not pooled.
     """
     if isinstance(adapter, Mapping):
-        tensors, raw, origin = dict(adapter), _plain(config), "the adapter"
-        if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in tensors.items()):
+        if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in adapter.items()):
             raise AdapterFormatError("an adapter in memory is a mapping from PEFT's keys to tensors")
+        raw = None if config is None and is_foreign(adapter) else _plain(config)
+        (tensors, raw), origin = as_peft(model, adapter, raw, {}, key_mapping), "the adapter"
     elif config is not None:
         raise AdapterFormatError("config belongs to tensors in memory; a folder has its own")
     else:
-        (tensors, raw), origin = read_adapter(adapter, follow_symlinks), f"the adapter in {os.fspath(adapter)}"
+        tensors, raw = read_source(model, adapter, key_mapping, follow_symlinks)
+        origin = f"the adapter in {os.fspath(adapter)}"
     settings = _served(raw)
     try:
         settings = resolve(model, settings, (nn.Linear,))
@@ -139,7 +144,8 @@ def _check_targets(
 
 def _check_keys(model: nn.Module, config: LoRAConfig, targets: list[str], tensors: Mapping[str, Tensor]) -> None:
     expected = {f"{PREFIX}{path}.lora_{letter}.weight" for path in targets for letter in "AB"}
-    extra = sorted(key for key in tensors.keys() - expected if not _is_base_weight(model, key, tensors[key], targets))
+    state = model.state_dict()
+    extra = sorted(key for key in tensors.keys() - expected if not is_base_tensor(key, tensors[key], state))
     for key in extra:
         kind = _kind(key.removeprefix(PREFIX), config)
         if kind:
@@ -148,10 +154,7 @@ def _check_keys(model: nn.Module, config: LoRAConfig, targets: list[str], tensor
             )
     missing = sorted(expected - tensors.keys())
     if missing or extra:
-        key, what = (missing[0], "missing") if missing else (extra[0], "there but not expected")
-        raise AdapterFormatError(
-            f"{key[:300]!r} is {what} ({len(expected)} keys expected, {len(missing)} missing, {len(extra)} too many)"
-        )
+        raise AdapterFormatError(mismatch(expected, missing, extra))
 
 
 def _kind(name: str, config: LoRAConfig) -> str | None:
@@ -167,15 +170,6 @@ def _kind(name: str, config: LoRAConfig) -> str | None:
     if config.bias != "none" and name.endswith(".bias"):
         return f"trained biases (bias={config.bias!r})"
     return None
-
-
-def _is_base_weight(model: nn.Module, key: str, tensor: Tensor, targets: list[str]) -> bool:
-    """Whether this is what PEFT writes beside an adapted output head: the base weight, which must be the model's."""
-    path = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
-    if f"{PREFIX}{path}.base_layer.weight" != key or path not in targets:
-        return False
-    weight = model.get_parameter(f"{path}.weight")
-    return tensor.dtype == weight.dtype and torch.equal(tensor.to(weight.device), weight)
 
 
 def _check_tensor(key: str, tensor: Tensor, shape: tuple[int, int]) -> None:

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_kernels.adapters.checkpoint import PREFIX
 from lora_kernels.adapters.files import CONFIG_METADATA
+from lora_kernels.adapters.keys import PREFIX
 from lora_kernels.config import ALL_LINEAR, LoRAConfig
 from lora_kernels.errors import ConfigError
 from lora_kernels.finetune.fake_step import fake_step

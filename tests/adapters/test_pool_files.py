@@ -112,7 +112,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
                "no plain tensor in memory"),
     "missing": (with_tensors(blocks__0__q__lora_A__weight=None), AdapterFormatError,
                 r"lora_A.weight' is missing \(8 keys expected, 1 missing, 0 too many\)"),
-    "too-many": (with_tensors(blocks__0__x=ONE), AdapterFormatError, "there but not expected"),
+    "too-many": (with_tensors(blocks__0__x=ONE), AdapterFormatError, "in the file but not expected"),
     "magnitudes": (with_tensors(blocks__0__q__lora_magnitude_vector=ONE), UnservableAdapterError, "magnitudes of DoRA"),
     "embedding": (with_tensors(e__lora_embedding_A=ONE), UnservableAdapterError, "a trained embedding"),
     "tokens": (with_tensors(e__trainable_tokens_delta=ONE), UnservableAdapterError, "trained tokens"),

@@ -1,0 +1,96 @@
+"""Which file an adapter is read from, and where its configuration comes from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_kernels.adapters import load_adapter, save_adapter
+from lora_kernels.adapters.sources import as_peft, read_source
+from lora_kernels.errors import AdapterFormatError
+from tests.adapters.oracle import assert_same
+from tests.adapters.unets import UNET_TARGETS, UNet, diffusers, made, parts, trained
+
+X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(3))
+
+
+def test_a_file_has_the_configuration_beside_it_or_inside(tmp_path: Path) -> None:
+    theirs = trained(made(UNet), UNET_TARGETS)
+    theirs.save_pretrained(str(tmp_path / "peft"))
+    ours = load_adapter(made(UNet), tmp_path / "peft" / "adapter_model.safetensors")
+    assert_same(ours, theirs, made(UNet), X)
+    save_adapter(ours, tmp_path / "ours")
+    (tmp_path / "ours" / "adapter_model.safetensors").rename(tmp_path / "renamed.safetensors")
+    assert_same(load_adapter(made(UNet), tmp_path / "renamed.safetensors"), theirs, made(UNet), X)
+    save_adapter(ours, tmp_path / "ours")
+    (tmp_path / "ours" / "adapter_config.json").unlink()
+    assert_same(load_adapter(made(UNet), tmp_path / "ours"), theirs, made(UNet), X)
+
+
+def test_pefts_keys_without_a_configuration_are_refused_as_the_scaling_is_not_known(tmp_path: Path) -> None:
+    theirs = trained(made(UNet), UNET_TARGETS)
+    theirs.save_pretrained(str(tmp_path))
+    (tmp_path / "adapter_config.json").unlink()
+    for where in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        with pytest.raises(
+            AdapterFormatError, match=r"adapter_config.json is missing, and without it lora_alpha is not"
+        ):
+            load_adapter(made(UNet), where)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    bare = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
+    with pytest.raises(AdapterFormatError, match=r"adapter_config.json is missing"):
+        as_peft(made(UNet), bare, None, {}, None)
+
+
+def test_which_of_several_files_is_meant(tmp_path: Path) -> None:
+    with pytest.raises(AdapterFormatError, match=r"has no adapter_config.json and 0 .safetensors files"):
+        load_adapter(made(UNet), tmp_path)
+    theirs = trained(made(UNet), UNET_TARGETS, lora_alpha=2)
+    for name in ("a", "b"):
+        save_file(diffusers("unet.", parts(theirs)), tmp_path / f"{name}.safetensors")
+    with pytest.raises(AdapterFormatError, match=r"2 .safetensors files \(a.safetensors, b.safetensors\); name one"):
+        load_adapter(made(UNet), tmp_path)
+    assert_same(load_adapter(made(UNet), tmp_path / "b.safetensors"), theirs, made(UNet), X)
+    (tmp_path / "a.safetensors").rename(tmp_path / "pytorch_lora_weights.safetensors")
+    assert_same(load_adapter(made(UNet), tmp_path), theirs, made(UNet), X)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "is no JSON object"),
+        ('{"unet.r": "two"}', "lora_adapter_metadata: r = 'two'"),
+        ('{"unet.use_qalora": true}', "use_qalora = True is a feature of PEFT's"),
+        ('{"unet.lora_alpha": 1, "unet.lora_alpha": 2}', "a name occurs twice"),
+    ],
+)
+def test_metadata_of_diffusers_that_cannot_be_followed(tmp_path: Path, settings: str, says: str) -> None:
+    tensors = diffusers("unet.", parts(trained(made(UNet), UNET_TARGETS)))
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": settings})
+    with pytest.raises(AdapterFormatError, match=says):
+        read_source(made(UNet), tmp_path)
+
+
+def test_a_configuration_beside_another_layout_is_refused(tmp_path: Path) -> None:
+    theirs = trained(made(UNet), UNET_TARGETS)
+    theirs.save_pretrained(str(tmp_path))
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"] == 3
+    save_file(diffusers("unet.", parts(theirs), "lora"), tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterFormatError, match=r"come without a configuration, which is derived from the tensors"):
+        load_adapter(made(UNet), tmp_path)
+
+
+def test_links_are_followed_only_on_demand(tmp_path: Path) -> None:
+    theirs = trained(made(UNet), UNET_TARGETS, lora_alpha=2)
+    (tmp_path / "real").mkdir()
+    save_file(diffusers("unet.", parts(theirs)), tmp_path / "real" / "a.safetensors")
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "real" / "a.safetensors")
+    with pytest.raises(AdapterFormatError, match="is a symbolic link"):
+        load_adapter(made(UNet), tmp_path / "link.safetensors")
+    ours = load_adapter(made(UNet), tmp_path / "link.safetensors", follow_symlinks=True)
+    assert_same(ours, theirs, made(UNet), X)
