@@ -24,7 +24,8 @@ def renamed(tensors: Mapping[str, Tensor], key_mapping: KeyMapping | None) -> di
     """The tensors with the prefixes of their keys exchanged.
 
     key_mapping: {found prefix: wanted prefix}, plain strings. Of several that fit a key the longest counts, once; ""
-    fits every key. A prefix that starts with "base_model.model." also fits keys of which it is only missing. None in place of a wanted prefix leaves the keys out.
+    fits every key. A prefix that starts with "base_model.model." also fits keys that lack those words. None in place
+    of a wanted prefix leaves the keys out.
     Raises AdapterFormatError for a map of something else, a prefix that no key has, and two keys that become one.
     """
     if key_mapping is None:

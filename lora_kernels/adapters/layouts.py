@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from lora_kernels.adapters.implied import implied_config, number, settings_of
 from lora_kernels.adapters.keys import COMPARED, PREFIX, common_end, shown, without_name
-from lora_kernels.config import LoRAConfig
 from lora_kernels.errors import AdapterFormatError
-from lora_kernels.targets import Matcher
 
 # Ends of keys, the longer before those they end in.
 ENDS = {
@@ -50,6 +47,7 @@ KOHYA = {
 DIFFUSERS = {
     f"{name}.": (name,) for name in ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 } | {"diffusion_model.": ("unet", "transformer")}
+NAMES = KOHYA | DIFFUSERS
 # Projections as diffusers' attention processors called them, and the modules that are meant.
 PROJECTIONS = {
     "to_q": ("to_q", "q_proj"), "to_k": ("to_k", "k_proj"), "to_v": ("to_v", "v_proj"),
@@ -74,9 +72,7 @@ def is_foreign(keys: Iterable[str]) -> bool:
 def implies_scaling(keys: Iterable[str]) -> bool:
     """Whether the scaling is known without a configuration: from alphas, or as these layouts have it without one."""
     keys = list(keys)
-    return any(key.endswith((*FOREIGN, ".alpha")) for key in keys) or all(
-        key.startswith((*KOHYA, *DIFFUSERS)) for key in keys
-    )
+    return any(key.endswith((*FOREIGN, ".alpha")) for key in keys) or all(key.startswith(tuple(NAMES)) for key in keys)
 
 
 def from_layout(
@@ -91,7 +87,7 @@ def from_layout(
 
     Raises AdapterFormatError for keys of another kind, and for names that no module or more than one has.
     """
-    parts = [_parse(key) for key in tensors]
+    parts = [_parse(key) for key in sorted(tensors)]
     groups = defaultdict[str, list[Part]](list)
     for part in parts:
         groups[part.component].append(part)
@@ -114,14 +110,14 @@ def from_layout(
             if path is None:
                 raise AdapterFormatError(_unresolved(model, places[component], part))
             if part.kind == "alpha":
-                alphas[path] = _number(part.key, tensors[part.key])
+                alphas[path] = number(part.key, tensors[part.key])
                 continue
             key = f"{PREFIX}{path}.lora_{part.kind}.weight"
             if key in result:
                 raise AdapterFormatError(f"two keys stand for {shown(key)}, one of them {shown(part.key)}")
             result[key] = _flat(model, path, tensors[part.key])
-    settings = {component: _settings(metadata, component) for component in chosen}
-    config = _config(result, alphas, {path: settings[c] for c in chosen for path in found[c].values()})
+    settings = {component: settings_of(metadata, NAMES.get(component, ())) for component in chosen}
+    config = implied_config(result, alphas, {path: settings[c] for c in chosen for path in found[c].values()})
     targets = config["target_modules"]
     ends = tuple(f".{path}" for path in targets)
     if any(path.endswith(ends) and path not in targets for path, _ in model.named_modules()):
@@ -143,7 +139,7 @@ def _parse(key: str) -> Part:
     name = plain.removesuffix(end).removeprefix(PREFIX).replace(".processor.", ".")
     if end.startswith("_lora"):
         name += "_lora"
-    component = next((start for start in (*KOHYA, *DIFFUSERS) if name.startswith(start)), "")
+    component = next((start for start in NAMES if name.startswith(start)), "")
     return Part(key, component, name.removeprefix(component), ENDS[end])
 
 
@@ -155,7 +151,7 @@ def _is_of_kind(key: str, name: str) -> bool:
 
 def _root(model: nn.Module, component: str) -> str:
     """The path of the component in the model, with a dot; "" where the model itself is the component."""
-    names = (KOHYA | DIFFUSERS).get(component, ())
+    names = NAMES.get(component, ())
     return next((f"{name}." for name in names if isinstance(getattr(model, name, None), nn.Module)), "")
 
 
@@ -238,67 +234,7 @@ def _unresolved(model: nn.Module, root: str, part: Part) -> str:
     )
 
 
-def _number(key: str, tensor: Tensor) -> float:
-    if tensor.numel() != 1 or tensor.is_complex() or not torch.isfinite(tensor.double()).all():
-        raise AdapterFormatError(f"{shown(key)} has shape {tuple(tensor.shape)}, expected one finite number")
-    return float(tensor)
-
-
 def _flat(model: nn.Module, path: str, tensor: Tensor) -> Tensor:
     """The 1x1 convolution that some trainers make of a linear layer's matrix as that matrix."""
     linear = isinstance(model.get_submodule(path), nn.Linear)
     return tensor.flatten(1) if linear and tensor.dim() == 4 and tensor.shape[2:] == (1, 1) else tensor
-
-
-def _settings(metadata: Mapping[str, Any], component: str) -> LoRAConfig | None:
-    names = (KOHYA | DIFFUSERS).get(component, ())
-    mine = {
-        field.removeprefix(f"{name}."): value
-        for name in names
-        for field, value in metadata.items()
-        if field.startswith(f"{name}.")
-    } or {field: value for field, value in metadata.items() if "." not in field}
-    if not mine:
-        return None
-    return LoRAConfig.from_peft_dict({"peft_type": "LORA"} | {k: v for k, v in mine.items() if k != "target_modules"})
-
-
-def _config(
-    tensors: Mapping[str, Tensor], alphas: Mapping[str, float], settings: Mapping[str, LoRAConfig | None]
-) -> dict[str, Any]:
-    """The configuration with the rank and the alpha of every module."""
-    ranks = dict[str, int]()
-    for key, tensor in tensors.items():
-        path, _, kind = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
-        if tensor.dim() < 2 or 0 in tensor.shape:
-            raise AdapterFormatError(f"{key} has shape {tuple(tensor.shape)}, expected a matrix")
-        if kind == "A" or path not in ranks:
-            ranks[path] = tensor.shape[0 if kind == "A" else 1]
-    alone = alphas.keys() - ranks.keys()
-    if alone or not ranks:
-        raise AdapterFormatError(f"{min(alone, default='the file')} has an alpha at most and no lora_A and lora_B")
-    scaled = dict[str, float]()
-    for path, rank in ranks.items():
-        config = settings.get(path)
-        if path in alphas or config is None:
-            scaled[path] = alphas.get(path, float(rank))
-        else:
-            scaled[path] = config.scaling(rank, Matcher(config).rank_and_alpha(path)[1]) * rank
-    r, alpha = (Counter(values).most_common(1)[0][0] for values in (ranks.values(), scaled.values()))
-    return {
-        "peft_type": "LORA",
-        "r": r,
-        "lora_alpha": alpha,
-        "target_modules": sorted(ranks),
-        "rank_pattern": _patterns(ranks, r),
-        "alpha_pattern": _patterns(scaled, alpha),
-    }
-
-
-def _patterns(values: Mapping[str, Any], usual: float) -> dict[str, Any]:
-    """{"^first path$|^second path$": value} for the values that are not the usual one."""
-    paths = defaultdict[float, list[str]](list)
-    for path, value in values.items():
-        if not math.isclose(value, usual, rel_tol=1e-12):
-            paths[value].append(path)
-    return {"|".join(f"^{re.escape(path)}$" for path in some): value for value, some in paths.items()}

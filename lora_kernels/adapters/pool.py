@@ -87,7 +87,6 @@ class AdapterPool:
 
         adapter: a folder as PEFT or save_adapter write it, or its tensors by PEFT's keys with their ``config`` (a
         LoRAConfig, PEFT's LoraConfig, or a dictionary). pin: as ``pin`` does. The others: as in load_adapter.
-
         It is read, checked and converted first, while batches run. Where there is no room for it, those adapters go
         that were used least recently and that are neither pinned nor in use. A replaced one keeps its slot.
 
