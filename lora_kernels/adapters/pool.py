@@ -57,11 +57,8 @@ class AdapterPool:
         target_modules: Targets = None,
         backend: str = "auto",
     ) -> None:
-        sizes = {
-            "capacity": capacity,
-            "max_rank_total": max_rank_total,
-            "max_rank": 1 if max_rank is None else max_rank,
-        }
+        largest = 1 if max_rank is None else max_rank
+        sizes = {"capacity": capacity, "max_rank_total": max_rank_total, "max_rank": largest}
         for name, size in sizes.items():
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ConfigError(f"{name} = {size!r}: accepted is an integer of at least 1")
@@ -142,7 +139,6 @@ class AdapterPool:
 
         The adapters that are named are neither evicted nor replaced nor moved meanwhile; with a tensor, all that the
         pool holds when the block is entered, and those that ``ids`` is asked for inside.
-
         Raises UnknownAdapterError, ShapeError; from the model's layers ShapeError where rows do not fit.
         """
         here = self._here
@@ -161,7 +157,6 @@ class AdapterPool:
 
         A slot is its adapter's until that is evicted. Ask inside of ``pool.batch(tensor)`` to keep it until the end of
         the batch: ``with pool.batch(static): pool.ids(names, out=static); graph.replay()``.
-
         Raises UnknownAdapterError, and ShapeError for an ``out`` that is too short or not int32.
         """
         with self._opened() as state:

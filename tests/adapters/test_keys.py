@@ -17,7 +17,7 @@ from lora_kernels.errors import AdapterFormatError
 from tests.adapters.oracle import assert_same, randomised
 from tests.adapters.unets import UNet, made, trained
 
-X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(3))
+X = torch.randn(16, 5, 8, generator=torch.Generator().manual_seed(3))
 ONE, TWO, BASE = torch.ones(1), torch.ones(2), "base_model.model."
 
 

@@ -29,7 +29,7 @@ from tests.adapters.unets import (
     trained,
 )
 
-X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(3))
+X = torch.randn(16, 5, 8, generator=torch.Generator().manual_seed(3))
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
@@ -160,7 +160,7 @@ def test_which_of_two_text_encoders_is_meant(tmp_path: Path) -> None:
     file = write(tmp_path / "both.safetensors", tensors)
     with pytest.warns(UserWarning, match="lora_te2_"):
         assert_same(load_adapter(made(TextEncoder, 8, 2), file), first, made(TextEncoder, 8, 2), X)
-    x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(4))
+    x = torch.randn(16, 5, 12, generator=torch.Generator().manual_seed(4))
     with pytest.warns(UserWarning, match="lora_te1_"):
         assert_same(load_adapter(made(TextEncoder, 12, 3), file), second, made(TextEncoder, 12, 3), x)
     same = write(tmp_path / "same.safetensors", kohya("lora_te1_", parts(first)) | kohya("lora_te2_", parts(first)))

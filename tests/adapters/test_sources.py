@@ -15,7 +15,7 @@ from lora_kernels.errors import AdapterFormatError
 from tests.adapters.oracle import assert_same
 from tests.adapters.unets import UNET_TARGETS, UNet, diffusers, made, parts, trained
 
-X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(3))
+X = torch.randn(16, 5, 8, generator=torch.Generator().manual_seed(3))
 
 
 def test_a_file_has_the_configuration_beside_it_or_inside(tmp_path: Path) -> None:
