@@ -16,7 +16,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(8, 8), nn.Dropout(0.0)])
 
     def forward(self, x: Tensor) -> Tensor:
-        mix = torch.softmax(self.to_q(x) @ self.to_k(x).mT, -1)
+        mix = torch.softmax(self.to_q(x) @ self.to_k(x).mT / 8, -1)
         return self.to_out[1](self.to_out[0](mix @ self.to_v(x)))
 
 
@@ -51,7 +51,7 @@ class TextAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(size, size) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.out_proj(torch.softmax(self.q_proj(x) @ self.k_proj(x).mT, -1) @ self.v_proj(x))
+        return x + self.out_proj(torch.softmax(self.q_proj(x) @ self.k_proj(x).mT / 8, -1) @ self.v_proj(x))
 
 
 class TextLayer(nn.Module):
