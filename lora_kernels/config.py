@@ -9,6 +9,7 @@ from dataclasses import InitVar, asdict, dataclass, field, fields
 from typing import Any
 
 from lora_kernels.errors import ConfigError
+from lora_kernels.peft_fields import MAX_LAYERS, are_rows, are_runs, lossy, without_traces
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 BASE_CHANGING_INITS = ("pissa", "olora")
@@ -37,6 +38,10 @@ class LoRAConfig:
         SEQ_CLS, TOKEN_CLS and QUESTION_ANS add the names of their heads.
     init_lora_weights: True (A Kaiming-uniform, B zero), False (both random), "gaussian", "pissa" or "olora"; the last
         two move the principal part of the base weight into the adapter and leave the rest in the base weight.
+    lora_bias: lora_B gets a bias that is scaled and trained with it.
+    trainable_token_indices: rows of the input embedding that are trained and saved, or {name of a module: rows}.
+    layer_replication: [[start, end], ...]: the model's layers are replaced by these runs of them, which share weights.
+    ensure_weight_tying: a module that shares the input embedding's weight is trained with it, not beside it.
     task_type, base_model_name_or_path, revision, auto_mapping: PEFT's bookkeeping. inference_mode: a frozen adapter.
 
     PEFT's other fields (the second group below) may be given with the value that switches them off, and no other.
@@ -58,6 +63,10 @@ class LoRAConfig:
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
     init_lora_weights: bool | str = True
+    lora_bias: bool = False
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    layer_replication: list[list[int]] | None = None
+    ensure_weight_tying: bool = False
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -68,7 +77,6 @@ class LoRAConfig:
     fan_in_fan_out: InitVar[Any] = False
     megatron_config: InitVar[Any] = None
     megatron_core: InitVar[Any] = "megatron.core"
-    trainable_token_indices: InitVar[Any] = None
     loftq_config: InitVar[Any] = None
     eva_config: InitVar[Any] = None
     corda_config: InitVar[Any] = None
@@ -79,27 +87,27 @@ class LoRAConfig:
     use_qalora: InitVar[Any] = False
     qalora_group_size: InitVar[Any] = 16
     monteclora_config: InitVar[Any] = None
-    layer_replication: InitVar[Any] = None
-    lora_bias: InitVar[Any] = False
     target_parameters: InitVar[Any] = None
     use_bdlora: InitVar[Any] = None
     arrow_config: InitVar[Any] = None
-    ensure_weight_tying: InitVar[Any] = False
 
     def __post_init__(self, *unsupported: Any) -> None:
+        for name in ("lora_bias", "ensure_weight_tying"):
+            object.__setattr__(self, name, False if getattr(self, name) is None else getattr(self, name))
         refuse_unsupported(dict(zip(UNSUPPORTED_FIELDS, unsupported, strict=True)))
         _check(_is_int(self.r) and 1 <= self.r <= MAX_RANK, "r", self.r, "an integer of at least 1")
         _check(_is_alpha(self.lora_alpha), "lora_alpha", self.lora_alpha, "a finite number")
         drops = _is_number(self.lora_dropout) and 0 <= self.lora_dropout <= 1
         _check(drops, "lora_dropout", self.lora_dropout, "a probability from 0 to 1")
         _check(self.bias in ("none", "all", "lora_only"), "bias", self.bias, '"none", "all" or "lora_only"')
-        for name in ("use_rslora", "use_dora", "inference_mode"):
+        for name in ("use_rslora", "use_dora", "inference_mode", "lora_bias", "ensure_weight_tying"):
             _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
         for name in ("base_model_name_or_path", "revision"):
             _check(isinstance(getattr(self, name), str | None), name, getattr(self, name), "a string or None")
         self._check_modules()
         self._check_patterns()
         self._check_layers()
+        self._check_extras()
         self._check_bookkeeping()
 
     def _check_modules(self) -> None:
@@ -143,6 +151,19 @@ class LoRAConfig:
         if names and layers is None:
             raise ConfigError("layers_pattern was given without layers_to_transform, which says which layers to adapt")
 
+    def _check_extras(self) -> None:
+        plain = isinstance(self.init_lora_weights, bool) and not self.use_dora
+        _check(plain or not self.lora_bias, "lora_bias", True, "False with use_dora or a named init_lora_weights")
+        tokens = {} if self.trainable_token_indices is None else self.trainable_token_indices
+        tokens = tokens if isinstance(tokens, dict) else {"embed_tokens": tokens}
+        fits = all(isinstance(name, str) and name and are_rows(rows) for name, rows in tokens.items())
+        accepted = "a list of different rows, or {name of a module: such a list}"
+        _check(fits, "trainable_token_indices", self.trainable_token_indices, accepted)
+        runs = self.layer_replication or None
+        accepted = f"a list of [start, end] with 0 <= start < end, up to {MAX_LAYERS} layers in all"
+        _check(runs is None or are_runs(runs), "layer_replication", runs, accepted)
+        object.__setattr__(self, "layer_replication", None if runs is None else [list(run) for run in runs])
+
     def _check_bookkeeping(self) -> None:
         init = self.init_lora_weights
         if isinstance(init, str):
@@ -175,6 +196,7 @@ class LoRAConfig:
         if not isinstance(values, Mapping):
             raise ConfigError(f"an adapter configuration is a JSON object, not {type(values).__name__}")
         _check(values.get("peft_type") == "LORA", "peft_type", values.get("peft_type"), '"LORA"')
+        values = without_traces(values)
         refuse_unsupported(values)
         return cls(**{name: value for name, value in values.items() if name in OWN_FIELDS})
 
@@ -185,6 +207,9 @@ UNSUPPORTED_FIELDS = tuple(name for name in LoRAConfig.__dataclass_fields__ if n
 
 def refuse_unsupported(values: Mapping[str, Any]) -> None:
     """Raise ConfigError if `values` switches on something of PEFT's that this package does not have."""
+    why_not = lossy(values)
+    if why_not:
+        raise ConfigError(why_not)
     for name, value in values.items():
         if name in OWN_FIELDS or name in _NOT_PART_OF_THE_ADAPTER:
             continue

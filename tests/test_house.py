@@ -15,7 +15,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LEAVES = {"errors", "config", "formats", "slots"}
 ALLOWED = {
     "errors": set(),
-    "config": {"errors"},
+    "peft_fields": set(),
+    "config": {"errors", "peft_fields"},
     "formats": {"errors"},
     "slots": {"errors"},
     "reference": LEAVES,
@@ -38,8 +39,17 @@ ALLOWED["stacked_cost"] = ALLOWED["cost"] | {"cost"}
 ALLOWED["ops"] |= {"stacked_cost"}
 ALLOWED["targets"] = LEAVES | {"layers"}
 ALLOWED["report"] = ALLOWED["layers"] | {"layers", "targets", "kernels", "cost", "variants"}
-ALLOWED["inject"] = ALLOWED["adapters"] = ALLOWED["layers"] | {"layers", "targets", "report", "inject", "adapters"}
-ALLOWED["adapters"] = ALLOWED["adapters"] | {"multi_plan"}  # whether the pool's backend runs here
+ALLOWED["embeddings"] = {"config", "errors", "report"}
+ALLOWED["inject"] = ALLOWED["adapters"] = ALLOWED["layers"] | {
+    "layers",
+    "targets",
+    "report",
+    "inject",
+    "adapters",
+    "embeddings",
+}
+ALLOWED["inject"] = ALLOWED["inject"] | {"embeddings"}
+ALLOWED["adapters"] = ALLOWED["adapters"] | {"embeddings", "multi_plan"}  # whether the pool's backend runs here
 ALLOWED["trial"] = ALLOWED["ops"] | {"ops", "testing", "variants"}
 ALLOWED["tune"] = ALLOWED["trial"] | {"trial", "tuned", "adapters"}
 ALLOWED["integrations"] = ALLOWED["finetune"] = ALLOWED["inject"] | {"integrations", "finetune"}

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.adapters.checkpoint import _is_finite, _parse_config
+from lora_kernels.adapters.checkpoint import _parse_config
 from lora_kernels.adapters.keys import PREFIX, KeyMapping, is_base_tensor, mismatch
 from lora_kernels.adapters.layouts import is_foreign
+from lora_kernels.adapters.matching import is_finite
 from lora_kernels.adapters.sharded import is_sharded
 from lora_kernels.adapters.sources import as_peft, read_source
 from lora_kernels.config import BASE_CHANGING_INITS, LoRAConfig
@@ -179,7 +180,7 @@ def _check_tensor(key: str, tensor: Tensor, shape: tuple[int, int]) -> None:
         raise AdapterFormatError(f"{key} has dtype {tensor.dtype}, expected a float")
     if is_sharded(tensor) or tensor.is_meta or tensor.layout != torch.strided:
         raise AdapterFormatError(f"{key} is no plain tensor in memory (sharded, sparse or on the meta device)")
-    if not _is_finite(tensor):
+    if not is_finite(tensor):
         raise AdapterFormatError(f"{key} holds NaN or infinity, expected finite numbers")
 
 
@@ -207,6 +208,6 @@ def convert_updates(updates: Mapping[str, Update], layers: Mapping[str, _Pooled]
 
 def _converted(key: str, tensor: Tensor, like: Tensor) -> Tensor:
     value = tensor.detach().to(device=like.device, dtype=like.dtype)
-    if not _is_finite(value):
+    if not is_finite(value):
         raise AdapterFormatError(f"{key} holds numbers too large for {like.dtype}, the dtype of its layer")
     return value
