@@ -20,6 +20,15 @@ def input_embedding(model: nn.Module) -> str | None:
     return next((path for path, module in model.named_modules() if path and module is found), None)
 
 
+def embeddings(model: nn.Module) -> list[str]:
+    """The paths of the input embedding and of the output head of a transformers model, where it has them."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    paths = [path for path, module in model.named_modules() if path and head is not None and module is head]
+    path = input_embedding(model)
+    return paths if path is None else [path, *paths]
+
+
 def tied_to_embedding(model: nn.Module) -> tuple[str, ...]:
     """The paths of the other modules with the input embedding's weight, if the model's configuration ties them."""
     path, settings = input_embedding(model), getattr(model, "config", None)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_kernels.adapters.keys import PREFIX, is_base_tensor, mismatch
 from lora_kernels.config import BASE_CHANGING_INITS
-from lora_kernels.embeddings import input_embedding
+from lora_kernels.embeddings import embeddings
 from lora_kernels.errors import AdapterFormatError
 from lora_kernels.layers import BiasedLoRALinear, DoRALinear, LoRALinear
 from lora_kernels.layers.tokens import DELTA
@@ -48,10 +48,8 @@ def with_replaced(
 ) -> tuple[Injection, dict[str, str]]:
     """Injection and names with the weights of embeddings that the file exchanges: PEFT saves those of a model whose
     vocabulary was resized, and reads them back into the base."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    paths = (input_embedding(model), *(path for path, module in model.named_modules() if path and module is head))
     taken = {*injection.adapted, *(one.path for one in injection.tokens)}
-    candidates = [f"{path}.weight" for path in paths if path is not None and path not in taken]
+    candidates = [f"{path}.weight" for path in embeddings(model) if path not in taken]
     state = model.state_dict()
     replaced = tuple(
         name
@@ -107,6 +105,7 @@ def check_tensors(model: nn.Module, injection: Injection, names: dict[str, str],
     extra = {key for key in sorted(extra) if not _is_pefts_surplus(key, tensors[key], injection, state)}
     if missing or extra:
         raise AdapterFormatError(mismatch(names.keys(), missing, extra))
+    shape: tuple[int, ...]
     for key, name in names.items():
         path, _, last = name.rpartition(".")
         if last == DELTA:

@@ -53,8 +53,8 @@ def merge_lora(model: nn.Module) -> nn.Module:
                 key = id(module._parameters["weight"]), id(module.trainable_tokens_delta)
                 shared[key] = module.merge(shared.get(key))
     except BaseException:
-        for layer in done:
-            layer.unmerge()
+        for merged in done:
+            merged.unmerge()
         raise
     return model
 

@@ -11,19 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.adapters.checkpoint import _parse_config
-from lora_kernels.adapters.keys import PREFIX, KeyMapping, is_base_tensor, mismatch
+from lora_kernels.adapters.keys import PREFIX, KeyMapping, is_base_tensor, mismatch, shown
 from lora_kernels.adapters.layouts import is_foreign
 from lora_kernels.adapters.matching import is_finite
 from lora_kernels.adapters.sharded import is_sharded
 from lora_kernels.adapters.sources import as_peft, read_source
 from lora_kernels.config import BASE_CHANGING_INITS, LoRAConfig
+from lora_kernels.embeddings import embeddings
 from lora_kernels.errors import AdapterFormatError, ConfigError, UnservableAdapterError
 from lora_kernels.layers.pooled import _Pooled
+from lora_kernels.layers.replication import REPLICATED_AS
 from lora_kernels.targets import Matcher, resolve
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
-# How lora_B was filled before training; nothing of it is left in what is loaded.
-HARMLESS_INITS = {"eva": "eva_config", "orthogonal": ""}
+REMEDY = ". load_adapter serves it in a model of its own"
 TOLD = 4  # names in a message
 
 
@@ -67,7 +68,7 @@ def read_updates(
     else:
         tensors, raw = read_source(model, adapter, key_mapping, follow_symlinks)
         origin = f"the adapter in {os.fspath(adapter)}"
-    settings = _served(raw)
+    settings = _served(model, raw)
     try:
         settings = resolve(model, settings, (nn.Linear,))
     except ConfigError as error:
@@ -103,15 +104,8 @@ def _plain(config: Any) -> Any:
     return to_dict()
 
 
-def _served(raw: Any) -> LoRAConfig:
-    """The configuration, if a pool serves adapters of its kind."""
-    if isinstance(raw, dict):
-        raw = dict(raw)
-        if isinstance(raw.get("fan_in_fan_out"), bool):  # how the base stores W; A and B are the same either way
-            raw["fan_in_fan_out"] = False
-        init = raw.get("init_lora_weights")
-        if isinstance(init, str) and init.lower() in HARMLESS_INITS:
-            raw |= {"init_lora_weights": True, HARMLESS_INITS[init.lower()]: None}
+def _served(model: nn.Module, raw: Any) -> LoRAConfig:
+    """The configuration, if a pool over this model serves adapters of its kind."""
     try:
         config = _parse_config(raw)
     except ConfigError as error:
@@ -121,8 +115,17 @@ def _served(raw: Any) -> LoRAConfig:
         wrong = "use_dora: a magnitude that scales the adapted weight, for each adapter another"
     elif config.init_lora_weights in BASE_CHANGING_INITS:
         wrong = f"init_lora_weights={config.init_lora_weights!r} has changed the base weights, which all adapters share"
+    elif config.lora_bias:
+        wrong = "lora_bias: a bias on lora_B, for each adapter another"
+    elif config.trainable_token_indices is not None:
+        wrong = "trainable_token_indices: trained rows of an embedding that all adapters share"
+    elif config.layer_replication and getattr(model, REPLICATED_AS, None) != config.layer_replication:
+        wrong = (
+            f"layer_replication={config.layer_replication}: a base of other layers. Call lora_kernels.adapters."
+            "replicate_layers(model, layer_replication) before the pool is made"
+        )
     if wrong:
-        raise UnservableAdapterError(f"a pool serves A and B over one frozen base, and this adapter has {wrong}")
+        raise UnservableAdapterError(f"a pool serves A and B over a frozen base, and this adapter has {wrong}{REMEDY}")
     return replace(config, inference_mode=True)
 
 
@@ -148,17 +151,17 @@ def _check_keys(model: nn.Module, config: LoRAConfig, targets: list[str], tensor
     state = model.state_dict()
     extra = sorted(key for key in tensors.keys() - expected if not is_base_tensor(key, tensors[key], state))
     for key in extra:
-        kind = _kind(key.removeprefix(PREFIX), config)
+        kind = _kind(model, key.removeprefix(PREFIX), config)
         if kind:
             raise UnservableAdapterError(
-                f"a pool serves A and B of linear layers, and this adapter has {kind}: {key[:200]!r}"
+                f"a pool serves A and B of linear layers, and this adapter has {kind}: {shown(key)}{REMEDY}"
             )
     missing = sorted(expected - tensors.keys())
     if missing or extra:
         raise AdapterFormatError(mismatch(expected, missing, extra))
 
 
-def _kind(name: str, config: LoRAConfig) -> str | None:
+def _kind(model: nn.Module, name: str, config: LoRAConfig) -> str | None:
     """What a sound adapter of PEFT's keeps under this name, beside A and B of linear layers."""
     if name.endswith(".lora_magnitude_vector") or ".lora_magnitude_vector." in name:
         return "magnitudes of DoRA"
@@ -167,7 +170,11 @@ def _kind(name: str, config: LoRAConfig) -> str | None:
     if "trainable_tokens" in name:
         return "trained tokens"
     if any(f".{saved}." in f".{name}" for saved in config.modules_to_save or ()):
-        return "a module trained whole (modules_to_save)"
+        return "a module trained whole (modules_to_save), other than the model's, which all adapters share"
+    if name in [f"{path}.weight" for path in embeddings(model)]:
+        return "the weight of an embedding, as of a resized vocabulary"
+    if name.endswith(".lora_B.bias"):
+        return "a bias on lora_B"
     if config.bias != "none" and name.endswith(".bias"):
         return f"trained biases (bias={config.bias!r})"
     return None

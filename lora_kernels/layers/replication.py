@@ -38,7 +38,7 @@ def replicate_layers(model: nn.Module, runs: Sequence[Sequence[int]]) -> nn.Modu
             made.append(clone)
     setattr(owner, name, made)
     config = getattr(model, "config", None)
-    if hasattr(config, "num_hidden_layers"):
+    if config is not None and hasattr(config, "num_hidden_layers"):
         config.num_hidden_layers = len(made)
     vars(model)[REPLICATED_AS] = wanted
     return model
