@@ -102,12 +102,13 @@ def rollback(model: nn.Module) -> Iterator[None]:
     before = [(m, type(m), dict(vars(m)), dict(m._parameters), dict(m._modules)) for m in model.modules()]
     settings = getattr(model, "config", None)
     depth = getattr(settings, "num_hidden_layers", None)
-    weights = [(parameter, parameter.data, parameter.requires_grad) for parameter in model.parameters()]
+    parameters = [parameter for parameter in model.parameters() if not nn.parameter.is_lazy(parameter)]
+    weights = [(parameter, parameter.data, parameter.requires_grad) for parameter in parameters]
     try:
         yield
     except BaseException:
-        for module, kind, attributes, parameters, modules in before:
-            for kept, was in ((vars(module), attributes), (module._parameters, parameters), (module._modules, modules)):
+        for module, kind, attributes, held, modules in before:
+            for kept, was in ((vars(module), attributes), (module._parameters, held), (module._modules, modules)):
                 kept.clear()
                 kept.update(was)  # type: ignore[arg-type]
             if type(module) is not kind:
