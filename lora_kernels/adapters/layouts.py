@@ -140,7 +140,7 @@ def _parse(key: str) -> Part:
     if end.startswith("_lora"):
         name += "_lora"
     component = next((start for start in NAMES if name.startswith(start)), "")
-    return Part(key, component, name.removeprefix(component), ENDS[end])
+    return Part(key, component, name.removeprefix(component).removeprefix(PREFIX), ENDS[end])
 
 
 def _is_of_kind(key: str, name: str) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_kernels.adapters.keys import PREFIX, is_base_tensor, mismatch
+from lora_kernels.adapters.sharded import is_sharded
 from lora_kernels.config import BASE_CHANGING_INITS
 from lora_kernels.embeddings import embeddings
 from lora_kernels.errors import AdapterFormatError
@@ -63,7 +65,9 @@ def check_shared(state: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     """Raise where the file has two values for one weight that modules share."""
     first = dict[int, str]()
     for name, value in values.items():
-        other = first.setdefault(state[name].data_ptr(), name) if value.numel() else name
+        place: Any = state[name]
+        address = (place.to_local() if is_sharded(place) else place).data_ptr()
+        other = first.setdefault(address, name) if address else name  # 0: nothing of it is stored here
         if other != name and not torch.equal(values[other], value):
             raise AdapterFormatError(f"{name} and {other} are one weight of this model, and the file has two for them")
 

@@ -148,8 +148,9 @@ def _check_targets(
 
 def _check_keys(model: nn.Module, config: LoRAConfig, targets: list[str], tensors: Mapping[str, Tensor]) -> None:
     expected = {f"{PREFIX}{path}.lora_{letter}.weight" for path in targets for letter in "AB"}
-    state = model.state_dict()
-    extra = sorted(key for key in tensors.keys() - expected if not is_base_tensor(key, tensors[key], state))
+    extra = sorted(tensors.keys() - expected)
+    state = model.state_dict() if extra else {}
+    extra = [key for key in extra if not is_base_tensor(key, tensors[key], state)]
     for key in extra:
         kind = _kind(model, key.removeprefix(PREFIX), config)
         if kind:

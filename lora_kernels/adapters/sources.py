@@ -19,7 +19,9 @@ from lora_kernels.adapters.files import (
 )
 from lora_kernels.adapters.keys import KeyMapping, renamed, shown, to_peft
 from lora_kernels.adapters.layouts import from_layout, implies_scaling, is_foreign
+from lora_kernels.config import ALL_LINEAR, LoRAConfig
 from lora_kernels.errors import AdapterFormatError, ConfigError
+from lora_kernels.targets import Matcher
 
 DIFFUSERS_NAME, DIFFUSERS_METADATA = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
 
@@ -74,7 +76,8 @@ def as_peft(
                 "keys of diffusers' or Kohya's layout come without a configuration, which is derived from the tensors; "
                 "leave config (adapter_config.json) out"
             )
-        return to_peft(tensors), config
+        tensors = to_peft(tensors)
+        return tensors, config if key_mapping is None else _retargeted(model, tensors, config)
     if not tensors or not (metadata or implies_scaling(tensors)):
         raise AdapterFormatError(
             f"{CONFIG_NAME} is missing, and without it lora_alpha is not known (the first key is "
@@ -84,6 +87,24 @@ def as_peft(
         return from_layout(model, tensors, metadata)
     except ConfigError as error:
         raise AdapterFormatError(f"the file's {DIFFUSERS_METADATA}: {error}") from None
+
+
+def _retargeted(model: nn.Module, tensors: Mapping[str, Tensor], config: Any) -> Any:
+    """The configuration with the modules that the renamed keys name as its targets, where its own names, of the model
+    that the keys were written for, find none in this one."""
+    named = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors if ".lora_" in key}
+    modules = {path for path, _ in model.named_modules()}
+    if not isinstance(config, dict) or not named or not named <= modules:
+        return config
+    try:
+        settings = LoRAConfig.from_peft_dict(config)
+    except ConfigError:
+        return config  # refused by its name later
+    matcher = Matcher(settings)
+    if settings.target_modules in (None, ALL_LINEAR) or any(matcher.why_not(path) is None for path in modules if path):
+        return config
+    unused = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+    return config | unused | {"target_modules": sorted(named)}
 
 
 def _only_weights(folder: Path) -> Path:

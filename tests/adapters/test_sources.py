@@ -94,3 +94,21 @@ def test_links_are_followed_only_on_demand(tmp_path: Path) -> None:
         load_adapter(made(UNet), tmp_path / "link.safetensors")
     ours = load_adapter(made(UNet), tmp_path / "link.safetensors", follow_symlinks=True)
     assert_same(ours, theirs, made(UNet), X)
+
+
+@pytest.mark.parametrize("targets", [r".*vision\.(mid_block|down_blocks.*)\.attn1\.to_[qv]", "paths"])
+def test_with_a_key_mapping_the_targets_follow_the_keys(tmp_path: Path, targets: str) -> None:
+    theirs = trained(made(UNet), ["to_q", "to_v"])
+    theirs.save_pretrained(str(tmp_path))
+    file, base = tmp_path / "adapter_model.safetensors", "base_model.model."
+    save_file({key.replace(base, f"{base}vision."): tensor for key, tensor in load_file(file).items()}, file)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    paths = [f"vision.{path}" for path in parts(theirs)]
+    config["target_modules"] = paths if targets == "paths" else targets
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterFormatError, match="does not fit UNet"):
+        load_adapter(made(UNet), tmp_path)
+    ours = load_adapter(made(UNet), tmp_path, key_mapping={f"{base}vision.": base})
+    assert_same(ours, theirs, made(UNet), X)
+    with pytest.raises(AdapterFormatError, match="does not fit UNet"):
+        load_adapter(made(UNet), tmp_path, key_mapping={f"{base}vision.": f"{base}x."})
