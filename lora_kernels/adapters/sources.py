@@ -17,7 +17,7 @@ from lora_kernels.adapters.files import (
     read_adapter,
     read_weights,
 )
-from lora_kernels.adapters.keys import KeyMapping, renamed, shown, to_peft
+from lora_kernels.adapters.keys import PREFIX, KeyMapping, renamed, shown, to_peft
 from lora_kernels.adapters.layouts import from_layout, implies_scaling, is_foreign
 from lora_kernels.config import ALL_LINEAR, LoRAConfig
 from lora_kernels.errors import AdapterFormatError, ConfigError
