@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import InitVar, asdict, dataclass, field, fields
 from typing import Any
 
+from lora_kernels import patterns
 from lora_kernels.errors import ConfigError
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -115,8 +115,9 @@ class LoRAConfig:
         if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
             object.__setattr__(self, "target_modules", ALL_LINEAR)
         _check(self.target_modules not in ([], ""), "target_modules", self.target_modules, "at least one name")
+        _check_amount("modules_to_save", self.modules_to_save or ())
         for name in self.modules_to_save or ():
-            _check_regex("modules_to_save", name, rf"(^|.*\.){name}($|\..*)")
+            _check_regex("modules_to_save", name, patterns.saved_inside(name))
 
     def _check_patterns(self) -> None:
         for name, accepts, what in (
@@ -125,10 +126,11 @@ class LoRAConfig:
         ):
             pattern = {} if getattr(self, name) is None else getattr(self, name)
             _check(isinstance(pattern, dict), name, pattern, f"a dictionary from patterns to {what}")
+            _check(all(isinstance(key, str) for key in pattern), name, pattern, "patterns that are strings")
+            _check_amount(name, pattern)
             object.__setattr__(self, name, dict(pattern))
             for key, value in pattern.items():
-                _check(isinstance(key, str), name, key, "patterns that are strings")
-                _check_regex(name, key, rf"(.*\.)?({key})$")
+                _check_regex(name, key, patterns.ends_in(key))
                 _check(accepts(value), f"{name}[{reprlib.repr(key)}]", value, what)
 
     def _check_layers(self) -> None:
@@ -136,9 +138,11 @@ class LoRAConfig:
         indices = _is_int(layers) or (isinstance(layers, list) and all(_is_int(i) for i in layers))
         _check(layers is None or indices, "layers_to_transform", layers, "an index or a list of them")
         _check(names is None or isinstance(names, str) or _is_names(names), "layers_pattern", names, "a name or a list")
-        for name in [names] if isinstance(names, str) else names or ():
-            _check_regex("layers_pattern", name, rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\.")
-        if isinstance(self.target_modules, str) and (layers is not None or names is not None):
+        names = [names] if isinstance(names, str) else names or []
+        _check_amount("layers_pattern", names)
+        for name in names:
+            _check_regex("layers_pattern", name, name, patterns.check_list_name)
+        if isinstance(self.target_modules, str) and (layers is not None or self.layers_pattern is not None):
             raise ConfigError("layers_to_transform and layers_pattern need target_modules as a list, not a string")
         if names and layers is None:
             raise ConfigError("layers_pattern was given without layers_to_transform, which says which layers to adapt")
@@ -202,11 +206,18 @@ def _check(ok: bool, name: str, value: Any, accepted: str) -> None:
         raise ConfigError(f"{name} = {reprlib.repr(value)}: accepted is {accepted}")
 
 
-def _check_regex(name: str, value: str, pattern: str) -> None:
+def _check_regex(name: str, value: str, pattern: str, check: Callable[[str], None] = patterns.check) -> None:
     try:
-        re.compile(pattern)
-    except (re.error, ValueError, RecursionError, OverflowError) as error:
-        raise ConfigError(f"{name}: {reprlib.repr(value)} is no regular expression ({error})") from None
+        check(pattern)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {reprlib.repr(value)} is no regular expression to match with ({error})") from None
+
+
+def _check_amount(name: str, values: Collection[str]) -> None:
+    size = sum(len(value) + 10 for value in values)
+    _check(
+        size <= patterns.MAX_PATTERNS, name, values, f"patterns of at most {patterns.MAX_PATTERNS} characters in all"
+    )
 
 
 def _is_int(value: Any) -> bool:
