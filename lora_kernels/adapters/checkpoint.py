@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.adapters.files import read_adapter, write_adapter
+from lora_kernels.adapters.files import open_adapter, write_adapter
 from lora_kernels.adapters.sharded import is_sharded, placed_like, whole, write_once
+from lora_kernels.adapters.stored import Limits
 from lora_kernels.config import BASE_CHANGING_INITS, LoRAConfig, refuse_unsupported
 from lora_kernels.errors import AdapterFormatError, ConfigError, MergeError
 from lora_kernels.inject import build_layers, inject, plan_injection, rollback
@@ -74,21 +75,23 @@ def load_adapter(
     inner = unwrap(model)
     if any(isinstance(module, LoRALinear) and module.merged for module in inner.modules()):
         raise MergeError("the model is merged; call unmerge_lora before load_adapter")
-    tensors, raw = read_adapter(folder, follow_symlinks)
-    config = replace(_parse_config(raw), inference_mode=not trainable)
     present = injection_of(inner)
     if present is None and any(map(is_sharded, inner.parameters())):
         raise ConfigError(
             f"{type(inner).__name__} is sharded over processes and has no LoRA layers; call load_adapter or apply_lora "
             "before fully_shard"
         )
-    try:
-        injection = plan_injection(inner, config)
-    except ConfigError as error:
-        raise AdapterFormatError(f"the adapter in {folder} does not fit {type(inner).__name__}: {error}") from None
-    if present is not None:
-        _check_same(inner, present, injection)
-    names = _names(inner, injection)
+    with open_adapter(folder, follow_symlinks, Limits(inner)) as files:
+        config = replace(_parse_config(files.config), inference_mode=not trainable)
+        try:
+            injection = plan_injection(inner, config)
+        except ConfigError as error:
+            raise AdapterFormatError(f"the adapter in {folder} does not fit {type(inner).__name__}: {error}") from None
+        if present is not None:
+            _check_same(inner, present, injection)
+        names = _names(inner, injection)
+        _check_tensors(inner, injection, names, files.described)  # nothing is read that has no place in the model
+        tensors = files.read()
     _check_tensors(inner, injection, names, tensors)
     with torch.no_grad(), rollback(inner):
         layers = _new_layers(inner, injection) if present is None else {}
@@ -208,8 +211,9 @@ def _is_pefts_surplus(key: str, tensor: Tensor, injection: Injection, state: dic
     path = name.removesuffix(".base_layer.weight")
     if path == name or path not in injection.adapted:
         return False
-    weight = whole(state[f"{path}.weight"]).cpu()
-    return tensor.dtype == weight.dtype and torch.equal(tensor, weight)
+    weight = state[f"{path}.weight"]
+    same_kind = tensor.dtype == weight.dtype and tensor.shape == weight.shape
+    return same_kind and (tensor.is_meta or torch.equal(tensor, whole(weight).cpu()))
 
 
 def _converted(key: str, tensor: Tensor, like: Tensor) -> Tensor:
@@ -220,6 +224,6 @@ def _converted(key: str, tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    if not tensor.is_floating_point():
+    if tensor.is_meta or not tensor.is_floating_point():
         return True
     return bool(torch.isfinite(tensor if tensor.dtype.itemsize > 1 else tensor.float()).all())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.adapters.checkpoint import PREFIX, _is_finite, _parse_config
-from lora_kernels.adapters.files import read_adapter
+from lora_kernels.adapters.files import open_adapter
 from lora_kernels.adapters.sharded import is_sharded
+from lora_kernels.adapters.stored import Limits
 from lora_kernels.config import BASE_CHANGING_INITS, LoRAConfig
 from lora_kernels.errors import AdapterFormatError, ConfigError, UnservableAdapterError
 from lora_kernels.layers.pooled import _Pooled
@@ -54,35 +56,60 @@ def read_updates(
     sound one of a kind that a pool does not serve or that targets modules which are not pooled.
     """
     if isinstance(adapter, Mapping):
-        tensors, raw, origin = dict(adapter), _plain(config), "the adapter"
+        tensors, raw = dict(adapter), _plain(config)
         if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in tensors.items()):
             raise AdapterFormatError("an adapter in memory is a mapping from PEFT's keys to tensors")
+        settings, scaled = _fitted(model, layers, left_out, tensors, raw, "the adapter")
     elif config is not None:
         raise AdapterFormatError("config belongs to tensors in memory; a folder has its own")
     else:
-        (tensors, raw), origin = read_adapter(adapter, follow_symlinks), f"the adapter in {os.fspath(adapter)}"
+        origin = f"the adapter in {os.fspath(adapter)}"
+        with open_adapter(adapter, follow_symlinks, Limits(model)) as files:
+            settings, scaled = _fitted(model, layers, left_out, files.described, files.config, origin)
+            tensors = files.read()
+    _check_keys(model, settings, list(scaled), tensors)
+    updates = {}
+    for path, scaling in scaled.items():
+        keys = [f"{PREFIX}{path}.lora_{letter}.weight" for letter in "AB"]
+        for key in keys:
+            _check_values(key, tensors[key])
+        updates[path] = Update(tensors[keys[0]], tensors[keys[1]], scaling)
+    return updates
+
+
+def _fitted(
+    model: nn.Module,
+    layers: Mapping[str, _Pooled],
+    left_out: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    raw: Any,
+    origin: str,
+) -> tuple[LoRAConfig, dict[str, float]]:
+    """The configuration and {path: scaling} of the targets; the keys, shapes and dtypes of ``tensors`` are as they say,
+    the values of none were looked at."""
     settings = _served(raw)
     try:
         settings = resolve(model, settings, (nn.Linear,))
+        matcher = Matcher(settings)
+        targets = [path for path, _ in model.named_modules() if path and matcher.why_not(path) is None]
     except ConfigError as error:
         raise AdapterFormatError(f"{origin} does not fit {type(model).__name__}: {error}") from None
-    matcher = Matcher(settings)
-    targets = [path for path, _ in model.named_modules() if path and matcher.why_not(path) is None]
     _check_targets(model, layers, left_out, targets)
     if not targets:
+        named = reprlib.repr(settings.target_modules)
         raise AdapterFormatError(
-            f"{origin} does not fit {type(model).__name__}: no module matches target_modules={settings.target_modules}"
+            f"{origin} does not fit {type(model).__name__}: no module matches target_modules={named}"
         )
     _check_keys(model, settings, targets, tensors)
-    updates = {}
+    scaled = {}
     for path in targets:
         rank, alpha = matcher.rank_and_alpha(path)
-        keys = [f"{PREFIX}{path}.lora_{letter}.weight" for letter in "AB"]
         N, K = layers[path].base_weight().shape
-        for key, shape in zip(keys, ((rank, K), (N, rank)), strict=True):
-            _check_tensor(key, tensors[key], shape)
-        updates[path] = Update(tensors[keys[0]], tensors[keys[1]], settings.scaling(rank, alpha))
-    return updates
+        for letter, shape in (("A", (rank, K)), ("B", (N, rank))):
+            key = f"{PREFIX}{path}.lora_{letter}.weight"
+            _check_shape(key, tensors[key], shape)
+        scaled[path] = settings.scaling(rank, alpha)
+    return settings, scaled
 
 
 def _plain(config: Any) -> Any:
@@ -175,14 +202,18 @@ def _is_base_weight(model: nn.Module, key: str, tensor: Tensor, targets: list[st
     if f"{PREFIX}{path}.base_layer.weight" != key or path not in targets:
         return False
     weight = model.get_parameter(f"{path}.weight")
-    return tensor.dtype == weight.dtype and torch.equal(tensor.to(weight.device), weight)
+    same_kind = tensor.dtype == weight.dtype and tensor.shape == weight.shape
+    return same_kind and (tensor.is_meta or torch.equal(tensor.to(weight.device), weight))
 
 
-def _check_tensor(key: str, tensor: Tensor, shape: tuple[int, int]) -> None:
+def _check_shape(key: str, tensor: Tensor, shape: tuple[int, int]) -> None:
     if tuple(tensor.shape) != shape:
         raise AdapterFormatError(f"{key} has shape {tuple(tensor.shape)}, expected {shape}")
     if not tensor.is_floating_point():
         raise AdapterFormatError(f"{key} has dtype {tensor.dtype}, expected a float")
+
+
+def _check_values(key: str, tensor: Tensor) -> None:
     if is_sharded(tensor) or tensor.is_meta or tensor.layout != torch.strided:
         raise AdapterFormatError(f"{key} is no plain tensor in memory (sharded, sparse or on the meta device)")
     if not _is_finite(tensor):
