@@ -84,7 +84,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     paths = [path for path, _ in model.named_modules() if path]
     for slip in Matcher(injection.config).slips(paths, injection.adapted):
         warnings.warn(slip, stacklevel=2)
-    with rollback(model):
+    with torch.inference_mode(False), rollback(model):  # tensors made in inference mode cannot be trained
         inject(model, injection, build_layers(model, injection))
     return model
 
@@ -107,7 +107,9 @@ def rollback(model: nn.Module) -> Iterator[None]:
         for parameter, data, flag in weights:
             if parameter.data_ptr() != data.data_ptr():
                 parameter.data = data
-            parameter.requires_grad_(flag)
+            if parameter.requires_grad != flag:
+                with torch.inference_mode(parameter.is_inference()):
+                    parameter.requires_grad_(flag)
         raise
 
 
@@ -147,18 +149,25 @@ def inject(model: nn.Module, injection: Injection, layers: dict[str, LoRALinear]
         _untie(model, path)
     if not config.inference_mode:
         for path in injection.saved:
-            model.get_submodule(path).requires_grad_(True)
+            for name, parameter in model.get_submodule(path).named_parameters():
+                _train(f"{path}.{name}", parameter)
         for name, parameter in model.named_parameters(remove_duplicate=False):
             owner, _, kind = name.rpartition(".")
             adapted = owner in layers
             is_bias = kind == "bias" and (config.bias == "all" or (config.bias == "lora_only" and adapted))
             if is_bias or (adapted and kind in layers[owner].adapter_parameters):
-                parameter.requires_grad_(True)
+                _train(name, parameter)
     else:
         for layer in layers.values():
             layer.requires_grad_(False)
     _keep_called(model)
     setattr(model, REMEMBERED_AS, injection)
+
+
+def _train(name: str, parameter: nn.Parameter) -> None:
+    if parameter.is_inference():
+        raise ConfigError(f"{name} was created in torch.inference_mode and cannot be trained; build the model outside")
+    parameter.requires_grad_(True)
 
 
 def _check_target(path: str, module: nn.Module, unused_because: str | None) -> None:

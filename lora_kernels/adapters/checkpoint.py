@@ -94,14 +94,15 @@ def load_adapter(
         tensors = files.read()
     _check_tensors(inner, injection, names, tensors)
     with torch.no_grad(), rollback(inner):
-        layers = _new_layers(inner, injection) if present is None else {}
-        state = dict(inner.state_dict())
-        for path, layer in layers.items():
-            state |= {f"{path}.{name}": getattr(layer, name) for name in layer.adapter_parameters}
-        values = {name: _converted(key, tensors[key], state[name]) for key, name in names.items()}
-        if present is None:
-            inject(inner, injection, layers)
+        with torch.inference_mode(False):  # tensors made in inference mode cannot be trained
+            layers = _new_layers(inner, injection) if present is None else {}
             state = dict(inner.state_dict())
+            for path, layer in layers.items():
+                state |= {f"{path}.{name}": getattr(layer, name) for name in layer.adapter_parameters}
+            values = {name: _converted(key, tensors[key], state[name]) for key, name in names.items()}
+            if present is None:
+                inject(inner, injection, layers)
+        state = dict(inner.state_dict())
         for name, value in values.items():
             state[name].copy_(placed_like(value, state[name]))
     return model
