@@ -214,7 +214,7 @@ def _check_regex(name: str, value: str, pattern: str, check: Callable[[str], Non
 
 
 def _check_amount(name: str, values: Collection[str]) -> None:
-    size = sum(len(value) + 10 for value in values)
+    size = sum(len(value) + 30 for value in values)
     _check(
         size <= patterns.MAX_PATTERNS, name, values, f"patterns of at most {patterns.MAX_PATTERNS} characters in all"
     )

@@ -10,7 +10,7 @@ from typing import Any
 from lora_kernels.patterns.budget import Text
 from lora_kernels.patterns.steps import bits, re_parser, sequence_step
 
-MAX_PATTERN, MAX_PATTERNS = 16_000, 64_000  # characters in one pattern, and in all patterns of one setting
+MAX_PATTERN, MAX_PATTERNS = 16_000, 80_000  # characters in one pattern, and in all patterns of one setting
 
 
 class Pattern:

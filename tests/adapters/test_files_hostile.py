@@ -153,3 +153,36 @@ def test_damaged_files_are_refused_or_read_whole(tmp_path: Path, data: st.DataOb
     except AdapterFormatError:
         return
     assert all(isinstance(tensor, torch.Tensor) for tensor in read.values())
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_model.bin", "adapter.pt", "my_lora.ckpt"])
+def test_a_pickle_is_refused_with_the_way_to_convert_it(tmp_path: Path, name: str) -> None:
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(CONFIG))
+    torch.save(tensors(), tmp_path / name)
+    (tmp_path / "training_args.bin").write_bytes(b"x")
+    says = f"{name} is a pickle, which can run code.*torch.load.*weights_only=True.*save_file.*{WEIGHTS_NAME}"
+    for place in (tmp_path, tmp_path / name):
+        with pytest.raises(AdapterFormatError, match=says):
+            read_adapter(place)
+    (tmp_path / name).rename(tmp_path / WEIGHTS_NAME)
+    with pytest.raises(AdapterFormatError, match=r"a zip or a pickle, which can run code.*save_file"):
+        read_adapter(tmp_path)
+
+
+def test_the_way_to_convert_a_pickle_leads_to_an_adapter(tmp_path: Path) -> None:
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(CONFIG))
+    torch.save(tensors(), tmp_path / "adapter_model.bin")
+    converted = torch.load(tmp_path / "adapter_model.bin", map_location="cpu", weights_only=True)
+    save_file(converted, tmp_path / WEIGHTS_NAME)
+    assert torch.equal(read_adapter(tmp_path)[0]["a"], tensors()["a"])
+
+
+def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(AdapterFormatError, match="is a file; name the folder that holds adapter_model"):
+        read_adapter(tmp_path / "notes.txt")
+    with pytest.raises(AdapterFormatError, match="No such file"):
+        read_adapter(tmp_path / "nothing")
+    (tmp_path / "optimizer.pt").write_text("x")  # no adapter's
+    with pytest.raises(AdapterFormatError, match="No such file"):
+        read_adapter(tmp_path)
