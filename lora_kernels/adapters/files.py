@@ -54,7 +54,10 @@ def write_adapter(folder: str | os.PathLike[str], tensors: Mapping[str, torch.Te
         if (folder / CONFIG_NAME).is_dir():
             raise IsADirectoryError(f"{folder / CONFIG_NAME} is a folder; nothing was written. Remove it")
         _, before = _read_config(folder / CONFIG_NAME, follow_symlinks=False)
-        metadata = {"format": "pt", CONFIG_METADATA: text.decode(), REPLACED_METADATA: before.ljust(64)}
+        replaced = (
+            NO_FILE if before == _digest(text) else before.ljust(64)
+        )  # so that the same save gives the same bytes
+        metadata = {"format": "pt", CONFIG_METADATA: text.decode(), REPLACED_METADATA: replaced}
         old = _inode(folder / WEIGHTS_NAME)
         try:
             write_whole(folder / WEIGHTS_NAME, _with_metadata(data, metadata))

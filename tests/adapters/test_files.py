@@ -99,6 +99,20 @@ def test_a_broken_file_beside_good_weights_is_refused(tmp_path: Path, text: byte
         read_adapter(tmp_path)
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_the_same_save_again_gives_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: bool
+) -> None:
+    write_adapter(tmp_path / "once", tensors(), CONFIG)
+    with monkeypatch.context() as patch:
+        if interrupted:
+            patch.setattr(files, "write_whole", only_weights)
+        write_adapter(tmp_path / "twice", tensors(), CONFIG)
+    write_adapter(tmp_path / "twice", tensors(), CONFIG)
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "twice" / name).read_bytes()
+
+
 @pytest.mark.parametrize("trick", ["removed", "link", "folder", "fifo", "huge"])
 def test_what_is_no_file_beside_good_weights_is_refused(tmp_path: Path, trick: str) -> None:
     for value in (1, 2):  # the second save replaces a file, so that a missing one is no crash of it
