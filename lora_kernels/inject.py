@@ -84,7 +84,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
         raise ConfigError(
             "this model has LoRA layers already; take a fresh one, or load_adapter to exchange their weights"
         )
-    with rollback(model):
+    with torch.inference_mode(False), rollback(model):  # tensors made in inference mode cannot be trained
         if config.layer_replication:
             replicate_layers(model, config.layer_replication)
         injection = plan_injection(model, config)
@@ -118,7 +118,9 @@ def rollback(model: nn.Module) -> Iterator[None]:
         for parameter, data, flag in weights:
             if parameter.data_ptr() != data.data_ptr():
                 parameter.data = data
-            parameter.requires_grad_(flag)
+            if parameter.requires_grad != flag:
+                with torch.inference_mode(parameter.is_inference()):
+                    parameter.requires_grad_(flag)
         raise
 
 
@@ -165,18 +167,25 @@ def inject(model: nn.Module, injection: Injection, layers: dict[str, LoRALinear]
         delta.requires_grad_(False)
     if not config.inference_mode:
         for path in injection.saved:
-            model.get_submodule(path).requires_grad_(True)
+            for name, parameter in model.get_submodule(path).named_parameters():
+                _train(f"{path}.{name}", parameter)
         for name, parameter in model.named_parameters(remove_duplicate=False):
             owner, _, kind = name.rpartition(".")
             adapted = owner in layers
             is_bias = kind == "bias" and (config.bias == "all" or (config.bias == "lora_only" and adapted))
             if is_bias or kind == DELTA or (adapted and kind in layers[owner].adapter_parameters):
-                parameter.requires_grad_(True)
+                _train(name, parameter)
     else:
         for layer in layers.values():
             layer.requires_grad_(False)
     _keep_called(model)
     setattr(model, REMEMBERED_AS, injection)
+
+
+def _train(name: str, parameter: nn.Parameter) -> None:
+    if parameter.is_inference():
+        raise ConfigError(f"{name} was created in torch.inference_mode and cannot be trained; build the model outside")
+    parameter.requires_grad_(True)
 
 
 def _check_target(path: str, module: nn.Module, unused_because: str | None) -> None:

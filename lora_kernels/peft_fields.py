@@ -10,6 +10,8 @@ from typing import Any
 TRACELESS_INITS = ("eva", "orthogonal", "mica")
 LOSSY_INITS = ("pissa_niter_", "corda", "lora_ga", "loftq")
 MAX_LAYERS = 4096
+# What PEFT's own loader passes over: notes of the writer, and settings that hold for a process only.
+NOT_PART_OF_THE_ADAPTER = ("peft_version", "runtime_config")
 
 
 def without_traces(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -21,6 +23,9 @@ def without_traces(values: Mapping[str, Any]) -> dict[str, Any]:
         result["init_lora_weights"] = True
     if isinstance(result.get("fan_in_fan_out"), bool):
         result["fan_in_fan_out"] = False
+    for name in ("lora_bias", "ensure_weight_tying"):
+        if name in result and result[name] is None:
+            result[name] = False
     for name in ("eva", "corda", "lora_ga", "loftq"):
         if method != name or method in TRACELESS_INITS:  # PEFT passes over the settings of another method
             result.pop(f"{name}_config", None)
@@ -38,6 +43,16 @@ def lossy(values: Mapping[str, Any]) -> str | None:
     )
 
 
+def is_int(value: Any) -> bool:
+    """Whether this is an integer and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is an integer or a float."""
+    return is_int(value) or isinstance(value, float)
+
+
 def are_rows(value: Any) -> bool:
     """Whether this is a list of different indices of rows."""
     rows = isinstance(value, list) and all(_is_index(row) and row < 2**31 for row in value)
@@ -52,7 +67,7 @@ def are_runs(value: Any) -> bool:
 
 
 def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return is_int(value) and value >= 0
 
 
 def _is_run(value: Any) -> bool:

@@ -20,6 +20,7 @@ from lora_kernels.peft_fields import are_rows, are_runs, lossy, without_traces
         ({"init_lora_weights": "corda", "corda_config": {"a": 1}},) * 2,
         ({"init_lora_weights": "pissa", "lora_ga_config": {}}, {"init_lora_weights": "pissa"}),
         ({"fan_in_fan_out": True}, {"fan_in_fan_out": False}),
+        ({"lora_bias": None, "ensure_weight_tying": None}, {"lora_bias": False, "ensure_weight_tying": False}),
         ({"fan_in_fan_out": "yes", "init_lora_weights": ["eva"]},) * 2,
     ],
 )

@@ -22,7 +22,7 @@ from lora_kernels.adapters.matching import (
     with_replaced,
 )
 from lora_kernels.adapters.sharded import is_sharded, placed_like, whole, write_once
-from lora_kernels.adapters.sources import read_source
+from lora_kernels.adapters.sources import open_source
 from lora_kernels.config import LoRAConfig, refuse_unsupported
 from lora_kernels.errors import AdapterFormatError, ConfigError, MergeError
 from lora_kernels.inject import build_layers, inject, plan_injection, rollback
@@ -94,10 +94,6 @@ def load_adapter(
     inner = unwrap(model)
     if any(isinstance(module, LoRALinear | TrainedRows) and module.merged for module in inner.modules()):
         raise MergeError("the model is merged; call unmerge_lora before load_adapter")
-    tensors, raw = read_source(inner, folder, key_mapping, follow_symlinks)
-    config = replace(_parse_config(raw), inference_mode=not trainable)
-    if trainable and isinstance(raw, dict) and str(raw.get("init_lora_weights")).lower() == "mica":
-        raise ConfigError("MiCA trains lora_A alone, which lora_kernels does not do; load it with trainable=False")
     present = injection_of(inner)
     if present is None and any(map(is_sharded, inner.parameters())):
         raise ConfigError(
@@ -105,21 +101,32 @@ def load_adapter(
             "before fully_shard"
         )
     with torch.no_grad(), rollback(inner):
-        try:
-            if config.layer_replication:
-                replicate_layers(inner, config.layer_replication)
-            injection = plan_injection(inner, config)
-        except ConfigError as error:
-            raise AdapterFormatError(f"the adapter in {folder} does not fit {type(inner).__name__}: {error}") from None
-        names = keys_of(inner, injection)
-        injection, names = with_replaced(inner, injection, names, tensors)
-        if present is not None:
-            check_same(inner, present, injection)
+        with open_source(inner, folder, key_mapping, follow_symlinks) as source:
+            config = replace(_parse_config(source.config), inference_mode=not trainable)
+            if trainable and str(source.config.get("init_lora_weights")).lower() == "mica":
+                raise ConfigError(
+                    "MiCA trains lora_A alone, which lora_kernels does not do; load it with trainable=False"
+                )
+            try:
+                if config.layer_replication:
+                    replicate_layers(inner, config.layer_replication)
+                injection = plan_injection(inner, config)
+            except ConfigError as error:
+                raise AdapterFormatError(
+                    f"the adapter in {folder} does not fit {type(inner).__name__}: {error}"
+                ) from None
+            injection, names = with_replaced(inner, injection, keys_of(inner, injection), source.described)
+            if present is not None:
+                check_same(inner, present, injection)
+            check_tensors(inner, injection, names, source.described)  # nothing is read that has no place in the model
+            tensors = source.read()
+        injection, names = with_replaced(inner, injection, keys_of(inner, injection), tensors)
         check_tensors(inner, injection, names, tensors)
-        if present is None:
-            inject(inner, injection, _new_layers(inner, injection))
-        state = dict(inner.state_dict())
-        values = {name: converted(key, tensors[key], state[name]) for key, name in names.items()}
+        with torch.inference_mode(False):  # tensors made in inference mode cannot be trained
+            if present is None:
+                inject(inner, injection, _new_layers(inner, injection))
+            state = dict(inner.state_dict())
+            values = {name: converted(key, tensors[key], state[name]) for key, name in names.items()}
         check_shared(state, values)
         if present is not None:
             setattr(inner, REMEMBERED_AS, replace(present, replaced=injection.replaced))

@@ -19,7 +19,8 @@ from lora_kernels.targets import Matcher
 
 def number(key: str, tensor: Tensor) -> float:
     """The one finite number in the tensor. Raises AdapterFormatError."""
-    if tensor.numel() != 1 or tensor.is_complex() or not torch.isfinite(tensor.double()).all():
+    stored = tensor.layout == torch.strided and not tensor.is_meta
+    if not stored or tensor.numel() != 1 or tensor.is_complex() or not torch.isfinite(tensor.double()).all():
         raise AdapterFormatError(f"{shown(key)} has shape {tuple(tensor.shape)}, expected one finite number")
     return float(tensor)
 

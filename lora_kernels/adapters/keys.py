@@ -99,11 +99,11 @@ def without_name(key: str) -> str:
 
 def is_base_tensor(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> bool:
     """Whether this tensor is the base model's own, bit for bit: PEFT writes the weight of an adapted output head, and
-    state_dict() everything."""
+    state_dict() everything. Of a tensor on the meta device, of which shape and dtype are known, whether it may be."""
     own = state.get(key.removeprefix(PREFIX).replace(".token_adapter.", ".").replace(".base_layer.", "."))
     if own is None or own.shape != tensor.shape or own.dtype != tensor.dtype:
         return False
-    return torch.equal(tensor, whole(own).to(tensor.device))
+    return tensor.is_meta or torch.equal(tensor, whole(own).to(tensor.device))
 
 
 def mismatch(expected: Collection[str], missing: Collection[str], extra: Collection[str]) -> str:

@@ -150,6 +150,6 @@ def converted(key: str, tensor: Tensor, like: Tensor) -> Tensor:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite."""
-    if not tensor.is_floating_point():
+    if tensor.is_meta or not tensor.is_floating_point():
         return True
     return bool(torch.isfinite(tensor if tensor.dtype.itemsize > 1 else tensor.float()).all())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from lora_kernels.adapters.keys import PREFIX, KeyMapping, is_base_tensor, misma
 from lora_kernels.adapters.layouts import is_foreign
 from lora_kernels.adapters.matching import is_finite
 from lora_kernels.adapters.sharded import is_sharded
-from lora_kernels.adapters.sources import as_peft, read_source
+from lora_kernels.adapters.sources import as_peft, open_source
 from lora_kernels.config import BASE_CHANGING_INITS, LoRAConfig
 from lora_kernels.embeddings import embeddings
 from lora_kernels.errors import AdapterFormatError, ConfigError, UnservableAdapterError
@@ -62,34 +63,58 @@ def read_updates(
         if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in adapter.items()):
             raise AdapterFormatError("an adapter in memory is a mapping from PEFT's keys to tensors")
         raw = None if config is None and is_foreign(adapter) else _plain(config)
-        (tensors, raw), origin = as_peft(model, adapter, raw, {}, key_mapping), "the adapter"
+        tensors, raw = as_peft(model, adapter, raw, {}, key_mapping)
+        settings, scaled = _fitted(model, layers, left_out, tensors, raw, "the adapter")
     elif config is not None:
         raise AdapterFormatError("config belongs to tensors in memory; a folder has its own")
     else:
-        tensors, raw = read_source(model, adapter, key_mapping, follow_symlinks)
         origin = f"the adapter in {os.fspath(adapter)}"
+        with open_source(model, adapter, key_mapping, follow_symlinks) as source:
+            settings, scaled = _fitted(model, layers, left_out, source.described, source.config, origin)
+            tensors = source.read()
+    _check_keys(model, settings, list(scaled), tensors)
+    updates = {}
+    for path, scaling in scaled.items():
+        keys = [f"{PREFIX}{path}.lora_{letter}.weight" for letter in "AB"]
+        for key in keys:
+            _check_values(key, tensors[key])
+        updates[path] = Update(tensors[keys[0]], tensors[keys[1]], scaling)
+    return updates
+
+
+def _fitted(
+    model: nn.Module,
+    layers: Mapping[str, _Pooled],
+    left_out: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    raw: Any,
+    origin: str,
+) -> tuple[LoRAConfig, dict[str, float]]:
+    """The configuration and {path: scaling} of the targets; the keys, shapes and dtypes of ``tensors`` are as they say,
+    the values of none were looked at."""
     settings = _served(model, raw)
     try:
         settings = resolve(model, settings, (nn.Linear,))
+        matcher = Matcher(settings)
+        targets = [path for path, _ in model.named_modules() if path and matcher.why_not(path) is None]
     except ConfigError as error:
         raise AdapterFormatError(f"{origin} does not fit {type(model).__name__}: {error}") from None
-    matcher = Matcher(settings)
-    targets = [path for path, _ in model.named_modules() if path and matcher.why_not(path) is None]
     _check_targets(model, layers, left_out, targets)
     if not targets:
+        named = reprlib.repr(settings.target_modules)
         raise AdapterFormatError(
-            f"{origin} does not fit {type(model).__name__}: no module matches target_modules={settings.target_modules}"
+            f"{origin} does not fit {type(model).__name__}: no module matches target_modules={named}"
         )
     _check_keys(model, settings, targets, tensors)
-    updates = {}
+    scaled = {}
     for path in targets:
         rank, alpha = matcher.rank_and_alpha(path)
-        keys = [f"{PREFIX}{path}.lora_{letter}.weight" for letter in "AB"]
         N, K = layers[path].base_weight().shape
-        for key, shape in zip(keys, ((rank, K), (N, rank)), strict=True):
-            _check_tensor(key, tensors[key], shape)
-        updates[path] = Update(tensors[keys[0]], tensors[keys[1]], settings.scaling(rank, alpha))
-    return updates
+        for letter, shape in (("A", (rank, K)), ("B", (N, rank))):
+            key = f"{PREFIX}{path}.lora_{letter}.weight"
+            _check_shape(key, tensors[key], shape)
+        scaled[path] = settings.scaling(rank, alpha)
+    return settings, scaled
 
 
 def _plain(config: Any) -> Any:
@@ -151,7 +176,7 @@ def _check_keys(model: nn.Module, config: LoRAConfig, targets: list[str], tensor
     extra = sorted(tensors.keys() - expected)
     state = model.state_dict() if extra else {}
     extra = [key for key in extra if not is_base_tensor(key, tensors[key], state)]
-    for key in extra:
+    for key in extra[:100]:  # enough to name a kind; a file may have thousands
         kind = _kind(model, key.removeprefix(PREFIX), config)
         if kind:
             raise UnservableAdapterError(
@@ -181,11 +206,14 @@ def _kind(model: nn.Module, name: str, config: LoRAConfig) -> str | None:
     return None
 
 
-def _check_tensor(key: str, tensor: Tensor, shape: tuple[int, int]) -> None:
+def _check_shape(key: str, tensor: Tensor, shape: tuple[int, int]) -> None:
     if tuple(tensor.shape) != shape:
         raise AdapterFormatError(f"{key} has shape {tuple(tensor.shape)}, expected {shape}")
     if not tensor.is_floating_point():
         raise AdapterFormatError(f"{key} has dtype {tensor.dtype}, expected a float")
+
+
+def _check_values(key: str, tensor: Tensor) -> None:
     if is_sharded(tensor) or tensor.is_meta or tensor.layout != torch.strided:
         raise AdapterFormatError(f"{key} is no plain tensor in memory (sharded, sparse or on the meta device)")
     if not is_finite(tensor):

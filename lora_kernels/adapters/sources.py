@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lora_kernels.adapters.files import (
-    CONFIG_METADATA,
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    parse_json,
-    read_adapter,
-    read_weights,
-)
+from lora_kernels.adapters.files import CONFIG_METADATA, CONFIG_NAME, WEIGHTS_NAME, open_adapter
 from lora_kernels.adapters.keys import PREFIX, KeyMapping, renamed, shown, to_peft
 from lora_kernels.adapters.layouts import from_layout, implies_scaling, is_foreign
+from lora_kernels.adapters.stored import Limits, open_stored, parse_json
 from lora_kernels.config import ALL_LINEAR, LoRAConfig
 from lora_kernels.errors import AdapterFormatError, ConfigError
 from lora_kernels.targets import Matcher
@@ -26,37 +21,48 @@ from lora_kernels.targets import Matcher
 DIFFUSERS_NAME, DIFFUSERS_METADATA = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
 
 
-def read_source(
+class Opened(NamedTuple):
+    """An adapter by PEFT's keys for a model: its configuration, not yet checked; its tensors as the header of the file
+    describes them, on the meta device, or read where the configuration is derived from them; and how to read them."""
+
+    config: Any
+    described: dict[str, Tensor]
+    read: Callable[[], dict[str, Tensor]]
+
+
+@contextmanager
+def open_source(
     model: nn.Module,
     source: str | os.PathLike[str],
     key_mapping: KeyMapping | None = None,
     follow_symlinks: bool = False,
-) -> tuple[dict[str, Tensor], Any]:
-    """The tensors of the adapter in ``source`` by PEFT's keys for ``model``, and its configuration, not yet checked.
+) -> Iterator[Opened]:
+    """The adapter in ``source``, open while the block runs.
 
     source: a folder of PEFT's or of save_adapter, a .safetensors file, or a folder with such a file of another name.
     Without an adapter_config.json the configuration is derived from a file in diffusers' or Kohya's layout. Raises
     AdapterFormatError.
     """
-    path = Path(source)
+    path, limits = Path(source), Limits(model)
     if path.name == WEIGHTS_NAME and not path.is_dir():
         path = path.parent
-    if path.suffix != ".safetensors" and ((path / CONFIG_NAME).exists() or not path.is_dir()):
-        tensors, config = read_adapter(path, follow_symlinks)
-        return as_peft(model, tensors, config, {}, key_mapping)
-    file = path if path.suffix == ".safetensors" and not path.is_dir() else _only_weights(path)
-    tensors, metadata = read_weights(file, follow_symlinks)
-    if CONFIG_METADATA in metadata:
-        if file.name == WEIGHTS_NAME:  # one of ours, whose adapter_config.json is missing
-            return as_peft(model, *read_adapter(path, follow_symlinks), {}, key_mapping)
-        return as_peft(
-            model, tensors, parse_json(metadata[CONFIG_METADATA], f"the configuration in {file}"), {}, key_mapping
-        )
-    settings = metadata.get(DIFFUSERS_METADATA)
+    file = path if path.suffix == ".safetensors" and not path.is_dir() else _weights_alone(path)
+    if file is None:
+        with open_adapter(path, follow_symlinks, limits) as files:
+            config = files.config
+            described, config = as_peft(model, files.described, config, {}, key_mapping)
+            yield Opened(config, described, lambda: as_peft(model, files.read(), config, {}, key_mapping)[0])
+        return
+    with open_stored(file, follow_symlinks, limits) as stored:
+        metadata, tensors = stored.metadata, stored.read()
+    config, settings = metadata.get(CONFIG_METADATA), metadata.get(DIFFUSERS_METADATA)
+    if config is not None:
+        config = parse_json(config, f"the configuration in {file}")
     found = {} if settings is None else parse_json(settings, f"{DIFFUSERS_METADATA} in {file}")
     if not isinstance(found, dict):
         raise AdapterFormatError(f"{DIFFUSERS_METADATA} in {file} is no JSON object")
-    return as_peft(model, tensors, None, found, key_mapping)
+    tensors, config = as_peft(model, tensors, config, found, key_mapping)
+    yield Opened(config, tensors, lambda: tensors)
 
 
 def as_peft(
@@ -107,15 +113,28 @@ def _retargeted(model: nn.Module, tensors: Mapping[str, Tensor], config: Any) ->
     return config | unused | {"target_modules": sorted(named)}
 
 
-def _only_weights(folder: Path) -> Path:
-    """The file with the tensors, by its name or as the only one in the folder."""
-    for name in (WEIGHTS_NAME, DIFFUSERS_NAME):
-        if os.path.lexists(folder / name):
-            return folder / name
+def _weights_alone(folder: Path) -> Path | None:
+    """The file with the tensors in a folder without an adapter_config.json, by its name or as the only one; None for
+    PEFT's folder, and where the reading of one says what is wrong."""
+    if os.path.lexists(folder / CONFIG_NAME) or not folder.is_dir():
+        return None
+    if os.path.lexists(folder / WEIGHTS_NAME):
+        return folder / WEIGHTS_NAME if _has_no_copy(folder / WEIGHTS_NAME) else None
+    if os.path.lexists(folder / DIFFUSERS_NAME):
+        return folder / DIFFUSERS_NAME
     found = sorted(folder.glob("*.safetensors"))
-    if len(found) == 1:
-        return found[0]
-    raise AdapterFormatError(
-        f"{folder} has no {CONFIG_NAME} and {len(found)} .safetensors files"
-        + (f" ({', '.join(path.name for path in found[:4])}); name one of them" if found else "; an adapter has one")
-    )
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found[:4])
+        raise AdapterFormatError(
+            f"{folder} has no {CONFIG_NAME} and {len(found)} .safetensors files ({names}); name one"
+        )
+    return found[0] if found else None
+
+
+def _has_no_copy(file: Path) -> bool:
+    """Whether these weights are without a configuration, of ours inside or beside them."""
+    try:
+        with open_stored(file, follow_symlinks=True) as stored:
+            return CONFIG_METADATA not in stored.metadata
+    except AdapterFormatError:
+        return False

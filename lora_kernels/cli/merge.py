@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from lora_kernels.adapters import load_adapter, merge_lora
-from lora_kernels.adapters.files import read_adapter
+from lora_kernels.adapters.files import open_adapter
 from lora_kernels.cli.explain import AUTO_CLASSES
 from lora_kernels.config import LoRAConfig
 from lora_kernels.errors import AdapterFormatError, ConfigError
@@ -38,10 +38,11 @@ def run(arguments: argparse.Namespace) -> int:
     out: Path = arguments.out
     if out.exists():
         raise ConfigError(f"{out} exists; name a folder that does not")
-    tensors, raw = read_adapter(arguments.adapter)
+    with open_adapter(arguments.adapter) as files:
+        described, raw = files.described, files.config
     task_type = LoRAConfig.from_peft_dict(raw).task_type if isinstance(raw, dict) else None
     names = arguments.labels.split(",") if arguments.labels else None
-    sizes = [tensor.shape[0] for key, tensor in tensors.items() if key.endswith(HEADS) and tensor.dim() == 2]
+    sizes = [tensor.shape[0] for key, tensor in described.items() if key.endswith(HEADS) and tensor.dim() == 2]
     labels: dict[str, Any] = {}
     if sizes and task_type in ("SEQ_CLS", "TOKEN_CLS"):
         if names is not None and len(names) != sizes[0]:

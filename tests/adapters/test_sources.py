@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_kernels.adapters import load_adapter, save_adapter
-from lora_kernels.adapters.sources import as_peft, read_source
+from lora_kernels.adapters.sources import as_peft, open_source
 from lora_kernels.errors import AdapterFormatError
 from tests.adapters.oracle import assert_same
 from tests.adapters.unets import UNET_TARGETS, UNet, diffusers, made, parts, trained
@@ -47,7 +47,7 @@ def test_pefts_keys_without_a_configuration_are_refused_as_the_scaling_is_not_kn
 
 
 def test_which_of_several_files_is_meant(tmp_path: Path) -> None:
-    with pytest.raises(AdapterFormatError, match=r"has no adapter_config.json and 0 .safetensors files"):
+    with pytest.raises(AdapterFormatError, match=r"cannot be read: No such file"):
         load_adapter(made(UNet), tmp_path)
     theirs = trained(made(UNet), UNET_TARGETS, lora_alpha=2)
     for name in ("a", "b"):
@@ -73,7 +73,7 @@ def test_metadata_of_diffusers_that_cannot_be_followed(tmp_path: Path, settings:
     tensors = diffusers("unet.", parts(trained(made(UNet), UNET_TARGETS)))
     save_file(tensors, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": settings})
     with pytest.raises(AdapterFormatError, match=says):
-        read_source(made(UNet), tmp_path)
+        load_adapter(made(UNet), tmp_path)
 
 
 def test_a_configuration_beside_another_layout_is_refused(tmp_path: Path) -> None:
@@ -112,3 +112,18 @@ def test_with_a_key_mapping_the_targets_follow_the_keys(tmp_path: Path, targets:
     assert_same(ours, theirs, made(UNet), X)
     with pytest.raises(AdapterFormatError, match="does not fit UNet"):
         load_adapter(made(UNet), tmp_path, key_mapping={f"{base}vision.": f"{base}x."})
+
+
+def test_of_pefts_folder_nothing_is_read_before_the_model_is_asked_for_its_places(tmp_path: Path) -> None:
+    trained(made(UNet), UNET_TARGETS).save_pretrained(str(tmp_path))
+    with open_source(made(UNet), tmp_path) as source:
+        assert all(tensor.is_meta for tensor in source.described.values())
+        assert source.read().keys() == source.described.keys()
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_lora_weights.bin"])
+def test_pickles_are_refused_in_a_folder_and_by_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\x80\x02")
+    for where in (tmp_path, tmp_path / name):
+        with pytest.raises(AdapterFormatError, match="a pickle, which can run code"):
+            load_adapter(made(UNet), where)
