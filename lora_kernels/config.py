@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import InitVar, asdict, dataclass, field, fields
 from typing import Any
 
+from lora_kernels import patterns, peft_fields
 from lora_kernels.errors import ConfigError
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 BASE_CHANGING_INITS = ("pissa", "olora")
 ALL_LINEAR = "all-linear"
 MAX_RANK, MAX_ALPHA = 2**31 - 1, 3e38  # sizes are int32 and scaling is a float32 in the kernels
-
-# What PEFT's own loader passes over: notes of the writer, and settings that hold for a process only.
-_NOT_PART_OF_THE_ADAPTER = ("peft_version", "runtime_config")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +34,10 @@ class LoRAConfig:
         SEQ_CLS, TOKEN_CLS and QUESTION_ANS add the names of their heads.
     init_lora_weights: True (A Kaiming-uniform, B zero), False (both random), "gaussian", "pissa" or "olora"; the last
         two move the principal part of the base weight into the adapter and leave the rest in the base weight.
+    lora_bias: lora_B gets a bias that is scaled and trained with it.
+    trainable_token_indices: rows of the input embedding that are trained and saved, or {name of a module: rows}.
+    layer_replication: [[start, end], ...]: the model's layers are replaced by these runs of them, which share weights.
+    ensure_weight_tying: a module that shares the input embedding's weight is trained with it, not beside it.
     task_type, base_model_name_or_path, revision, auto_mapping: PEFT's bookkeeping. inference_mode: a frozen adapter.
 
     PEFT's other fields (the second group below) may be given with the value that switches them off, and no other.
@@ -58,6 +59,10 @@ class LoRAConfig:
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
     init_lora_weights: bool | str = True
+    lora_bias: bool = False
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    layer_replication: list[list[int]] | None = None
+    ensure_weight_tying: bool = False
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -68,7 +73,6 @@ class LoRAConfig:
     fan_in_fan_out: InitVar[Any] = False
     megatron_config: InitVar[Any] = None
     megatron_core: InitVar[Any] = "megatron.core"
-    trainable_token_indices: InitVar[Any] = None
     loftq_config: InitVar[Any] = None
     eva_config: InitVar[Any] = None
     corda_config: InitVar[Any] = None
@@ -79,27 +83,25 @@ class LoRAConfig:
     use_qalora: InitVar[Any] = False
     qalora_group_size: InitVar[Any] = 16
     monteclora_config: InitVar[Any] = None
-    layer_replication: InitVar[Any] = None
-    lora_bias: InitVar[Any] = False
     target_parameters: InitVar[Any] = None
     use_bdlora: InitVar[Any] = None
     arrow_config: InitVar[Any] = None
-    ensure_weight_tying: InitVar[Any] = False
 
     def __post_init__(self, *unsupported: Any) -> None:
         refuse_unsupported(dict(zip(UNSUPPORTED_FIELDS, unsupported, strict=True)))
-        _check(_is_int(self.r) and 1 <= self.r <= MAX_RANK, "r", self.r, "an integer of at least 1")
+        _check(peft_fields.is_int(self.r) and 1 <= self.r <= MAX_RANK, "r", self.r, "an integer of at least 1")
         _check(_is_alpha(self.lora_alpha), "lora_alpha", self.lora_alpha, "a finite number")
-        drops = _is_number(self.lora_dropout) and 0 <= self.lora_dropout <= 1
+        drops = peft_fields.is_number(self.lora_dropout) and 0 <= self.lora_dropout <= 1
         _check(drops, "lora_dropout", self.lora_dropout, "a probability from 0 to 1")
         _check(self.bias in ("none", "all", "lora_only"), "bias", self.bias, '"none", "all" or "lora_only"')
-        for name in ("use_rslora", "use_dora", "inference_mode"):
+        for name in ("use_rslora", "use_dora", "inference_mode", "lora_bias", "ensure_weight_tying"):
             _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
         for name in ("base_model_name_or_path", "revision"):
             _check(isinstance(getattr(self, name), str | None), name, getattr(self, name), "a string or None")
         self._check_modules()
         self._check_patterns()
         self._check_layers()
+        self._check_extras()
         self._check_bookkeeping()
 
     def _check_modules(self) -> None:
@@ -115,33 +117,52 @@ class LoRAConfig:
         if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
             object.__setattr__(self, "target_modules", ALL_LINEAR)
         _check(self.target_modules not in ([], ""), "target_modules", self.target_modules, "at least one name")
+        _check_amount("modules_to_save", self.modules_to_save or ())
         for name in self.modules_to_save or ():
-            _check_regex("modules_to_save", name, rf"(^|.*\.){name}($|\..*)")
+            _check_regex("modules_to_save", name, patterns.saved_inside(name))
 
     def _check_patterns(self) -> None:
         for name, accepts, what in (
-            ("rank_pattern", lambda v: _is_int(v) and v >= 1, "integers of at least 1"),
+            ("rank_pattern", lambda v: peft_fields.is_int(v) and v >= 1, "integers of at least 1"),
             ("alpha_pattern", _is_alpha, "finite numbers"),
         ):
             pattern = {} if getattr(self, name) is None else getattr(self, name)
             _check(isinstance(pattern, dict), name, pattern, f"a dictionary from patterns to {what}")
+            _check(all(isinstance(key, str) for key in pattern), name, pattern, "patterns that are strings")
+            _check_amount(name, pattern)
             object.__setattr__(self, name, dict(pattern))
             for key, value in pattern.items():
-                _check(isinstance(key, str), name, key, "patterns that are strings")
-                _check_regex(name, key, rf"(.*\.)?({key})$")
+                _check_regex(name, key, patterns.ends_in(key))
                 _check(accepts(value), f"{name}[{reprlib.repr(key)}]", value, what)
 
     def _check_layers(self) -> None:
         layers, names = self.layers_to_transform, self.layers_pattern
-        indices = _is_int(layers) or (isinstance(layers, list) and all(_is_int(i) for i in layers))
+        indices = peft_fields.is_int(layers) or (
+            isinstance(layers, list) and all(peft_fields.is_int(i) for i in layers)
+        )
         _check(layers is None or indices, "layers_to_transform", layers, "an index or a list of them")
         _check(names is None or isinstance(names, str) or _is_names(names), "layers_pattern", names, "a name or a list")
-        for name in [names] if isinstance(names, str) else names or ():
-            _check_regex("layers_pattern", name, rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\.")
-        if isinstance(self.target_modules, str) and (layers is not None or names is not None):
+        names = [names] if isinstance(names, str) else names or []
+        _check_amount("layers_pattern", names)
+        for name in names:
+            _check_regex("layers_pattern", name, name, patterns.check_list_name)
+        if isinstance(self.target_modules, str) and (layers is not None or self.layers_pattern is not None):
             raise ConfigError("layers_to_transform and layers_pattern need target_modules as a list, not a string")
         if names and layers is None:
             raise ConfigError("layers_pattern was given without layers_to_transform, which says which layers to adapt")
+
+    def _check_extras(self) -> None:
+        plain = isinstance(self.init_lora_weights, bool) and not self.use_dora
+        _check(plain or not self.lora_bias, "lora_bias", True, "False with use_dora or a named init_lora_weights")
+        tokens = {} if self.trainable_token_indices is None else self.trainable_token_indices
+        tokens = tokens if isinstance(tokens, dict) else {"embed_tokens": tokens}
+        fits = all(isinstance(name, str) and name and peft_fields.are_rows(rows) for name, rows in tokens.items())
+        accepted = "a list of different rows, or {name of a module: such a list}"
+        _check(fits, "trainable_token_indices", self.trainable_token_indices, accepted)
+        runs = self.layer_replication or None
+        accepted = f"a list of [start, end] with 0 <= start < end, up to {peft_fields.MAX_LAYERS} layers in all"
+        _check(runs is None or peft_fields.are_runs(runs), "layer_replication", runs, accepted)
+        object.__setattr__(self, "layer_replication", None if runs is None else [list(run) for run in runs])
 
     def _check_bookkeeping(self) -> None:
         init = self.init_lora_weights
@@ -175,6 +196,7 @@ class LoRAConfig:
         if not isinstance(values, Mapping):
             raise ConfigError(f"an adapter configuration is a JSON object, not {type(values).__name__}")
         _check(values.get("peft_type") == "LORA", "peft_type", values.get("peft_type"), '"LORA"')
+        values = peft_fields.without_traces(values)
         refuse_unsupported(values)
         return cls(**{name: value for name, value in values.items() if name in OWN_FIELDS})
 
@@ -185,8 +207,11 @@ UNSUPPORTED_FIELDS = tuple(name for name in LoRAConfig.__dataclass_fields__ if n
 
 def refuse_unsupported(values: Mapping[str, Any]) -> None:
     """Raise ConfigError if `values` switches on something of PEFT's that this package does not have."""
+    why_not = peft_fields.lossy(values)
+    if why_not:
+        raise ConfigError(why_not)
     for name, value in values.items():
-        if name in OWN_FIELDS or name in _NOT_PART_OF_THE_ADAPTER:
+        if name in OWN_FIELDS or name in peft_fields.NOT_PART_OF_THE_ADAPTER:
             continue
         off = getattr(LoRAConfig, name, None) if name in UNSUPPORTED_FIELDS else None
         if value is None or value is False or value in ({}, []) or (type(value) is type(off) and value == off):
@@ -202,23 +227,22 @@ def _check(ok: bool, name: str, value: Any, accepted: str) -> None:
         raise ConfigError(f"{name} = {reprlib.repr(value)}: accepted is {accepted}")
 
 
-def _check_regex(name: str, value: str, pattern: str) -> None:
+def _check_regex(name: str, value: str, pattern: str, check: Callable[[str], None] = patterns.check) -> None:
     try:
-        re.compile(pattern)
-    except (re.error, ValueError, RecursionError, OverflowError) as error:
-        raise ConfigError(f"{name}: {reprlib.repr(value)} is no regular expression ({error})") from None
+        check(pattern)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {reprlib.repr(value)} is no regular expression to match with ({error})") from None
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return _is_int(value) or isinstance(value, float)
+def _check_amount(name: str, values: Collection[str]) -> None:
+    size = sum(len(value) + 30 for value in values)
+    _check(
+        size <= patterns.MAX_PATTERNS, name, values, f"patterns of at most {patterns.MAX_PATTERNS} characters in all"
+    )
 
 
 def _is_alpha(value: Any) -> bool:
-    return _is_number(value) and -MAX_ALPHA <= value <= MAX_ALPHA
+    return peft_fields.is_number(value) and -MAX_ALPHA <= value <= MAX_ALPHA
 
 
 def _is_names(value: Any) -> bool:

@@ -12,8 +12,11 @@ import torch
 from torch import nn
 
 from lora_kernels.config import ALL_LINEAR, BASE_CHANGING_INITS, LoRAConfig
+from lora_kernels.embeddings import check_embeddings, kept_tied, trained_tokens
 from lora_kernels.errors import ConfigError
-from lora_kernels.layers import DoRALinear, LoRALinear
+from lora_kernels.layers import BiasedLoRALinear, DoRALinear, LoRALinear
+from lora_kernels.layers.replication import replicate_layers
+from lora_kernels.layers.tokens import DELTA, into_trained_rows
 from lora_kernels.report import REMEMBERED_AS, Injection, LayerPlan, explain, injection_of, unwrap
 from lora_kernels.targets import Matcher, is_conv1d, left_out, resolve, uncalled
 
@@ -45,7 +48,8 @@ def plan_injection(model: nn.Module, config: LoRAConfig) -> Injection:
             layers.append(LayerPlan(path, None, *matcher.rank_and_alpha(path)))
         elif isinstance(module, LINEAR) or is_conv1d(module):
             layers.append(LayerPlan(path, skipped.get(path, why_not)))
-    injection = Injection(config, tuple(layers), _saved_modules(model, config.modules_to_save or ()))
+    saved = _saved_modules(model, config.modules_to_save or ())
+    injection = Injection(config, tuple(layers), saved, trained_tokens(model, config))
     if not injection.adapted:
         ends = sorted({layer.path.rpartition(".")[2] for layer in layers if layer.path})
         named = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform")
@@ -61,7 +65,7 @@ def plan_injection(model: nn.Module, config: LoRAConfig) -> Injection:
             raise ConfigError(
                 f"{path} is among modules_to_save, but holds the target {inside[0]}; choose one of the two"
             )
-    return injection
+    return check_embeddings(model, injection)
 
 
 def apply_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
@@ -80,11 +84,13 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
         raise ConfigError(
             "this model has LoRA layers already; take a fresh one, or load_adapter to exchange their weights"
         )
-    injection = plan_injection(model, config)
-    paths = [path for path, _ in model.named_modules() if path]
-    for slip in Matcher(injection.config).slips(paths, injection.adapted):
-        warnings.warn(slip, stacklevel=2)
-    with rollback(model):
+    with torch.inference_mode(False), rollback(model):  # tensors made in inference mode cannot be trained
+        if config.layer_replication:
+            replicate_layers(model, config.layer_replication)
+        injection = plan_injection(model, config)
+        paths = [path for path, _ in model.named_modules() if path]
+        for slip in Matcher(injection.config).slips(paths, injection.adapted):
+            warnings.warn(slip, stacklevel=2)
         inject(model, injection, build_layers(model, injection))
     return model
 
@@ -93,21 +99,28 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
 def rollback(model: nn.Module) -> Iterator[None]:
     """If the block raises, the model's modules, Parameters, attributes, flags and weights (as tensors, not their
     contents) are put back as they were at its start."""
-    before = [(m, dict(vars(m)), dict(m._parameters), dict(m._modules)) for m in model.modules()]
-    weights = [(parameter, parameter.data, parameter.requires_grad) for parameter in model.parameters()]
+    before = [(m, type(m), dict(vars(m)), dict(m._parameters), dict(m._modules)) for m in model.modules()]
+    settings = getattr(model, "config", None)
+    depth = getattr(settings, "num_hidden_layers", None)
+    parameters = [parameter for parameter in model.parameters() if not nn.parameter.is_lazy(parameter)]
+    weights = [(parameter, parameter.data, parameter.requires_grad) for parameter in parameters]
     try:
         yield
     except BaseException:
-        for module, attributes, parameters, modules in before:
-            for name in vars(module).keys() - attributes.keys():
-                del vars(module)[name]
-            vars(module).update(attributes)
-            module._parameters.update(parameters)
-            module._modules.update(modules)
+        for module, kind, attributes, held, modules in before:
+            for kept, was in ((vars(module), attributes), (module._parameters, held), (module._modules, modules)):
+                kept.clear()
+                kept.update(was)  # type: ignore[arg-type]
+            if type(module) is not kind:
+                module.__class__ = kind  # type: ignore[assignment]
+        if depth is not None:
+            settings.num_hidden_layers = depth  # type: ignore[union-attr]
         for parameter, data, flag in weights:
             if parameter.data_ptr() != data.data_ptr():
                 parameter.data = data
-            parameter.requires_grad_(flag)
+            if parameter.requires_grad != flag:
+                with torch.inference_mode(parameter.is_inference()):
+                    parameter.requires_grad_(flag)
         raise
 
 
@@ -117,7 +130,8 @@ def build_layers(model: nn.Module, injection: Injection) -> dict[str, LoRALinear
     Raises ConfigError where an initialisation fails; call it inside rollback.
     """
     init, owners, made = injection.config.init_lora_weights, _owners(model), {}
-    kind = DoRALinear if injection.config.use_dora else LoRALinear
+    kind = BiasedLoRALinear if injection.config.lora_bias else LoRALinear
+    kind = DoRALinear if injection.config.use_dora else kind
     for path, layer in injection.adapted.items():
         linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
@@ -127,7 +141,7 @@ def build_layers(model: nn.Module, injection: Injection) -> dict[str, LoRALinear
                 f"init_lora_weights={init!r} would change {elsewhere[0]}, tied to {path}.weight; exclude that or "
                 "untie the two first"
             )
-        if elsewhere:
+        if elsewhere and not injection.config.layer_replication:  # whose copies share weights
             warnings.warn(f"{path}.weight is tied to {elsewhere[0]}; only {path} is adapted", stacklevel=4)
         try:
             made[path] = kind.from_linear(linear, injection.config, r=layer.r, lora_alpha=layer.lora_alpha)
@@ -138,27 +152,40 @@ def build_layers(model: nn.Module, injection: Injection) -> dict[str, LoRALinear
 
 def inject(model: nn.Module, injection: Injection, layers: dict[str, LoRALinear]) -> None:
     """Put built layers into their places, choose what is trainable, and remember the injection on the model."""
-    config = injection.config
+    config, tied = injection.config, kept_tied(model, injection.config)
     model.requires_grad_(False)
     for path, layer in layers.items():
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, layer)
     for path in injection.saved:
-        _untie(model, path)
+        if path not in tied:
+            _untie(model, path)
+    for one in injection.tokens:
+        delta = into_trained_rows(model.get_submodule(one.path), one.rows)
+        for other in one.tied:
+            into_trained_rows(model.get_submodule(other), one.rows, delta)
+        delta.requires_grad_(False)
     if not config.inference_mode:
         for path in injection.saved:
-            model.get_submodule(path).requires_grad_(True)
+            for name, parameter in model.get_submodule(path).named_parameters():
+                _train(f"{path}.{name}", parameter)
         for name, parameter in model.named_parameters(remove_duplicate=False):
             owner, _, kind = name.rpartition(".")
             adapted = owner in layers
             is_bias = kind == "bias" and (config.bias == "all" or (config.bias == "lora_only" and adapted))
-            if is_bias or (adapted and kind in layers[owner].adapter_parameters):
-                parameter.requires_grad_(True)
+            if is_bias or kind == DELTA or (adapted and kind in layers[owner].adapter_parameters):
+                _train(name, parameter)
     else:
         for layer in layers.values():
             layer.requires_grad_(False)
     _keep_called(model)
     setattr(model, REMEMBERED_AS, injection)
+
+
+def _train(name: str, parameter: nn.Parameter) -> None:
+    if parameter.is_inference():
+        raise ConfigError(f"{name} was created in torch.inference_mode and cannot be trained; build the model outside")
+    parameter.requires_grad_(True)
 
 
 def _check_target(path: str, module: nn.Module, unused_because: str | None) -> None:

@@ -43,6 +43,15 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class TrainedTokens:
+    """The rows of the weight at `path` that are trained, and the modules whose weight has the same rows with it."""
+
+    path: str
+    rows: tuple[int, ...]
+    tied: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Injection:
     """What apply_lora does to a model: the configuration with its defaults filled in, the plan of every linear layer,
     and the paths of the modules that are trained whole. Kept on the model; survives deepcopy and pickle."""
@@ -50,6 +59,8 @@ class Injection:
     config: LoRAConfig
     layers: tuple[LayerPlan, ...]
     saved: tuple[str, ...]
+    tokens: tuple[TrainedTokens, ...] = ()
+    replaced: tuple[str, ...] = ()  # weights of embeddings that load_adapter exchanged, as PEFT does
 
     @property
     def adapted(self) -> dict[str, LayerPlan]:
@@ -108,6 +119,8 @@ def explain(model: nn.Module, tokens: int = 2048, layer: str | None = None, chip
         rows.append([_together(paths) or type(model).__name__, str(len(paths)), *told])
     lines = _aligned(rows)
     lines += [f"{path}: trained whole and saved with the adapter" for path in (injection.saved if injection else ())]
+    for one in injection.tokens if injection else ():
+        lines.append(f"{', '.join((one.path, *one.tied))}: {len(one.rows)} rows trained and saved with the adapter")
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     lines.append(f"trainable {trained:,} of {total:,} parameters ({100 * trained / max(total, 1):.3f} %)")

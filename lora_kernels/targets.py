@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from lora_kernels.config import ALL_LINEAR, LoRAConfig
 from lora_kernels.errors import ConfigError
+from lora_kernels.patterns import Budget, Pattern, Text, ends_in, saved_inside
 
 # target_modules=None adapts the attention's query and value projections: every row whose names all occur in the model.
 DEFAULT_TARGETS: tuple[tuple[str, ...], ...] = (
@@ -128,71 +130,93 @@ def _default_targets(model: nn.Module, linear: tuple[type[nn.Module], ...]) -> l
 
 
 class Matcher:
-    """Answers, for one resolved configuration, which paths are adapted and with which rank."""
+    """Answers, for one resolved configuration, which paths are adapted and with which rank.
+
+    Its methods raise ConfigError where the patterns of the configuration take too many steps (patterns.Budget).
+    """
 
     def __init__(self, config: LoRAConfig) -> None:
         self.config = config
-        self._targets = frozenset(config.target_modules or ()) if not isinstance(config.target_modules, str) else None
-        excluded = config.exclude_modules
-        self._excluded = frozenset(excluded or ()) if not isinstance(excluded, str) else None
+        self._targets = _names(config.target_modules)
+        self._target = Pattern(config.target_modules) if isinstance(config.target_modules, str) else None
+        self._excluded = _names(config.exclude_modules)
+        self._exclude = Pattern(config.exclude_modules) if isinstance(config.exclude_modules, str) else None
+        self._saved = [Pattern(saved_inside(name)) for name in config.modules_to_save or ()]
         names = config.layers_pattern or ()
-        self._layers = [names] if isinstance(names, str) else list(names)
+        self._layers = {name: Pattern(name) for name in ([names] if isinstance(names, str) else names)}
+        wanted = config.layers_to_transform
+        self._indices = frozenset([wanted] if isinstance(wanted, int) else wanted or ())
+        self._ranks = {key: Pattern(ends_in(key)) for key in config.rank_pattern}
+        self._alphas = {key: Pattern(ends_in(key)) for key in config.alpha_pattern}
+        self._budget = Budget()
 
     def why_not(self, path: str) -> str | None:
         """None where the module at `path` is to be adapted, else the reason why it is not."""
-        config = self.config
-        if config.exclude_modules:
-            by_name = self._excluded is not None and not self._excluded.isdisjoint(_ends(path))
-            if by_name or (isinstance(config.exclude_modules, str) and re.fullmatch(config.exclude_modules, path)):
-                return "excluded by exclude_modules"
-        if any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in config.modules_to_save or ()):
+        text = Text(path, self._budget)
+        if not self._excluded.isdisjoint(_ends(path)) or (
+            self.config.exclude_modules and self._exclude and self._exclude.fullmatch(text)
+        ):
+            return "excluded by exclude_modules"
+        if any(pattern.match(text) for pattern in self._saved):
             return "trained whole by modules_to_save"
-        if isinstance(config.target_modules, str):
-            return None if re.fullmatch(config.target_modules, path) else "not in target_modules"
-        assert self._targets is not None
+        if self._target is not None:
+            return None if self._target.fullmatch(text) else "not in target_modules"
         if path in self._targets:  # a full path is taken whatever its layer's index
             return None
         if self._targets.isdisjoint(_ends(path)):
             return "not in target_modules"
-        return None if self._in_layers(path) else "not in layers_to_transform"
+        return None if not self._indices or self._index(text) in self._indices else "not in layers_to_transform"
 
-    def _in_layers(self, path: str) -> bool:
-        wanted = self.config.layers_to_transform
-        if wanted is None or wanted == []:
-            return True
-        patterns = [rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\." for name in self._layers] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
-        match = next((m for m in (re.match(pattern, path) for pattern in patterns) if m), None)
-        return match is not None and int(match["idx"]) in ([wanted] if isinstance(wanted, int) else wanted)
+    def _index(self, text: Text) -> int | None:
+        """The index of the path's layer in a module list that layers_pattern names; of the outermost list."""
+        path = text.value
+        if not self._layers:
+            match = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", path)
+            return match and int(match["idx"])
+        starts = [0, *(i + 1 for i, char in enumerate(path) if char == ".")]
+        for name, pattern in self._layers.items():
+            for start in starts:
+                matches = (re.compile(r"\.(\d+)\.").match(path, end) for end in pattern.ends(text, start))
+                found = {int(match[1]) for match in matches if match}
+                if len(found) > 1:
+                    raise ConfigError(
+                        f"layers_pattern = {reprlib.repr(name)} finds the indices {sorted(found)[:4]} in {path}; write "
+                        "it so that it ends at one list"
+                    )
+                if found:
+                    return found.pop()
+        return None
 
     def rank_and_alpha(self, path: str) -> tuple[int, float]:
         """r and lora_alpha of the layer at `path`."""
-        config = self.config
+        config, text = self.config, Text(path, self._budget)
+        rank = next((key for key, pattern in self._ranks.items() if pattern.match(text)), None)
+        alpha = next((key for key, pattern in self._alphas.items() if pattern.match(text)), None)
         return (
-            next((r for key, r in config.rank_pattern.items() if _ends_in(key, path)), config.r),
-            next((alpha for key, alpha in config.alpha_pattern.items() if _ends_in(key, path)), config.lora_alpha),
+            config.r if rank is None else config.rank_pattern[rank],
+            config.lora_alpha if alpha is None else config.alpha_pattern[alpha],
         )
 
     def slips(self, paths: list[str], adapted: Iterable[str]) -> Iterator[str]:
         """What the configuration names and the model, of these paths, does not have: most likely slips of the pen."""
-        config, adapted = self.config, list(adapted)
-        ends = {end for path in paths for end in _ends(path)}
-        for name in sorted((self._targets or frozenset()) - ends):
+        config, ends = self.config, {end for path in paths for end in _ends(path)}
+        for name in sorted(self._targets - ends):
             yield f"target_modules: no module is called {name!r}"
-        by_pattern = isinstance(config.exclude_modules, str)
-        if config.exclude_modules and not (
-            any(re.fullmatch(str(config.exclude_modules), path) for path in paths)
-            if by_pattern
-            else ends.intersection(config.exclude_modules)
-        ):
+        if self._exclude is not None and config.exclude_modules:
+            excludes = any(self._exclude.fullmatch(Text(path, self._budget)) for path in paths)
+        else:
+            excludes = not config.exclude_modules or not self._excluded.isdisjoint(ends)
+        if not excludes:
             yield f"exclude_modules={config.exclude_modules!r} excludes nothing"
         for name in config.modules_to_save or ():
             if name not in TASK_HEADS.get(config.task_type or "", ()) and not any(
                 path.endswith(name) for path in paths
             ):
                 yield f"modules_to_save: no module is called {name!r}"
-        for field in ("rank_pattern", "alpha_pattern"):
-            for key in getattr(config, field):
-                if not any(_ends_in(key, path) for path in adapted):
+        texts = [Text(path, self._budget) for path in adapted]
+        for field, found in (("rank_pattern", self._ranks), ("alpha_pattern", self._alphas)):
+            for key, pattern in found.items():
+                if not any(pattern.match(text) for text in texts):
                     yield f"{field}: {key!r} matches no adapted layer"
 
 
@@ -203,5 +227,5 @@ def _ends(path: str) -> Iterator[str]:
         yield path
 
 
-def _ends_in(pattern: str, path: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+def _names(value: str | list[str] | None) -> frozenset[str]:
+    return frozenset(value or ()) if not isinstance(value, str) else frozenset()

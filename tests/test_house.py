@@ -12,11 +12,13 @@ PACKAGE = ROOT / "lora_kernels"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # What a part may import of the package; the parts below it, never the ones above.
-LEAVES = {"dtypes", "errors", "config", "formats", "slots"}
+LEAVES = {"dtypes", "errors", "config", "formats", "patterns", "slots"}
 ALLOWED = {
     "dtypes": set(),
     "errors": set(),
-    "config": {"errors"},
+    "patterns": {"errors"},
+    "peft_fields": set(),
+    "config": {"errors", "patterns", "peft_fields"},
     "formats": {"errors"},
     "slots": {"errors"},
     "reference": LEAVES,
@@ -40,8 +42,17 @@ ALLOWED["stacked_cost"] = ALLOWED["cost"] | {"cost"}
 ALLOWED["ops"] |= {"stacked_cost"}
 ALLOWED["targets"] = LEAVES | {"layers"}
 ALLOWED["report"] = ALLOWED["layers"] | {"layers", "targets", "kernels", "cost", "variants"}
-ALLOWED["inject"] = ALLOWED["adapters"] = ALLOWED["layers"] | {"layers", "targets", "report", "inject", "adapters"}
-ALLOWED["adapters"] = ALLOWED["adapters"] | {"multi_plan"}  # whether the pool's backend runs here
+ALLOWED["embeddings"] = {"config", "errors", "report"}
+ALLOWED["inject"] = ALLOWED["adapters"] = ALLOWED["layers"] | {
+    "layers",
+    "targets",
+    "report",
+    "inject",
+    "adapters",
+    "embeddings",
+}
+ALLOWED["inject"] = ALLOWED["inject"] | {"embeddings"}
+ALLOWED["adapters"] = ALLOWED["adapters"] | {"embeddings", "multi_plan"}  # whether the pool's backend runs here
 ALLOWED["trial"] = ALLOWED["ops"] | {"ops", "testing", "variants"}
 ALLOWED["tune"] = ALLOWED["trial"] | {"trial", "tuned", "adapters"}
 ALLOWED["integrations"] = ALLOWED["finetune"] = ALLOWED["inject"] | {"integrations", "finetune"}

@@ -160,6 +160,19 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("plain", {"target_modules": ["q", "0"], "layers_to_transform": [1], "layers_pattern": "h"}),
     ("plain", {"target_modules": ["my_q"], "layers_to_transform": [1, 2], "layers_pattern": "h"}),
     ("plain", {}),
+    ("llama", {"target_modules": r"^(?!.*layers\.1).*(?:q|k|v|o)_proj$"}),
+    ("llama", {"target_modules": r"(?i).*\.(Q|V)_PROJ"}),
+    (
+        "llama",
+        {"target_modules": r".*(?<=layers\.)[0-1]\.self_attn\.\w+", "exclude_modules": r".*(?!k_)\w_proj(?<!v_proj)"},
+    ),
+    ("llama", {"target_modules": r"(?:.*?(?:self_attn|mlp).*?(?:q_proj|up_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.x)"}),
+    ("llama", {"target_modules": r"(\w+\.)+(q|v)_proj", "rank_pattern": {r"(\w*\.?)*v_proj": 3}}),
+    ("llama", {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["(no|lm)_head", r"layers\.1"]}),
+    ("llama", {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"k_proj)|(q_proj": 3, "(?:[qv])_proj": 4}}),
+    ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [0, 2], "layers_pattern": r"la\w*"}),
+    ("llama", {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": ["(h|layers)", "x"]}),
+    ("plain", {"target_modules": ["0", "my_q"], "layers_to_transform": [1], "layers_pattern": ".*?h"}),
 ]
 
 
@@ -220,3 +233,46 @@ def test_reasons_and_slips() -> None:
     assert (
         Matcher(LoRAConfig(target_modules=["q"], exclude_modules=["q"])).why_not("a.q") == "excluded by exclude_modules"
     )
+
+
+def test_an_index_that_depends_on_the_path_taken_is_refused() -> None:
+    matcher = Matcher(LoRAConfig(target_modules=["q"], layers_to_transform=[1], layers_pattern=r".*h"))
+    assert matcher.why_not("net.h.1.q") is None
+    with pytest.raises(ConfigError, match=r"finds the indices \[0, 1\] in net.h.1.h.0.q"):
+        matcher.why_not("net.h.1.h.0.q")
+
+
+HANGS = ["(.*.*)*!", r"((\w|\.)*)*!", r"(?:\w?\.?){60}!", "(?=(.+)+!).*"]
+FIELDS: list[Callable[[str], dict[str, Any]]] = [
+    lambda pattern: {"target_modules": pattern},
+    lambda pattern: {"target_modules": ["q"], "exclude_modules": pattern},
+    lambda pattern: {"target_modules": ["q"], "modules_to_save": [pattern]},
+    lambda pattern: {"target_modules": ["q"], "rank_pattern": {pattern: 3}},
+    lambda pattern: {"target_modules": ["q"], "alpha_pattern": {pattern: 3}},
+    lambda pattern: {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": pattern},
+]
+
+
+@pytest.mark.parametrize("field", range(len(FIELDS)))
+@pytest.mark.parametrize("pattern", HANGS)
+def test_patterns_that_keep_re_busy_for_years_match_nothing_here(field: int, pattern: str) -> None:
+    matcher = Matcher(LoRAConfig(**FIELDS[field](pattern), r=2))
+    path = "network_with_a_long_name.h.1.attention.self.inner.projection.q"
+    plain = field in (1, 2, 3, 4)  # "q" is adapted where the pattern excludes nothing
+    assert (matcher.why_not(path) is None) == plain
+    assert matcher.rank_and_alpha(path) == (2, 8)
+
+
+def test_many_patterns_for_many_layers_are_refused_by_count() -> None:
+    rank_pattern = {f".*.*{i}.?": 1 for i in range(3000)}
+    matcher = Matcher(LoRAConfig(target_modules=["q"], rank_pattern=rank_pattern))
+    with pytest.raises(ConfigError, match="take too many steps"):
+        [matcher.rank_and_alpha(f"model.layers.{i}.q!") for i in range(300)]
+
+
+def test_a_rank_for_each_layer_of_a_large_model_is_within_bounds() -> None:
+    paths = [f"model.layers.{i}.{name}_proj" for i in range(80) for name in "qkvoabc"]
+    config = LoRAConfig(r=1, target_modules=".*_proj", rank_pattern=dict(zip(paths, range(2, 999), strict=False)))
+    matcher = Matcher(config)
+    assert [matcher.why_not(path) for path in paths] == [None] * len(paths)
+    assert [matcher.rank_and_alpha(path)[0] for path in paths] == list(range(2, len(paths) + 2))

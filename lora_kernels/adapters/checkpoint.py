@@ -8,17 +8,28 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lora_kernels.adapters.files import read_adapter, write_adapter
+from lora_kernels.adapters.files import write_adapter
+from lora_kernels.adapters.keys import KeyMapping
+from lora_kernels.adapters.matching import (
+    check_same,
+    check_shared,
+    check_tensors,
+    converted,
+    is_finite,
+    keys_of,
+    with_replaced,
+)
 from lora_kernels.adapters.sharded import is_sharded, placed_like, whole, write_once
-from lora_kernels.config import BASE_CHANGING_INITS, LoRAConfig, refuse_unsupported
+from lora_kernels.adapters.sources import open_source
+from lora_kernels.config import LoRAConfig, refuse_unsupported
 from lora_kernels.errors import AdapterFormatError, ConfigError, MergeError
 from lora_kernels.inject import build_layers, inject, plan_injection, rollback
-from lora_kernels.layers import DoRALinear, LoRALinear
-from lora_kernels.report import Injection, injection_of, unwrap
-
-PREFIX = "base_model.model."
+from lora_kernels.layers import LoRALinear
+from lora_kernels.layers.replication import replicate_layers
+from lora_kernels.layers.tokens import TrainedRows
+from lora_kernels.report import REMEMBERED_AS, Injection, injection_of, unwrap
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -45,10 +56,10 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
                 f"{path} is no longer the layer with r={layer.r}, scaling={scaling:g} that apply_lora made"
             )
     state = model.state_dict()
-    names = _names(model, injection)
+    names = keys_of(model, injection)
     tensors = {key: whole(state[name]) for key, name in names.items()}
     for key, tensor in tensors.items():
-        if not _is_finite(tensor):
+        if not is_finite(tensor):
             raise AdapterFormatError(f"{key} holds NaN or infinity; nothing was written to {folder}")
     config = replace(
         injection.config, inference_mode=True
@@ -58,9 +69,18 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def load_adapter(
-    model: nn.Module, folder: str | os.PathLike[str], *, trainable: bool = False, follow_symlinks: bool = False
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    trainable: bool = False,
+    follow_symlinks: bool = False,
+    key_mapping: KeyMapping | None = None,
 ) -> nn.Module:
     """Load the adapter in `folder`, written by save_adapter or by PEFT, into `model`, in place; returns the model.
+
+    `folder` may also be a .safetensors file, or hold one, in diffusers' or Kohya's layout, whose configuration is
+    derived from the tensors. `key_mapping`: {found prefix: wanted prefix} for keys that another program or version
+    wrote; the longest prefix that fits counts, "" fits every key, and None leaves the keys out.
 
     A model without LoRA layers gets them by the file's configuration, frozen unless `trainable` (PEFT's is_trainable);
     one that has them must have those the file describes, and keeps what it trains. Tensors of any float dtype are
@@ -72,33 +92,44 @@ def load_adapter(
     merged. The model is then bit for bit as it was.
     """
     inner = unwrap(model)
-    if any(isinstance(module, LoRALinear) and module.merged for module in inner.modules()):
+    if any(isinstance(module, LoRALinear | TrainedRows) and module.merged for module in inner.modules()):
         raise MergeError("the model is merged; call unmerge_lora before load_adapter")
-    tensors, raw = read_adapter(folder, follow_symlinks)
-    config = replace(_parse_config(raw), inference_mode=not trainable)
     present = injection_of(inner)
     if present is None and any(map(is_sharded, inner.parameters())):
         raise ConfigError(
             f"{type(inner).__name__} is sharded over processes and has no LoRA layers; call load_adapter or apply_lora "
             "before fully_shard"
         )
-    try:
-        injection = plan_injection(inner, config)
-    except ConfigError as error:
-        raise AdapterFormatError(f"the adapter in {folder} does not fit {type(inner).__name__}: {error}") from None
-    if present is not None:
-        _check_same(inner, present, injection)
-    names = _names(inner, injection)
-    _check_tensors(inner, injection, names, tensors)
     with torch.no_grad(), rollback(inner):
-        layers = _new_layers(inner, injection) if present is None else {}
-        state = dict(inner.state_dict())
-        for path, layer in layers.items():
-            state |= {f"{path}.{name}": getattr(layer, name) for name in layer.adapter_parameters}
-        values = {name: _converted(key, tensors[key], state[name]) for key, name in names.items()}
-        if present is None:
-            inject(inner, injection, layers)
+        with open_source(inner, folder, key_mapping, follow_symlinks) as source:
+            config = replace(_parse_config(source.config), inference_mode=not trainable)
+            if trainable and str(source.config.get("init_lora_weights")).lower() == "mica":
+                raise ConfigError(
+                    "MiCA trains lora_A alone, which lora_kernels does not do; load it with trainable=False"
+                )
+            try:
+                if config.layer_replication:
+                    replicate_layers(inner, config.layer_replication)
+                injection = plan_injection(inner, config)
+            except ConfigError as error:
+                raise AdapterFormatError(
+                    f"the adapter in {folder} does not fit {type(inner).__name__}: {error}"
+                ) from None
+            injection, names = with_replaced(inner, injection, keys_of(inner, injection), source.described)
+            if present is not None:
+                check_same(inner, present, injection)
+            check_tensors(inner, injection, names, source.described)  # nothing is read that has no place in the model
+            tensors = source.read()
+        injection, names = with_replaced(inner, injection, keys_of(inner, injection), tensors)
+        check_tensors(inner, injection, names, tensors)
+        with torch.inference_mode(False):  # tensors made in inference mode cannot be trained
+            if present is None:
+                inject(inner, injection, _new_layers(inner, injection))
             state = dict(inner.state_dict())
+            values = {name: converted(key, tensors[key], state[name]) for key, name in names.items()}
+        check_shared(state, values)
+        if present is not None:
+            setattr(inner, REMEMBERED_AS, replace(present, replaced=injection.replaced))
         for name, value in values.items():
             state[name].copy_(placed_like(value, state[name]))
     return model
@@ -125,101 +156,3 @@ def _parse_config(raw: Any) -> LoRAConfig:
         if isinstance(raw, dict) and raw.get("peft_type") == "LORA":
             refuse_unsupported(raw)  # a sound adapter of a kind that is not ours stays a ConfigError
         raise AdapterFormatError(f"the adapter's configuration: {error}") from None
-
-
-def _names(model: nn.Module, injection: Injection) -> dict[str, str]:
-    """{PEFT's key: name in the state_dict of the injected model} of everything an adapter file holds."""
-    adapted, state = injection.adapted, list(model.state_dict())
-    inside = tuple(f"{path}." for path in injection.saved)
-    names = {}
-    for path in adapted:
-        names[f"{PREFIX}{path}.lora_A.weight"] = f"{path}.lora_A"
-        names[f"{PREFIX}{path}.lora_B.weight"] = f"{path}.lora_B"
-        if injection.config.use_dora:
-            names[f"{PREFIX}{path}.lora_magnitude_vector"] = f"{path}.lora_magnitude_vector"
-    for name in state:
-        owner, _, last = name.rpartition(".")
-        if name.startswith(inside):
-            names[PREFIX + name] = name
-        elif last == "bias" and owner in adapted and injection.config.bias != "none":
-            names[f"{PREFIX}{owner}.base_layer.bias"] = name
-        elif last == "bias" and injection.config.bias == "all":
-            names[PREFIX + name] = name
-    return names
-
-
-def _check_same(model: nn.Module, present: Injection, file: Injection) -> None:
-    """Raise unless the file describes the layers that the model has."""
-    if set(present.adapted) != set(file.adapted):
-        path = min(set(present.adapted) ^ set(file.adapted))
-        has, lacks = ("model", "adapter") if path in present.adapted else ("adapter", "model")
-        raise AdapterFormatError(f"the {has} adapts {path} and the {lacks} does not; load it into a fresh model")
-    for path, layer in file.adapted.items():
-        live, scaling = model.get_submodule(path), file.config.scaling(layer.r, layer.lora_alpha)
-        assert isinstance(live, LoRALinear)
-        if live.r != layer.r or not math.isclose(live.scaling, scaling, rel_tol=1e-6):
-            raise AdapterFormatError(
-                f"{path}: the adapter has r={layer.r}, scaling={scaling:g}; the model r={live.r}, {live.scaling:g}"
-            )
-    ours, theirs = present.config, file.config
-    changing = {c.init_lora_weights if c.init_lora_weights in BASE_CHANGING_INITS else None for c in (ours, theirs)}
-    if ours.use_dora != theirs.use_dora:
-        raise AdapterFormatError(f"the adapter has use_dora={theirs.use_dora}; the model {ours.use_dora}")
-    if ours.bias != theirs.bias or set(present.saved) != set(file.saved) or len(changing) > 1:
-        raise AdapterFormatError(
-            f"the adapter has bias={theirs.bias!r}, modules_to_save={list(file.saved)}, init_lora_weights="
-            f"{theirs.init_lora_weights!r}; the model {ours.bias!r}, {list(present.saved)}, {ours.init_lora_weights!r}"
-        )
-
-
-def _check_tensors(model: nn.Module, injection: Injection, names: dict[str, str], tensors: dict[str, Tensor]) -> None:
-    state, adapted = model.state_dict(), injection.adapted
-    missing, extra = names.keys() - tensors.keys(), tensors.keys() - names.keys()
-    extra = {key for key in sorted(extra) if not _is_pefts_surplus(key, tensors[key], injection, state)}
-    if missing or extra:
-        key, what = (min(missing), "missing") if missing else (min(extra), "in the file but not expected")
-        raise AdapterFormatError(
-            f"{key[:300]!r} is {what} ({len(names)} keys expected, {len(missing)} missing, {len(extra)} too many)"
-        )
-    for key, name in names.items():
-        path, _, last = name.rpartition(".")
-        if path in adapted and last in DoRALinear.adapter_parameters:
-            (N, K), r = state[f"{path}.weight"].shape, adapted[path].r
-            shape, dtype = {"lora_A": (r, K), "lora_B": (N, r)}.get(last, (N,)), torch.float32
-        else:
-            shape, dtype = tuple(state[name].shape), state[name].dtype
-        tensor = tensors[key]
-        if tuple(tensor.shape) != shape:
-            raise AdapterFormatError(f"{key} has shape {tuple(tensor.shape)}, expected {shape}")
-        if tensor.dtype != dtype and not (tensor.is_floating_point() and dtype.is_floating_point):
-            raise AdapterFormatError(f"{key} has dtype {tensor.dtype}, expected {dtype} or, for floats, another float")
-        if not _is_finite(tensor):
-            raise AdapterFormatError(f"{key} holds NaN or infinity, expected finite numbers")
-
-
-def _is_pefts_surplus(key: str, tensor: Tensor, injection: Injection, state: dict[str, Tensor]) -> bool:
-    """Whether PEFT writes this key beside those it reads back: with bias="all" the biases inside its wrappers of
-    modules_to_save, and for an adapted output head the base weight, which must be the model's own."""
-    name = key.removeprefix(PREFIX)
-    for path in injection.saved:
-        inner = name.removeprefix(f"{path}.")
-        if inner != name and injection.config.bias == "all" and inner.endswith(".bias"):
-            return inner.startswith(("modules_to_save.", "original_module."))
-    path = name.removesuffix(".base_layer.weight")
-    if path == name or path not in injection.adapted:
-        return False
-    weight = whole(state[f"{path}.weight"]).cpu()
-    return tensor.dtype == weight.dtype and torch.equal(tensor, weight)
-
-
-def _converted(key: str, tensor: Tensor, like: Tensor) -> Tensor:
-    value = tensor.to(device=like.device, dtype=like.dtype)
-    if not _is_finite(value):
-        raise AdapterFormatError(f"{key} holds numbers too large for {like.dtype}, the dtype of its place in the model")
-    return value
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    if not tensor.is_floating_point():
-        return True
-    return bool(torch.isfinite(tensor if tensor.dtype.itemsize > 1 else tensor.float()).all())

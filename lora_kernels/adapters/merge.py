@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 
+import torch
 from torch import nn
 
 from lora_kernels.adapters.sharded import is_sharded
 from lora_kernels.errors import ConfigError, MergeError
 from lora_kernels.layers import LoRALinear
+from lora_kernels.layers.tokens import TrainedRows
 from lora_kernels.report import unwrap
 
 
@@ -17,7 +19,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
     Each sum is rounded once to W's dtype, in which it is then used. The base weights are kept aside (their memory is
     needed twice) for unmerge_lora. Layers that are merged already stay as they are. A weight tied to another module
-    becomes the layer's own while merged.
+    becomes the layer's own while merged. Rows of trainable_token_indices are put into their weight, too.
     Raises MergeError naming the layer if a sum is not finite, with nothing merged, and for a model that is sharded
     over processes; ConfigError without LoRA layers.
     """
@@ -30,19 +32,29 @@ def merge_lora(model: nn.Module) -> nn.Module:
             layer.merged_weight()
         except MergeError as error:
             raise MergeError(f"{path}: {error}. No layer of the model was merged") from None
+    rows = {path: module for path, module in unwrap(model).named_modules() if isinstance(module, TrainedRows)}
+    for path, module in rows.items():
+        if not torch.isfinite(module.trainable_tokens_delta).all():
+            raise MergeError(f"{path}: its trained rows hold NaN or infinity. No layer of the model was merged")
     owners: dict[int, int] = {}
     for _, parameter in unwrap(model).named_parameters(remove_duplicate=False):
         owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    done = []
+    done = list[LoRALinear | TrainedRows]()
     try:
         for path, layer in layers.items():
             if owners[id(layer.weight)] > 1:
                 warnings.warn(f"{path}.weight is tied to another module, which keeps the base weight", stacklevel=2)
             layer.merge()
             done.append(layer)
+        shared: dict[tuple[int, int], nn.Parameter] = {}
+        for module in rows.values():
+            if not module.merged:
+                done.append(module)
+                key = id(module._parameters["weight"]), id(module.trainable_tokens_delta)
+                shared[key] = module.merge(shared.get(key))
     except BaseException:
-        for layer in done:
-            layer.unmerge()
+        for merged in done:
+            merged.unmerge()
         raise
     return model
 
@@ -54,6 +66,9 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
     """
     for layer in _layers(model).values():
         layer.unmerge()
+    for module in unwrap(model).modules():
+        if isinstance(module, TrainedRows):
+            module.unmerge()
     return model
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.adapters.keys import KeyMapping
 from lora_kernels.adapters.pool_files import Source, check_ranks, convert_updates, read_updates
 from lora_kernels.adapters.pool_model import PooledModel, Targets
 from lora_kernels.adapters.pool_report import AdapterInfo, table
@@ -56,11 +57,8 @@ class AdapterPool:
         target_modules: Targets = None,
         backend: str = "auto",
     ) -> None:
-        sizes = {
-            "capacity": capacity,
-            "max_rank_total": max_rank_total,
-            "max_rank": 1 if max_rank is None else max_rank,
-        }
+        largest = 1 if max_rank is None else max_rank
+        sizes = {"capacity": capacity, "max_rank_total": max_rank_total, "max_rank": largest}
         for name, size in sizes.items():
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ConfigError(f"{name} = {size!r}: accepted is an integer of at least 1")
@@ -73,13 +71,19 @@ class AdapterPool:
         self._state = PoolState(self._pooled, capacity, max_rank_total)
 
     def load(
-        self, name: str, adapter: Source, config: Any = None, *, pin: bool = False, follow_symlinks: bool = False
+        self,
+        name: str,
+        adapter: Source,
+        config: Any = None,
+        *,
+        pin: bool = False,
+        follow_symlinks: bool = False,
+        key_mapping: KeyMapping | None = None,
     ) -> int:
         """Put an adapter into the pool under ``name``, in place of one that has the name; returns its slot.
 
         adapter: a folder as PEFT or save_adapter write it, or its tensors by PEFT's keys with their ``config`` (a
-        LoRAConfig, PEFT's LoraConfig, or a dictionary). pin: as ``pin`` does. follow_symlinks: as in load_adapter.
-
+        LoRAConfig, PEFT's LoraConfig, or a dictionary). pin: as ``pin`` does. The others: as in load_adapter.
         It is read, checked and converted first, while batches run. Where there is no room for it, those adapters go
         that were used least recently and that are neither pinned nor in use. A replaced one keeps its slot.
 
@@ -95,7 +99,8 @@ class AdapterPool:
             state.running += 1  # the pool stays open meanwhile
         try:
             layers = self._pooled.layers
-            updates = read_updates(self._pooled.model, layers, self.left_out, adapter, config, follow_symlinks)
+            model, left_out = self._pooled.model, self.left_out
+            updates = read_updates(model, layers, left_out, adapter, config, follow_symlinks, key_mapping)
             check_ranks(name, updates, self.max_rank)
             with state.converting([update.A for update in updates.values()]):
                 updates = convert_updates(updates, layers)
@@ -134,7 +139,6 @@ class AdapterPool:
 
         The adapters that are named are neither evicted nor replaced nor moved meanwhile; with a tensor, all that the
         pool holds when the block is entered, and those that ``ids`` is asked for inside.
-
         Raises UnknownAdapterError, ShapeError; from the model's layers ShapeError where rows do not fit.
         """
         here = self._here
@@ -153,7 +157,6 @@ class AdapterPool:
 
         A slot is its adapter's until that is evicted. Ask inside of ``pool.batch(tensor)`` to keep it until the end of
         the batch: ``with pool.batch(static): pool.ids(names, out=static); graph.replay()``.
-
         Raises UnknownAdapterError, and ShapeError for an ``out`` that is too short or not int32.
         """
         with self._opened() as state:

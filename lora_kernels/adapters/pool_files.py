@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -10,17 +11,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.adapters.checkpoint import PREFIX, _is_finite, _parse_config
-from lora_kernels.adapters.files import read_adapter
+from lora_kernels.adapters.checkpoint import _parse_config
+from lora_kernels.adapters.keys import PREFIX, KeyMapping, is_base_tensor, mismatch, shown
+from lora_kernels.adapters.layouts import is_foreign
+from lora_kernels.adapters.matching import is_finite
 from lora_kernels.adapters.sharded import is_sharded
+from lora_kernels.adapters.sources import as_peft, open_source
 from lora_kernels.config import BASE_CHANGING_INITS, LoRAConfig
+from lora_kernels.embeddings import embeddings
 from lora_kernels.errors import AdapterFormatError, ConfigError, UnservableAdapterError
 from lora_kernels.layers.pooled import _Pooled
+from lora_kernels.layers.replication import REPLICATED_AS
 from lora_kernels.targets import Matcher, resolve
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
-# How lora_B was filled before training; nothing of it is left in what is loaded.
-HARMLESS_INITS = {"eva": "eva_config", "orthogonal": ""}
+REMEDY = ". load_adapter serves it in a model of its own"
 TOLD = 4  # names in a message
 
 
@@ -44,6 +49,7 @@ def read_updates(
     adapter: Source,
     config: Any = None,
     follow_symlinks: bool = False,
+    key_mapping: KeyMapping | None = None,
 ) -> dict[str, Update]:
     """{path: update} of every pooled layer that the adapter targets, its tensors as they lie in the file.
 
@@ -54,35 +60,61 @@ def read_updates(
     sound one of a kind that a pool does not serve or that targets modules which are not pooled.
     """
     if isinstance(adapter, Mapping):
-        tensors, raw, origin = dict(adapter), _plain(config), "the adapter"
-        if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in tensors.items()):
+        if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in adapter.items()):
             raise AdapterFormatError("an adapter in memory is a mapping from PEFT's keys to tensors")
+        raw = None if config is None and is_foreign(adapter) else _plain(config)
+        tensors, raw = as_peft(model, adapter, raw, {}, key_mapping)
+        settings, scaled = _fitted(model, layers, left_out, tensors, raw, "the adapter")
     elif config is not None:
         raise AdapterFormatError("config belongs to tensors in memory; a folder has its own")
     else:
-        (tensors, raw), origin = read_adapter(adapter, follow_symlinks), f"the adapter in {os.fspath(adapter)}"
-    settings = _served(raw)
+        origin = f"the adapter in {os.fspath(adapter)}"
+        with open_source(model, adapter, key_mapping, follow_symlinks) as source:
+            settings, scaled = _fitted(model, layers, left_out, source.described, source.config, origin)
+            tensors = source.read()
+    _check_keys(model, settings, list(scaled), tensors)
+    updates = {}
+    for path, scaling in scaled.items():
+        keys = [f"{PREFIX}{path}.lora_{letter}.weight" for letter in "AB"]
+        for key in keys:
+            _check_values(key, tensors[key])
+        updates[path] = Update(tensors[keys[0]], tensors[keys[1]], scaling)
+    return updates
+
+
+def _fitted(
+    model: nn.Module,
+    layers: Mapping[str, _Pooled],
+    left_out: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    raw: Any,
+    origin: str,
+) -> tuple[LoRAConfig, dict[str, float]]:
+    """The configuration and {path: scaling} of the targets; the keys, shapes and dtypes of ``tensors`` are as they say,
+    the values of none were looked at."""
+    settings = _served(model, raw)
     try:
         settings = resolve(model, settings, (nn.Linear,))
+        matcher = Matcher(settings)
+        targets = [path for path, _ in model.named_modules() if path and matcher.why_not(path) is None]
     except ConfigError as error:
         raise AdapterFormatError(f"{origin} does not fit {type(model).__name__}: {error}") from None
-    matcher = Matcher(settings)
-    targets = [path for path, _ in model.named_modules() if path and matcher.why_not(path) is None]
     _check_targets(model, layers, left_out, targets)
     if not targets:
+        named = reprlib.repr(settings.target_modules)
         raise AdapterFormatError(
-            f"{origin} does not fit {type(model).__name__}: no module matches target_modules={settings.target_modules}"
+            f"{origin} does not fit {type(model).__name__}: no module matches target_modules={named}"
         )
     _check_keys(model, settings, targets, tensors)
-    updates = {}
+    scaled = {}
     for path in targets:
         rank, alpha = matcher.rank_and_alpha(path)
-        keys = [f"{PREFIX}{path}.lora_{letter}.weight" for letter in "AB"]
         N, K = layers[path].base_weight().shape
-        for key, shape in zip(keys, ((rank, K), (N, rank)), strict=True):
-            _check_tensor(key, tensors[key], shape)
-        updates[path] = Update(tensors[keys[0]], tensors[keys[1]], settings.scaling(rank, alpha))
-    return updates
+        for letter, shape in (("A", (rank, K)), ("B", (N, rank))):
+            key = f"{PREFIX}{path}.lora_{letter}.weight"
+            _check_shape(key, tensors[key], shape)
+        scaled[path] = settings.scaling(rank, alpha)
+    return settings, scaled
 
 
 def _plain(config: Any) -> Any:
@@ -97,15 +129,8 @@ def _plain(config: Any) -> Any:
     return to_dict()
 
 
-def _served(raw: Any) -> LoRAConfig:
-    """The configuration, if a pool serves adapters of its kind."""
-    if isinstance(raw, dict):
-        raw = dict(raw)
-        if isinstance(raw.get("fan_in_fan_out"), bool):  # how the base stores W; A and B are the same either way
-            raw["fan_in_fan_out"] = False
-        init = raw.get("init_lora_weights")
-        if isinstance(init, str) and init.lower() in HARMLESS_INITS:
-            raw |= {"init_lora_weights": True, HARMLESS_INITS[init.lower()]: None}
+def _served(model: nn.Module, raw: Any) -> LoRAConfig:
+    """The configuration, if a pool over this model serves adapters of its kind."""
     try:
         config = _parse_config(raw)
     except ConfigError as error:
@@ -115,8 +140,17 @@ def _served(raw: Any) -> LoRAConfig:
         wrong = "use_dora: a magnitude that scales the adapted weight, for each adapter another"
     elif config.init_lora_weights in BASE_CHANGING_INITS:
         wrong = f"init_lora_weights={config.init_lora_weights!r} has changed the base weights, which all adapters share"
+    elif config.lora_bias:
+        wrong = "lora_bias: a bias on lora_B, for each adapter another"
+    elif config.trainable_token_indices is not None:
+        wrong = "trainable_token_indices: trained rows of an embedding that all adapters share"
+    elif config.layer_replication and getattr(model, REPLICATED_AS, None) != config.layer_replication:
+        wrong = (
+            f"layer_replication={config.layer_replication}: a base of other layers. Call lora_kernels.adapters."
+            "replicate_layers(model, layer_replication) before the pool is made"
+        )
     if wrong:
-        raise UnservableAdapterError(f"a pool serves A and B over one frozen base, and this adapter has {wrong}")
+        raise UnservableAdapterError(f"a pool serves A and B over a frozen base, and this adapter has {wrong}{REMEDY}")
     return replace(config, inference_mode=True)
 
 
@@ -139,22 +173,21 @@ def _check_targets(
 
 def _check_keys(model: nn.Module, config: LoRAConfig, targets: list[str], tensors: Mapping[str, Tensor]) -> None:
     expected = {f"{PREFIX}{path}.lora_{letter}.weight" for path in targets for letter in "AB"}
-    extra = sorted(key for key in tensors.keys() - expected if not _is_base_weight(model, key, tensors[key], targets))
-    for key in extra:
-        kind = _kind(key.removeprefix(PREFIX), config)
+    extra = sorted(tensors.keys() - expected)
+    state = model.state_dict() if extra else {}
+    extra = [key for key in extra if not is_base_tensor(key, tensors[key], state)]
+    for key in extra[:100]:  # enough to name a kind; a file may have thousands
+        kind = _kind(model, key.removeprefix(PREFIX), config)
         if kind:
             raise UnservableAdapterError(
-                f"a pool serves A and B of linear layers, and this adapter has {kind}: {key[:200]!r}"
+                f"a pool serves A and B of linear layers, and this adapter has {kind}: {shown(key)}{REMEDY}"
             )
     missing = sorted(expected - tensors.keys())
     if missing or extra:
-        key, what = (missing[0], "missing") if missing else (extra[0], "there but not expected")
-        raise AdapterFormatError(
-            f"{key[:300]!r} is {what} ({len(expected)} keys expected, {len(missing)} missing, {len(extra)} too many)"
-        )
+        raise AdapterFormatError(mismatch(expected, missing, extra))
 
 
-def _kind(name: str, config: LoRAConfig) -> str | None:
+def _kind(model: nn.Module, name: str, config: LoRAConfig) -> str | None:
     """What a sound adapter of PEFT's keeps under this name, beside A and B of linear layers."""
     if name.endswith(".lora_magnitude_vector") or ".lora_magnitude_vector." in name:
         return "magnitudes of DoRA"
@@ -163,29 +196,27 @@ def _kind(name: str, config: LoRAConfig) -> str | None:
     if "trainable_tokens" in name:
         return "trained tokens"
     if any(f".{saved}." in f".{name}" for saved in config.modules_to_save or ()):
-        return "a module trained whole (modules_to_save)"
+        return "a module trained whole (modules_to_save), other than the model's, which all adapters share"
+    if name in [f"{path}.weight" for path in embeddings(model)]:
+        return "the weight of an embedding, as of a resized vocabulary"
+    if name.endswith(".lora_B.bias"):
+        return "a bias on lora_B"
     if config.bias != "none" and name.endswith(".bias"):
         return f"trained biases (bias={config.bias!r})"
     return None
 
 
-def _is_base_weight(model: nn.Module, key: str, tensor: Tensor, targets: list[str]) -> bool:
-    """Whether this is what PEFT writes beside an adapted output head: the base weight, which must be the model's."""
-    path = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
-    if f"{PREFIX}{path}.base_layer.weight" != key or path not in targets:
-        return False
-    weight = model.get_parameter(f"{path}.weight")
-    return tensor.dtype == weight.dtype and torch.equal(tensor.to(weight.device), weight)
-
-
-def _check_tensor(key: str, tensor: Tensor, shape: tuple[int, int]) -> None:
+def _check_shape(key: str, tensor: Tensor, shape: tuple[int, int]) -> None:
     if tuple(tensor.shape) != shape:
         raise AdapterFormatError(f"{key} has shape {tuple(tensor.shape)}, expected {shape}")
     if not tensor.is_floating_point():
         raise AdapterFormatError(f"{key} has dtype {tensor.dtype}, expected a float")
+
+
+def _check_values(key: str, tensor: Tensor) -> None:
     if is_sharded(tensor) or tensor.is_meta or tensor.layout != torch.strided:
         raise AdapterFormatError(f"{key} is no plain tensor in memory (sharded, sparse or on the meta device)")
-    if not _is_finite(tensor):
+    if not is_finite(tensor):
         raise AdapterFormatError(f"{key} holds NaN or infinity, expected finite numbers")
 
 
@@ -213,6 +244,6 @@ def convert_updates(updates: Mapping[str, Update], layers: Mapping[str, _Pooled]
 
 def _converted(key: str, tensor: Tensor, like: Tensor) -> Tensor:
     value = tensor.detach().to(device=like.device, dtype=like.dtype)
-    if not _is_finite(value):
+    if not is_finite(value):
         raise AdapterFormatError(f"{key} holds numbers too large for {like.dtype}, the dtype of its layer")
     return value

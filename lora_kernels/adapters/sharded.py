@@ -55,7 +55,9 @@ def write_once(model: nn.Module, tensors: Iterable[Any], write: Callable[[], Non
     if failure is not None:
         raise failure
     if failed:
-        raise OSError("the adapter was not written: the process that writes it failed; its own error tells why")
+        raise OSError(
+            "the adapter was not written as a whole: the writing process failed; its own error has the reason"
+        )
 
 
 def _rank_in_replicas(model: nn.Module) -> int:

@@ -11,12 +11,13 @@ from typing import Any
 from torch import nn
 
 from lora_kernels.adapters import load_adapter, merge_lora
-from lora_kernels.adapters.files import read_adapter
+from lora_kernels.adapters.files import open_adapter
 from lora_kernels.cli.explain import AUTO_CLASSES
 from lora_kernels.config import LoRAConfig
 from lora_kernels.errors import AdapterFormatError, ConfigError
 from lora_kernels.finetune.tasks.pretrained import DTYPES, load_pretrained, load_tokenizer, quiet
 from lora_kernels.layers import LoRALinear
+from lora_kernels.layers.tokens import TrainedRows, out_of_trained_rows
 
 HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
 
@@ -37,10 +38,11 @@ def run(arguments: argparse.Namespace) -> int:
     out: Path = arguments.out
     if out.exists():
         raise ConfigError(f"{out} exists; name a folder that does not")
-    tensors, raw = read_adapter(arguments.adapter)
+    with open_adapter(arguments.adapter) as files:
+        described, raw = files.described, files.config
     task_type = LoRAConfig.from_peft_dict(raw).task_type if isinstance(raw, dict) else None
     names = arguments.labels.split(",") if arguments.labels else None
-    sizes = [tensor.shape[0] for key, tensor in tensors.items() if key.endswith(HEADS) and tensor.dim() == 2]
+    sizes = [tensor.shape[0] for key, tensor in described.items() if key.endswith(HEADS) and tensor.dim() == 2]
     labels: dict[str, Any] = {}
     if sizes and task_type in ("SEQ_CLS", "TOKEN_CLS"):
         if names is not None and len(names) != sizes[0]:
@@ -67,9 +69,16 @@ def run(arguments: argparse.Namespace) -> int:
 def plain_linears(model: nn.Module) -> int:
     """Puts an nn.Linear with the same weight in the place of every merged layer, in place; returns their number."""
     layers = {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+    for module in model.modules():
+        if isinstance(module, TrainedRows):
+            out_of_trained_rows(module)
     for path, layer in layers.items():
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        linear.weight, linear.bias = layer.weight, layer.bias  # type: ignore[assignment]
+        bias = layer.total_bias()
+        if layer.bias is None and bias is not None:
+            raise ConfigError(f"{path} has no bias that could take the adapter's (lora_bias); it cannot be merged")
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
+        linear.weight = layer.weight  # type: ignore[assignment]
+        linear.bias = bias if bias is layer.bias else nn.Parameter(bias.detach(), requires_grad=False)  # type: ignore[assignment,union-attr]
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, linear)
     return len(layers)

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_kernels.adapters.checkpoint import PREFIX
-from lora_kernels.adapters.files import CONFIG_METADATA
+from lora_kernels.adapters.files import CONFIG_METADATA, NO_FILE, REPLACED_METADATA
+from lora_kernels.adapters.keys import PREFIX
 from lora_kernels.config import ALL_LINEAR, LoRAConfig
 from lora_kernels.errors import ConfigError
 from lora_kernels.finetune.fake_step import fake_step
@@ -120,7 +120,8 @@ def adapter_bytes(model: nn.Module) -> int:
     saved = tuple(f"{path}." for path in injection.saved)
     tensors |= {PREFIX + name: tensor for name, tensor in state.items() if name.startswith(saved)}
     text = json.dumps(replace(injection.config, inference_mode=True).to_peft_dict(), indent=2, sort_keys=True)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", CONFIG_METADATA: text}}
+    metadata = {"format": "pt", CONFIG_METADATA: text, REPLACED_METADATA: NO_FILE}
+    header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for key in sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key)):  # as safetensors orders them
         tensor, start = tensors[key], end

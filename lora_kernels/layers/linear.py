@@ -79,6 +79,8 @@ class LoRALinear(nn.Module):
         config = LoRAConfig() if config is None else config
         if config.use_dora and not cls.use_dora:
             raise ConfigError(f"config.use_dora is set, and {cls.__name__} is plain LoRA; make a DoRALinear")
+        if config.lora_bias and "lora_bias" not in cls.adapter_parameters:
+            raise ConfigError(f"config.lora_bias is set, and {cls.__name__} has none; make a BiasedLoRALinear")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._build(
@@ -154,6 +156,10 @@ class LoRALinear(nn.Module):
         p = self.lora_dropout if self.training else 0.0
         keep_bits = self.dropout_mask == "bits"
         return run(x, W, A, B, bias, self.scaling, p, None, self.backend, keep_bits)
+
+    def total_bias(self) -> Tensor | None:
+        """What is added to the output, row by row: the base's bias."""
+        return self.bias
 
     def delta_weight(self) -> Tensor:
         """scaling * B A as float32 (N, K) (float64 for float64 adapters)."""

@@ -196,3 +196,29 @@ def test_any_configuration_comes_back(toy: Any, tmp_path: Path, config: LoRAConf
     }
     save_adapter(copy.deepcopy(other), tmp_path / "again")
     assert (tmp_path / "again" / WEIGHTS_NAME).read_bytes() == (tmp_path / WEIGHTS_NAME).read_bytes()
+
+
+@pytest.mark.parametrize("how", ["load_adapter", "apply_lora", "into layers that are there"])
+def test_what_is_made_in_inference_mode_can_be_trained(toy: Any, folder: Path, how: str) -> None:
+    expected = load_adapter(toy.fresh(), folder, trainable=True)
+    model = load_adapter(toy.fresh(), folder, trainable=True) if how.startswith("into") else toy.fresh()
+    with torch.inference_mode():
+        model = apply_lora(model, toy.config) if how == "apply_lora" else load_adapter(model, folder, trainable=True)
+    load_adapter(model, folder)
+    for (name, ours), theirs in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert not ours.is_inference(), name
+        assert ours.requires_grad == theirs.requires_grad, name
+        assert torch.equal(ours, theirs), name
+    model(toy.x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_a_module_made_in_inference_mode_cannot_be_trained_whole(toy: Any, folder: Path) -> None:
+    with torch.inference_mode():
+        model = toy.fresh()
+    with pytest.raises(ConfigError, match=r"head.0.weight was created in torch.inference_mode and cannot be trained"):
+        load_adapter(model, folder, trainable=True)
+    with torch.inference_mode():
+        load_adapter(model, folder)
+        found = model(toy.x)
+    assert torch.equal(found, load_adapter(toy.fresh(), folder)(toy.x))

@@ -115,7 +115,7 @@ def test_configurations_that_are_none(toy: Any, folder: Path, text: str, inside:
     assert toy.state_of(model) == before
 
 
-@pytest.mark.parametrize("feature", [{"lora_bias": True}, {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}}])
+@pytest.mark.parametrize("feature", [{"use_bdlora": {"nblocks": 2}}, {"arrow_config": {"top_k": 3}}])
 def test_sound_adapters_of_a_kind_we_lack_are_a_config_error(toy: Any, folder: Path, feature: dict[str, Any]) -> None:
     tensors, config = toy.contents(folder)
     toy.rewrite(folder, tensors, config | feature)

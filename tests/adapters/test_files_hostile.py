@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from lora_kernels.adapters import files
+from lora_kernels.adapters import files, stored
 from lora_kernels.adapters.files import CONFIG_NAME, WEIGHTS_NAME, read_adapter, write_adapter
 from lora_kernels.errors import AdapterFormatError
 
@@ -41,8 +41,8 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
 HOSTILE: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "not a safetensors file"),
     "short": (b"\x05\x00", "not a safetensors file"),
-    "zip": (b"PK\x03\x04" + b"\0" * 60, "zip or pickle"),
-    "pickle": (b"\x80\x04\x95" + b"\0" * 60, "zip or pickle"),
+    "zip": (b"PK\x03\x04" + b"\0" * 60, "zip or a pickle.*save_file"),
+    "pickle": (b"\x80\x04\x95" + b"\0" * 60, "zip or a pickle.*weights_only=True"),
     "text": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "truncated"),
     "truncated in the data": (GOOD[:-1], "truncated"),
     "truncated in the header": (GOOD[:40], "truncated"),
@@ -63,7 +63,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "float shape": (file_of({"a": entry((2.0,))}, b"\0" * 8), "'a' has shape"),
     "bool shape": (file_of({"a": entry((True, 2))}, b"\0" * 8), "'a' has shape"),
     "shape no list": (file_of({"a": entry() | {"shape": "2"}}, b"\0" * 8), "'a' has shape"),
-    "overflowing shape": (file_of({"a": entry((2**40, 2**40))}, b"\0" * 8), "does not fill"),
+    "overflowing shape": (file_of({"a": entry((2**40, 2**40))}, b"\0" * 8), "'a' has shape"),
     "wrong size": (file_of({"a": entry((3,))}, b"\0" * 8), "does not fill"),
     "offsets backwards": (file_of({"a": entry((2,), (8, 0))}, b"\0" * 8), "does not fill"),
     "offsets beyond the end": (file_of({"a": entry((2,), (8, 16))}, b"\0" * 8), "starts at byte 8, expected 0"),
@@ -82,7 +82,8 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
 def test_malformed_weights_are_refused_with_the_reason(tmp_path: Path, name: str) -> None:
     data, says = HOSTILE[name]
     (tmp_path / WEIGHTS_NAME).write_bytes(data)
-    (tmp_path / CONFIG_NAME).write_text(json.dumps(CONFIG))
+    if "config in it" not in name:  # which counts where there is no file
+        (tmp_path / CONFIG_NAME).write_text(json.dumps(CONFIG))
     with pytest.raises(AdapterFormatError, match=says) as caught:
         read_adapter(tmp_path)
     assert len(str(caught.value)) < 500
@@ -114,7 +115,7 @@ def test_what_is_no_plain_file_is_refused(
         os.mkfifo(path)
     elif trick == "huge":
         real.rename(path)
-        monkeypatch.setattr(files, "MAX_WEIGHTS_BYTES", 20)
+        monkeypatch.setattr(stored, "MAX_BYTES", 20)
         monkeypatch.setattr(files, "MAX_CONFIG_BYTES", 20)
     elif trick != "missing":
         path.symlink_to({"link": real, "dangling": tmp_path / "no", "loop": path, "device": Path("/dev/zero")}[trick])
@@ -152,3 +153,36 @@ def test_damaged_files_are_refused_or_read_whole(tmp_path: Path, data: st.DataOb
     except AdapterFormatError:
         return
     assert all(isinstance(tensor, torch.Tensor) for tensor in read.values())
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_model.bin", "adapter.pt", "my_lora.ckpt"])
+def test_a_pickle_is_refused_with_the_way_to_convert_it(tmp_path: Path, name: str) -> None:
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(CONFIG))
+    torch.save(tensors(), tmp_path / name)
+    (tmp_path / "training_args.bin").write_bytes(b"x")
+    says = f"{name} is a pickle, which can run code.*torch.load.*weights_only=True.*save_file.*{WEIGHTS_NAME}"
+    for place in (tmp_path, tmp_path / name):
+        with pytest.raises(AdapterFormatError, match=says):
+            read_adapter(place)
+    (tmp_path / name).rename(tmp_path / WEIGHTS_NAME)
+    with pytest.raises(AdapterFormatError, match=r"a zip or a pickle, which can run code.*save_file"):
+        read_adapter(tmp_path)
+
+
+def test_the_way_to_convert_a_pickle_leads_to_an_adapter(tmp_path: Path) -> None:
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(CONFIG))
+    torch.save(tensors(), tmp_path / "adapter_model.bin")
+    converted = torch.load(tmp_path / "adapter_model.bin", map_location="cpu", weights_only=True)
+    save_file(converted, tmp_path / WEIGHTS_NAME)
+    assert torch.equal(read_adapter(tmp_path)[0]["a"], tensors()["a"])
+
+
+def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(AdapterFormatError, match="is a file; name the folder that holds adapter_model"):
+        read_adapter(tmp_path / "notes.txt")
+    with pytest.raises(AdapterFormatError, match="No such file"):
+        read_adapter(tmp_path / "nothing")
+    (tmp_path / "optimizer.pt").write_text("x")  # no adapter's
+    with pytest.raises(AdapterFormatError, match="No such file"):
+        read_adapter(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from lora_kernels.adapters import AdapterPool, save_adapter
+from lora_kernels.adapters import AdapterPool, replicate_layers, save_adapter
 from lora_kernels.adapters.pool_files import Update, check_ranks, convert_updates, read_updates
 from lora_kernels.config import LoRAConfig
 from lora_kernels.errors import AdapterFormatError, UnservableAdapterError
 from lora_kernels.inject import apply_lora
+from lora_kernels.testing.rule import assert_close
 
 KEY = "base_model.model.blocks.0.q.lora_{}.weight"
 
@@ -65,6 +67,8 @@ def test_tensors_in_memory(model: nn.Module, served: Any, how: str) -> None:
     "options",
     [
         {"init_lora_weights": "orthogonal", "r": 4},
+        {"init_lora_weights": "mica", "ensure_weight_tying": True},
+        {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}},
         {"fan_in_fan_out": True},
         {"init_lora_weights": False},
         {"lora_dropout": 0.5},
@@ -112,7 +116,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
                "no plain tensor in memory"),
     "missing": (with_tensors(blocks__0__q__lora_A__weight=None), AdapterFormatError,
                 r"lora_A.weight' is missing \(8 keys expected, 1 missing, 0 too many\)"),
-    "too-many": (with_tensors(blocks__0__x=ONE), AdapterFormatError, "there but not expected"),
+    "too-many": (with_tensors(blocks__0__x=ONE), AdapterFormatError, "in the file but not expected"),
     "magnitudes": (with_tensors(blocks__0__q__lora_magnitude_vector=ONE), UnservableAdapterError, "magnitudes of DoRA"),
     "embedding": (with_tensors(e__lora_embedding_A=ONE), UnservableAdapterError, "a trained embedding"),
     "tokens": (with_tensors(e__trainable_tokens_delta=ONE), UnservableAdapterError, "trained tokens"),
@@ -121,7 +125,12 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "a-list": (lambda one: (one.tensors, [1]), AdapterFormatError, "need the configuration they belong to"),
     "dora": (replaced(use_dora=True), UnservableAdapterError, "use_dora: a magnitude that scales"),
     "pissa": (replaced(init_lora_weights="pissa"), UnservableAdapterError, "has changed the base weights"),
-    "lora-bias": (replaced(lora_bias=True), UnservableAdapterError, "a pool does not serve this adapter: lora_bias"),
+    "lora-bias": (replaced(lora_bias=True), UnservableAdapterError, "has lora_bias: a bias on lora_B.*load_adapter"),
+    "lora-bias-alone": (with_tensors(blocks__0__q__lora_B__bias=ONE), UnservableAdapterError, "has a bias on lora_B"),
+    "rows": (replaced(trainable_token_indices=[1]), UnservableAdapterError, "has trainable_token_indices"),
+    "replicas": (replaced(layer_replication=[[0, 1]]), UnservableAdapterError, "replicate_layers.model, layer_repl"),
+    "corda": (replaced(init_lora_weights="corda"), UnservableAdapterError, "path_initial_model_for_weight_conversion"),
+    "arrow": (replaced(arrow_config={"top_k": 3}), UnservableAdapterError, "a pool does not serve this adapter: arrow"),
     "bad-rank": (replaced(r=0), AdapterFormatError, "r = 0"),
     "other-type": (replaced(peft_type="IA3"), AdapterFormatError, "peft_type = 'IA3'"),
     "another-model": (replaced(target_modules=["c_attn"]), AdapterFormatError, "no module matches target_mod"),
@@ -176,3 +185,37 @@ def test_ranks() -> None:
     check_ranks("a", updates, 5)
     with pytest.raises(UnservableAdapterError, match="'a' has rank 5 in l5, and this pool takes up to max_rank=4"):
         check_ranks("a", updates, 4)
+
+
+def test_a_head_that_is_the_models_own_is_served_and_another_is_refused_by_name(served: Any) -> None:
+    model = served().eval()
+    model.add_module("head", nn.Linear(8, 3))
+    trained = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["q"], modules_to_save=["head"]))
+    tensors, config = peft.get_peft_model_state_dict(trained), trained.peft_config["default"]
+    assert len(read(model, tensors, config, targets=["q"])) == 2
+    tensors["base_model.model.head.weight"] = tensors["base_model.model.head.weight"] + 1
+    with pytest.raises(
+        UnservableAdapterError, match=r"modules_to_save\), other than the model's, .*load_adapter serves it"
+    ):
+        read(model, tensors, config, targets=["q"])
+
+
+def test_replicated_layers_are_served_where_the_model_has_them() -> None:
+    transformers = pytest.importorskip("transformers")
+
+    def llama() -> nn.Module:
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=40)).eval()
+
+    runs, ids = [[0, 2], [1, 2]], torch.arange(36).view(3, 12)
+    settings = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, "layer_replication": runs}
+    theirs = peft.get_peft_model(llama(), peft.LoraConfig(**settings)).eval()
+    model = replicate_layers(llama(), runs)
+    pool = AdapterPool(model, capacity=1, max_rank_total=4)
+    pool.load("a", peft.get_peft_model_state_dict(theirs), theirs.peft_config["default"])
+    with torch.no_grad(), pool.batch(["a"] * 3):
+        served = model(ids).logits
+    with torch.no_grad():
+        plain, truth = theirs(ids).logits, theirs.double()(ids).logits
+    assert_close(served, plain, truth)
