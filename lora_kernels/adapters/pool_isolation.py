@@ -1,0 +1,145 @@
+"""The isolation probe: which rows of every pooled layer change when some requests are altered and others are not.
+
+    run 0        the inputs as they are
+    run j        other content for the requests of subset j; each request is in half of the subsets, no two in the same
+    code[row]    bit j set if the row's bits in run j differ from those in run 0
+
+A row that belongs to request i alone changes in no other runs than i does. Contents are altered and not exchanged:
+attention treats positions alike, so that exchanging them would take a sequence's axis for the requests' axis.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from lora_kernels.layers.pooled import Here
+from lora_kernels.layers.pooled_rows import places_of
+
+RUNS = 8  # at least; rows that are routed by content must not look ordered by chance in all of them
+Seen = dict[str, list[tuple[tuple[int, ...], Tensor]]]  # by path: (leading dimensions, a hash of each row) a call
+Alter = Callable[[Tensor, Tensor, torch.Generator], Tensor | None]  # (an input, which requests, ...): altered or None
+
+
+class Recording:
+    """In place of a batch while a probe runs: layers hand over what they see, and compute the base alone."""
+
+    mixed, frame = False, None
+
+    def __init__(self) -> None:
+        self.touched = self
+        self.seen: Seen = {}
+
+    def __contains__(self, _: object) -> bool:
+        return True
+
+    def of(self, x: Tensor, layer: Any) -> None:
+        """Note the input; no ids, so that the layer computes the base."""
+        self.seen.setdefault(layer.pool_path, []).append((tuple(x.shape[:-1]), _hashes(x.detach())))
+
+
+class Isolation(NamedTuple):
+    """By (path, x.dim()): the places of the requests, none where the rows mix them; None where there was one request.
+    Layers where nothing changes are left out."""
+
+    places: Mapping[tuple[str, int], Mapping[tuple[int, str], frozenset[int]] | None]
+
+    def isolated(self) -> set[tuple[str, int]]:
+        """Where each row belongs to one request."""
+        return {at for at, places in self.places.items() if places}
+
+    def complete(self) -> bool:
+        """Whether that is so wherever anything changes."""
+        return bool(self.places) and all(self.places.values())
+
+
+def isolate(model: nn.Module, here: Here, args: Any, kwargs: Any, count: int, alter: Alter) -> Isolation:
+    """Run the model on its inputs and on altered ones; what ``count`` requests change where.
+
+    The inputs, random states and training flags stay as they are. Raises whatever the model raises.
+    """
+    first = _run(model, here, args, kwargs)
+    codes = {path: [torch.zeros_like(rows) for _, rows in calls] for path, calls in first.items()}
+    full, varies = torch.zeros(count, dtype=torch.int64), set[str]()
+    for number, subset in enumerate(_subsets(count)):
+        generator = torch.Generator().manual_seed(number)
+
+        def change(leaf: Any, subset: Tensor = subset, generator: torch.Generator = generator) -> Any:
+            changed = alter(leaf, subset, generator) if isinstance(leaf, Tensor) else None
+            return leaf if changed is None else changed
+
+        seen = _run(model, here, *tree_map(change, (args, kwargs)))
+        full |= subset.long() << number
+        for path in first.keys() | seen.keys():
+            before, after = first.get(path, []), seen.get(path, [])
+            if [lead for lead, _ in before] != [lead for lead, _ in after]:
+                varies.add(path)  # how many rows it sees depends on their content
+                continue
+            for code, (_, old), (_, new) in zip(codes[path], before, after, strict=True):
+                code |= (old != new).long() << number
+    places = {}
+    for path in first.keys() | varies:
+        calls = [(lead, code) for (lead, _), code in zip(first.get(path, []), codes.get(path, []), strict=True)]
+        for dim in {len(lead) + 1 for lead, _ in calls} or {2, 3}:
+            of_dim = [(lead, code) for lead, code in calls if len(lead) + 1 == dim]
+            if path in varies:
+                places[path, dim] = {}
+            elif any(code.any() for _, code in of_dim):
+                places[path, dim] = places_of(of_dim, full)
+    return Isolation(places)
+
+
+def _subsets(count: int) -> Iterator[Tensor]:
+    """bool (count,): by each binary digit of 1, 2, ... count, and the others; as often as it takes for RUNS."""
+    digits = count.bit_length()
+    for number in range(max(2 * digits, RUNS + RUNS % 2)):
+        bit = (torch.arange(1, count + 1) >> (number // 2 % digits)) & 1
+        yield bit == number % 2
+
+
+def _run(model: nn.Module, here: Here, args: Any, kwargs: Any) -> Seen:
+    recording = Recording()
+    with _apart(model, here, recording):
+        args, kwargs = tree_map(_copied, (args, kwargs))
+        model(*args, **kwargs)
+    return recording.seen
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
+
+
+@contextmanager
+def _apart(model: nn.Module, here: Here, recording: Recording) -> Iterator[None]:
+    """Nothing that the block does to flags and random states stays."""
+    training = [module for module in model.modules() if module.training]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    state, token = random.getstate(), here.var.set(recording)
+    with ExitStack() as stack:
+        stack.callback(here.var.reset, token)
+        stack.callback(random.setstate, state)
+        for module in training:
+            stack.callback(setattr, module, "training", True)
+            module.training = False
+        stack.enter_context(torch.random.fork_rng(devices))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _hashes(x: Tensor) -> Tensor:
+    """int64 (M,): equal for rows of x (..., K) with the same bits, and for others but by an accident in 2^60."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    generator = torch.Generator().manual_seed(x.shape[-1])
+    weights = torch.randint(-(2**62), 2**62, (x.shape[-1],), generator=generator).to(x.device) * 2 + 1
+    rows = x.reshape(-1, x.shape[-1]).contiguous().view(bits).split(4096)
+    return torch.cat([(part.to(torch.int64) * weights).sum(-1) for part in rows]).cpu()
