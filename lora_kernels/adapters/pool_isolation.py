@@ -61,8 +61,11 @@ class Isolation(NamedTuple):
         return bool(self.places) and all(self.places.values())
 
 
-def isolate(model: nn.Module, here: Here, args: Any, kwargs: Any, count: int, alter: Alter) -> Isolation:
-    """Run the model on its inputs and on altered ones; what ``count`` requests change where.
+def isolate(
+    model: nn.Module, here: Here, args: Any, kwargs: Any, count: int, alter: Alter, flat: bool = False
+) -> Isolation:
+    """Run the model on its inputs and on altered ones; what ``count`` requests change where. flat: the requests are
+    tokens, and places are counted over all leading dimensions.
 
     The inputs, random states and training flags stay as they are. Raises whatever the model raises.
     """
@@ -93,7 +96,8 @@ def isolate(model: nn.Module, here: Here, args: Any, kwargs: Any, count: int, al
             if path in varies:
                 places[path, dim] = {}
             elif any(code.any() for _, code in of_dim):
-                places[path, dim] = places_of(of_dim, full)
+                flattened = [((len(code),), code) for _, code in of_dim]
+                places[path, dim] = places_of(flattened if flat else of_dim, full)
     return Isolation(places)
 
 

@@ -64,14 +64,16 @@ class Probe:
         call.probed = True
         count, images = batch.requests.count * batch.expand, batch.images
         with self._lock:
-            dims = [dims for dims in self._candidates() if call.fits(dims, count)] or [(0, 1)]
+            dims = call.dims(count, self.here.batch_dim)
             self._study(call, [(at, count) for at in dims], images and images.count * batch.expand)
         return True
 
     def show(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Probe with a call that is given. Raises AdapterPoolError where that shows nothing."""
         call = self.call(args, kwargs)
-        dims = [dims for dims in self._candidates() if next(iter(_counts(call, dims)), 0) > 1]
+        known = self.here.batch_dim
+        dims: list[Dims] = [(0,), (1,)] if known is None else [(known,)]
+        dims = [at for at in dims if next(_counts(call, at), 0) > 1]
         with self._lock:
             found = self._study(call, [(at, next(_counts(call, at))) for at in dims], None, first=True)
         if not found:
@@ -80,10 +82,6 @@ class Probe:
                 f"{self.here.failure}. Give inputs of a call of the model with at least two requests of different "
                 "content on dimension 0 (or on batch_dim of the pool)"
             )
-
-    def _candidates(self) -> list[Dims]:
-        known = self.here.batch_dim
-        return [(0,), (1,)] if known is None else [(known,)]
 
     def _study(self, call: Call, options: list[tuple[Dims, int]], images: int | None, first: bool = False) -> bool:
         """Find the requests' dimension among the options, and keep what the probe shows; whether it shows anything.
@@ -158,7 +156,7 @@ class Probe:
             return torch.where(subset.view(lead).to(tensor.device), other(tensor, generator), tensor.detach())
 
         try:
-            found = isolate(self.pooled.model, self.here, call.args, dict(call.kwargs), count, alter)
+            found = isolate(self.pooled.model, self.here, call.args, dict(call.kwargs), count, alter, len(dims) == 2)
         except Exception as error:  # of the model, for inputs that are not from a real call
             self.here.failure = f" (a probe failed: {type(error).__name__}: {error!s:.120})"
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from collections.abc import Callable, Container
@@ -102,10 +103,9 @@ class OpenBatch:
     def enter(self, call: Call) -> None:
         """The model is called: find out whether an id belongs to a sequence or to a token of its inputs."""
         self.call, count, dim = call, self.requests.count * self.expand, self.here.batch_dim
-        fits = any(call.fits((at,), count) for at in ((0, 1) if dim is None else (dim,)))
-        self.tokens = not fits and call.fits((0, 1), count)
-        self.problem = ""
-        if call.main and not fits and not self.tokens:
+        dims = call.dims(count, dim)
+        self.tokens, self.problem = dims == [(0, 1)], ""
+        if call.main and not dims:
             self.problem = (
                 f"none of the model's inputs ({call.shapes()}) has {count} requests on dimension "
                 f"{'0 or 1' if dim is None else dim}. Give one id for each sequence of the inputs, as often as the "
@@ -172,12 +172,14 @@ class OpenBatch:
 
     def _known(self, x: Tensor, layer: Any) -> Tensor | str:
         """The id of each row, or why it is not known."""
-        lead, layout = x.shape[:-1], layer.pool_rows.get((self.tokens, x.dim()))
+        layout, lead = layer.pool_rows.get((self.tokens, x.dim())), tuple(x.shape[:-1])
+        if self.tokens:
+            lead = (math.prod(lead),)
         one = self._one()
         if one is None and layout is not None and self.images is not None:
             one = (self.images if layout.images else self.requests).uniform
         if one is not None:
-            return one.expand(lead.numel()).contiguous()
+            return one.expand(math.prod(lead)).contiguous()
         if layout is None or (layout.places is None and not layout.images):
             return self.problem or f"no probe has shown which row belongs to which request{self.here.failure}. {REMEDY}"
         ids = self.images if layout.images else self.requests
@@ -223,8 +225,9 @@ class OpenBatch:
             layout = layer.pool_rows.get((tokens, x.dim()))
             if layout is not None and layout.plain is not None:
                 ids, place = self.images if layout.images else self.requests, layout.plain
-                if ids is not None and x.shape[place.axis] == ids.count * self.expand * place.repeats:
-                    return place.spread(ids.repeated(self.expand), x.shape[:-1]).to(x.device)
+                lead = (x.shape[:-1].numel(),) if tokens else x.shape[:-1]
+                if ids is not None and lead[place.axis] == ids.count * self.expand * place.repeats:
+                    return place.spread(ids.repeated(self.expand), lead).to(x.device)
             known = known or layout
         if known is None and layer.pool_path not in self.touched:
             return None

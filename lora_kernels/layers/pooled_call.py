@@ -41,6 +41,14 @@ class Call:
         """Whether one of the main inputs has ``count`` requests on these dimensions."""
         return any(len_of(tensor, dims) == count for tensor in self.main.values())
 
+    def dims(self, count: int, batch_dim: int | None) -> list[Dims]:
+        """Where ``count`` requests can be; none where they fit nowhere. (1, n, ...) is n tokens, as (n,) is."""
+        options: list[Dims] = [(0,), (1,)] if batch_dim is None else [(batch_dim,)]
+        options = [dims for dims in options if self.fits(dims, count)]
+        if (0,) not in options and batch_dim != 1 and self.fits((0, 1), count):
+            return [(0, 1)]
+        return options or [(0, 1)] * self.fits((0, 1), count)
+
     def view(self, dims: Dims) -> tuple[dict[str, int], object]:
         """The sizes and the key that a RowLayout takes: what is left of each shape without the requests."""
         made = self._views.get(dims)
