@@ -46,19 +46,26 @@ class Recording:
         self.seen.setdefault(layer.pool_path, []).append((tuple(x.shape[:-1]), _hashes(x.detach())))
 
 
+At = tuple[str, int]  # path, x.dim()
+
+
 class Isolation(NamedTuple):
-    """By (path, x.dim()): the places of the requests, none where the rows mix them; None where there was one request.
-    Layers where nothing changes are left out."""
+    """places: of the requests, none where the rows follow no order that is understood; None where there was one
+    request. Layers where nothing changes are left out. apart: where each row depends on one request alone."""
 
-    places: Mapping[tuple[str, int], Mapping[tuple[int, str], frozenset[int]] | None]
+    places: Mapping[At, Mapping[tuple[int, str], frozenset[int]] | None]
+    apart: frozenset[At]
 
-    def isolated(self) -> set[tuple[str, int]]:
-        """Where each row belongs to one request."""
-        return {at for at, places in self.places.items() if places}
+    def known(self) -> int:
+        """In how many cases a place is known."""
+        return sum(map(bool, self.places.values()))
 
     def complete(self) -> bool:
         """Whether that is so wherever anything changes."""
-        return bool(self.places) and all(self.places.values())
+        return 0 < self.known() == len(self.places)
+
+
+NOTHING = Isolation({}, frozenset())
 
 
 def isolate(
@@ -88,7 +95,7 @@ def isolate(
                 continue
             for code, (_, old), (_, new) in zip(codes[path], before, after, strict=True):
                 code |= (old != new).long() << number
-    places = {}
+    places, apart = dict[At, Any](), set[At]()
     for path in first.keys() | varies:
         calls = [(lead, code) for (lead, _), code in zip(first.get(path, []), codes.get(path, []), strict=True)]
         for dim in {len(lead) + 1 for lead, _ in calls} or {2, 3}:
@@ -96,9 +103,12 @@ def isolate(
             if path in varies:
                 places[path, dim] = {}
             elif any(code.any() for _, code in of_dim):
+                codes_here = torch.cat([code for _, code in of_dim]).unique()
+                if ((codes_here[:, None] & ~full) == 0).any(1).all():
+                    apart.add((path, dim))
                 flattened = [((len(code),), code) for _, code in of_dim]
                 places[path, dim] = places_of(flattened if flat else of_dim, full)
-    return Isolation(places)
+    return Isolation(places, frozenset(apart))
 
 
 def _subsets(count: int) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.adapters.pool_isolation import Isolation, isolate
+from lora_kernels.adapters.pool_isolation import NOTHING, At, Isolation, isolate
 from lora_kernels.adapters.pool_model import PooledModel
 from lora_kernels.errors import AdapterPoolError
 from lora_kernels.layers.pooled import Here
@@ -97,10 +97,10 @@ class Probe:
                 break
         if not results:
             return False
-        best = max(results, key=lambda result: len(result[2].isolated()))
+        best = max(results, key=lambda result: len(result[2].apart))
         for dims, _, other in results:
-            isolated = best[2].isolated()
-            if dims != best[0] and not first and isolated and not other.isolated() < isolated:
+            apart = best[2].apart
+            if dims != best[0] and not first and apart and not other.apart < apart:
                 self.here.failure = (
                     f" (dimension {best[0][0]} or {dims[0]} of the inputs, {call.shapes()}, may be that of the "
                     "requests; make the pool with batch_dim=0 or 1, or call the model with other sizes before)"
@@ -110,17 +110,17 @@ class Probe:
         if dims not in [at for at, _ in options]:
             self.here.failure = f" (the probe found the requests on dimension {dims[0]} of {call.shapes()})"
             return False
-        if found.isolated() and len(dims) == 1:
+        if found.apart and len(dims) == 1:
             self.here.batch_dim = dims[0]
-        self._keep(call, dims, found, images=False)
+        self._keep(call, dims, found.places, images=False)
         if call.media:
             count = images or next((tensor.shape[0] for tensor in call.media.values() if tensor.dim()), 0)
             altered = {name: T for name, T in call.media.items() if len_of(T, (0,)) == count and _is_content(name)}
             if altered and count:
-                seen = self._attempt(call, altered, (0,), count, ()) or Isolation({})
+                seen = self._attempt(call, altered, (0,), count, ()) or NOTHING
                 left = {at: places for at, places in seen.places.items() if at not in found.places}
-                self._keep(call, dims, Isolation(left), images=True)
-        return bool(found.isolated())
+                self._keep(call, dims, left, images=True)
+        return bool(found.known())
 
     def _best(self, call: Call, dims: Dims, count: int) -> Isolation:
         """Of several ways to alter the inputs, what shows most; where the model refuses all, nothing."""
@@ -130,7 +130,7 @@ class Probe:
         }  # fmt: skip
         if not content:
             self.here.failure = f" (no input of {call.shapes()} has content for {count} requests)"
-            return Isolation({})
+            return NOTHING
         found = None
         for kept in _kept_values(content, bool(call.media)):
             found = self._attempt(call, content, dims, count, kept)
@@ -139,9 +139,9 @@ class Probe:
         if (found is None or not found.complete()) and len(content) > 1:  # others may not be the requests' own
             name = next(iter(content))
             less = self._attempt(call, {name: content[name]}, dims, count, ())
-            if less is not None and (found is None or less.isolated() > found.isolated()):
+            if less is not None and (found is None or less.known() > found.known()):
                 found = less
-        return found or Isolation({})
+        return found or NOTHING
 
     def _attempt(
         self, call: Call, inputs: Mapping[str, Tensor], dims: Dims, count: int, kept: Sequence[int]
@@ -161,12 +161,12 @@ class Probe:
             self.here.failure = f" (a probe failed: {type(error).__name__}: {error!s:.120})"
             return None
         if found.places and count == 1:  # nothing to tell apart: only that the layer depends on it
-            return Isolation(dict.fromkeys(found.places))
+            return Isolation(dict.fromkeys(found.places), found.apart)
         return found
 
-    def _keep(self, call: Call, dims: Dims, found: Isolation, images: bool) -> None:
+    def _keep(self, call: Call, dims: Dims, found: Mapping[At, Any], images: bool) -> None:
         sizes, key = call.view(dims)
-        for (path, dim), places in found.places.items():
+        for (path, dim), places in found.items():
             rows = self.pooled.layers[path].pool_rows
             at, evidence = (len(dims) == 2, dim), Evidence(images, places)
             old = rows.get(at)
