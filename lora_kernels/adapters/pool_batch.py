@@ -52,6 +52,8 @@ class Opening:
                     other.interleaved = True
         here.var.set(batch)
         here.thread.batch = batch
+        if frame is not None:
+            here.generators[frame] = batch
 
     def __exit__(self, *_: object) -> None:
         here, batch = self._here, self._batch
@@ -60,6 +62,8 @@ class Opening:
             self._end(batch)
         finally:
             batch.ended = True
+            if batch.frame is not None:
+                here.generators.pop(batch.frame, None)
             batch.refuse("the batch that is open in this context has ended; open one where the model is called")
             innermost: OpenBatch | None = here.get()
             if here.thread.batch is batch:
@@ -71,7 +75,9 @@ class Opening:
             while innermost is not None and innermost is not batch:
                 inside.append(innermost)
                 innermost = innermost.outer
-            for other in inside if innermost is batch else ():
+            if innermost is None:
+                raise AdapterPoolError("a batch ended in another thread or task than it began in; open it there")
+            for other in inside:
                 other.refuse(OVERLAP)
             raise AdapterPoolError(OVERLAP)
 

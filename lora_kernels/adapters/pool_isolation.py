@@ -34,8 +34,8 @@ class Recording:
 
     mixed, frame = False, None
 
-    def __init__(self) -> None:
-        self.touched = self
+    def __init__(self, outer: Any) -> None:
+        self.touched, self.outer = self, outer
         self.seen: Seen = {}
 
     def __contains__(self, _: object) -> bool:
@@ -120,7 +120,7 @@ def _subsets(count: int) -> Iterator[Tensor]:
 
 
 def _run(model: nn.Module, here: Here, args: Any, kwargs: Any) -> Seen:
-    recording = Recording()
+    recording = Recording(here.get())
     with _apart(model, here, recording):
         args, kwargs = tree_map(_copied, (args, kwargs))
         model(*args, **kwargs)

@@ -46,7 +46,10 @@ class _Pooled(nn.Module):
         of the batch has weights here."""
         if is_compiling():
             return self._traced(x)
-        batch = self.pool_here.get()
+        here = self.pool_here
+        batch = here.get()
+        if here.generators:
+            here.check_generator(batch)
         if batch is None or (self.pool_path not in batch.touched and not _captured(batch, x)):
             return super().forward(x)  # type: ignore[misc]
         ids = batch.of(x, self)

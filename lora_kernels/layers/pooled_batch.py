@@ -35,6 +35,7 @@ class Here:
 
     learn: probes the model with the call that a batch is in; False where that brings nothing new. batch_dim: the
     dimension of the model's inputs that the requests are on, once it is known. failure: why the last probe failed.
+    generators: the batches that generators have opened, by their frames.
     """
 
     def __init__(self) -> None:
@@ -44,6 +45,22 @@ class Here:
         self.learn: Callable[[OpenBatch], bool] = lambda _: False
         self.failure = ""
         self.batch_dim: int | None = None
+        self.generators: dict[FrameType, OpenBatch] = {}
+
+    def check_generator(self, batch: Any) -> None:
+        """Raise where a generator has opened a batch and the model is called outside of it, where the batch that is
+        open is still the generator's; or inside it, resumed in another thread or task, where it is not."""
+        at, owner = sys._getframe(1), None
+        while at is not None and owner is None:
+            owner, at = self.generators.get(at), at.f_back  # type: ignore[assignment]
+        inside = batch
+        while inside is not None and inside is not owner:
+            inside = inside.outer
+        if (owner is not None and inside is None) or (batch is not None and batch.frame and owner is not batch):
+            raise AdapterPoolError(
+                "a batch that a generator has opened is in use outside of the generator, or the generator was resumed "
+                "in another thread or task; open the batch where the model is called, and not across a yield"
+            )
 
     def __deepcopy__(self, memo: object) -> Here:
         return self
@@ -67,7 +84,7 @@ class OpenBatch:
 
     touched: paths of the layers in which one of its adapters has weights. held: slots that stay while it is open.
     virtual: slots int64 (v,) and factors float32 (v,) of the adapters that a request wants with a scale of its own;
-    their ids come after those of the pool's slots. frame: of the generator that opened it, which has to be running.
+    their ids come after those of the pool's slots. frame: of the generator that opened it.
     expand: how often generate() has repeated each request. tokens: an id belongs to a token, not to a sequence.
     outer: the batch that was open in this context before. outer_in_thread: in this thread, in any context; interleaved:
     the two differ, and a traced graph would take one for the other.
@@ -126,11 +143,6 @@ class OpenBatch:
         Raises UnknownRowsError where it is not known which request a row belongs to, ShapeError for ids out of range,
         AdapterPoolError where a CUDA graph would keep ids that the batch frees.
         """
-        if self.frame is not None and not running(self.frame):
-            raise AdapterPoolError(
-                "the open batch belongs to a generator that is suspended; call the model inside the generator, or "
-                "open the batch where the model is called"
-            )
         layout = layer.pool_rows.get((self.tokens, x.dim()))
         ids = self.requests if layout is None or not layout.images or self.images is None else self.images
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
