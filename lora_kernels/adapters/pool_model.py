@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -111,32 +112,38 @@ class PooledModel:
             resolve(backend, weight.device.type, weight.dtype)
         self.model = model
         self.layers = dict[str, _Pooled]()
-        self._flags = [(p, p.requires_grad) for layer in chosen.values() for p in layer.parameters(recurse=False)]
-        self._switches = list[tuple[nn.Module, str, object]]()
+        self._undo = ExitStack()
         try:
             for path, layer in chosen.items():
                 self.layers[path] = into_pooled(layer, capacity, max_rank_total, max_rank, here, backend, path)
+                self._undo.callback(out_of_pooled, layer)
+            for layer in chosen.values():
+                for name, parameter in layer.named_parameters(recurse=False):
+                    self._undo.callback(_set_flag, layer, name, parameter.requires_grad)
+                    _set_flag(layer, name, False)
+            for module in model.modules():
+                if isinstance(module, nn.TransformerEncoderLayer):
+                    self._switch(module, "activation_relu_or_gelu", 0)
+                elif isinstance(module, nn.TransformerEncoder):
+                    self._switch(module, "use_nested_tensor", False)
         except BaseException:  # out of memory, as a rule
             self.restore()
             raise
-        for parameter, _ in self._flags:
-            parameter.requires_grad_(False)
-        for module in model.modules():
-            if isinstance(module, nn.TransformerEncoderLayer):
-                self._switch(module, "activation_relu_or_gelu", 0)
-            elif isinstance(module, nn.TransformerEncoder):
-                self._switch(module, "use_nested_tensor", False)
 
     def _switch(self, module: nn.Module, name: str, value: object) -> None:
-        self._switches.append((module, name, getattr(module, name)))
+        self._undo.callback(setattr, module, name, getattr(module, name))
         setattr(module, name, value)
 
     def restore(self) -> None:
-        """Every layer of its own class again, without the pool's buffers; flags as they were."""
-        for layer in self.layers.values():
-            out_of_pooled(layer)
-        for parameter, flag in self._flags:
-            parameter.requires_grad_(flag)
-        for module, name, value in reversed(self._switches):
-            setattr(module, name, value)
+        """Every layer of its own class again, without the pool's buffers; flags as they were. Where a step raises, the
+        others are done all the same."""
         self.layers = {}
+        self._undo.close()
+
+
+def _set_flag(layer: nn.Module, name: str, flag: bool) -> None:
+    """requires_grad of a layer's parameter, which ``to`` and ``half`` may have replaced since."""
+    parameter = layer._parameters.get(name)
+    if parameter is not None and parameter.requires_grad != flag:
+        with torch.inference_mode(parameter.is_inference()):  # else PyTorch refuses
+            parameter.requires_grad_(flag)
