@@ -4,7 +4,8 @@
     run j        other content for the requests of subset j; each request is in half of the subsets, no two in the same
     code[row]    bit j set if the row's bits in run j differ from those in run 0
 
-A row that belongs to request i alone changes in no other runs than i does. Contents are altered and not exchanged:
+A row that belongs to request i alone changes in no other runs than i does. Where rows share products whose shape depends
+on routing, all change a little in the last bits: then only changes of more than STRONG of a row's size count. Contents are altered and not exchanged:
 attention treats positions alike, so that exchanging them would take a sequence's axis for the requests' axis.
 """
 
@@ -25,7 +26,8 @@ from lora_kernels.layers.pooled import Here
 from lora_kernels.layers.pooled_rows import places_of
 
 RUNS = 8  # at least; rows that are routed by content must not look ordered by chance in all of them
-Seen = dict[str, list[tuple[tuple[int, ...], Tensor]]]  # by path: (leading dimensions, a hash of each row) a call
+STRONG = 0.01
+Seen = dict[str, list[tuple[tuple[int, ...], Tensor, Tensor]]]  # by path: a call's leading dimensions, hashes, sketches
 Alter = Callable[[Tensor, Tensor, torch.Generator], Tensor | None]  # (an input, which requests, ...): altered or None
 
 
@@ -43,7 +45,7 @@ class Recording:
 
     def of(self, x: Tensor, layer: Any) -> None:
         """Note the input; no ids, so that the layer computes the base."""
-        self.seen.setdefault(layer.pool_path, []).append((tuple(x.shape[:-1]), _hashes(x.detach())))
+        self.seen.setdefault(layer.pool_path, []).append((tuple(x.shape[:-1]), *_digest(x.detach())))
 
 
 At = tuple[str, int]  # path, x.dim()
@@ -77,7 +79,10 @@ def isolate(
     The inputs, random states and training flags stay as they are. Raises whatever the model raises.
     """
     first = _run(model, here, args, kwargs)
-    codes = {path: [torch.zeros_like(rows) for _, rows in calls] for path, calls in first.items()}
+    codes = {
+        path: [(torch.zeros_like(rows), torch.zeros_like(rows)) for _, rows, _ in calls]
+        for path, calls in first.items()
+    }
     full, varies = torch.zeros(count, dtype=torch.int64), set[str]()
     for number, subset in enumerate(_subsets(count)):
         generator = torch.Generator().manual_seed(number)
@@ -90,24 +95,29 @@ def isolate(
         full |= subset.long() << number
         for path in first.keys() | seen.keys():
             before, after = first.get(path, []), seen.get(path, [])
-            if [lead for lead, _ in before] != [lead for lead, _ in after]:
+            if [lead for lead, *_ in before] != [lead for lead, *_ in after]:
                 varies.add(path)  # how many rows it sees depends on their content
                 continue
-            for code, (_, old), (_, new) in zip(codes[path], before, after, strict=True):
-                code |= (old != new).long() << number
+            for (code, strong), (_, old, was), (_, new, now) in zip(codes[path], before, after, strict=True):
+                changed = old != new
+                code |= changed.long() << number
+                little = (now - was).norm(dim=1) <= STRONG * was.norm(dim=1)
+                strong |= (changed & ~little).long() << number
     places, apart = dict[At, Any](), set[At]()
     for path in first.keys() | varies:
-        calls = [(lead, code) for (lead, _), code in zip(first.get(path, []), codes.get(path, []), strict=True)]
-        for dim in {len(lead) + 1 for lead, _ in calls} or {2, 3}:
-            of_dim = [(lead, code) for lead, code in calls if len(lead) + 1 == dim]
+        calls = [(lead, *pair) for (lead, *_), pair in zip(first.get(path, []), codes.get(path, []), strict=True)]
+        for dim in {len(lead) + 1 for lead, *_ in calls} or {2, 3}:
+            of_dim = [call for call in calls if len(call[0]) + 1 == dim]
             if path in varies:
                 places[path, dim] = {}
-            elif any(code.any() for _, code in of_dim):
-                codes_here = torch.cat([code for _, code in of_dim]).unique()
-                if ((codes_here[:, None] & ~full) == 0).any(1).all():
+            elif any(code.any() for _, code, _ in of_dim):
+                leads = [(len(code),) if flat else lead for lead, code, _ in of_dim]
+                exact, strong = ([call[at] for call in of_dim] for at in (1, 2))
+                places[path, dim] = places_of([*zip(leads, exact, strict=True)], full)
+                if not places[path, dim]:
+                    places[path, dim] = places_of([*zip(leads, strong, strict=True)], full)
+                if ((torch.cat(exact).unique()[:, None] & ~full) == 0).any(1).all():
                     apart.add((path, dim))
-                flattened = [((len(code),), code) for _, code in of_dim]
-                places[path, dim] = places_of(flattened if flat else of_dim, full)
     return Isolation(places, frozenset(apart))
 
 
@@ -150,10 +160,15 @@ def _apart(model: nn.Module, here: Here, recording: Recording) -> Iterator[None]
         yield
 
 
-def _hashes(x: Tensor) -> Tensor:
-    """int64 (M,): equal for rows of x (..., K) with the same bits, and for others but by an accident in 2^60."""
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    generator = torch.Generator().manual_seed(x.shape[-1])
-    weights = torch.randint(-(2**62), 2**62, (x.shape[-1],), generator=generator).to(x.device) * 2 + 1
-    rows = x.reshape(-1, x.shape[-1]).contiguous().view(bits).split(4096)
-    return torch.cat([(part.to(torch.int64) * weights).sum(-1) for part in rows]).cpu()
+def _digest(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row of x (..., K): a hash int64 (M,), equal for the same bits and for others but by an accident in 2^60;
+    and a sketch (M, 8) whose differences are as large as those of the rows."""
+    K, bits = x.shape[-1], {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    generator = torch.Generator().manual_seed(K)
+    weights = torch.randint(-(2**62), 2**62, (K,), generator=generator).to(x.device) * 2 + 1
+    signs = torch.randn(K, 8, generator=generator).to(x.device)
+    hashes, sketches = [], []
+    for rows in x.reshape(-1, K).contiguous().split(4096):
+        hashes.append((rows.view(bits).to(torch.int64) * weights).sum(-1))
+        sketches.append(rows.to(torch.float32) @ signs)
+    return torch.cat(hashes).cpu(), torch.cat(sketches).cpu()

@@ -41,9 +41,12 @@ class Layout(nn.Module):
             return core(h.reshape(n * T // w, w, K)).view(n, T, K)
         if self.kind == "windows first":
             w = 2 if T % 2 == 0 else 1
-            return core(h.view(n, T // w, w, K).transpose(0, 1).reshape(-1, w, K)).view(T // w, n, w, K).transpose(
-                0, 1
-            ).reshape(n, T, K)
+            return (
+                core(h.view(n, T // w, w, K).transpose(0, 1).reshape(-1, w, K))
+                .view(T // w, n, w, K)
+                .transpose(0, 1)
+                .reshape(n, T, K)
+            )
         if self.kind == "twice":
             one, two = core(torch.cat([h, -h])).chunk(2)
             return one - two
