@@ -74,6 +74,7 @@ class Probe:
         known = self.here.batch_dim
         dims: list[Dims] = [(0,), (1,)] if known is None else [(known,)]
         dims = [at for at in dims if next(_counts(call, at), 0) > 1]
+        dims = dims if dims and dims[0] != (1,) or known == 1 else []
         with self._lock:
             found = self._study(call, [(at, next(_counts(call, at))) for at in dims], None, first=True)
         if not found:
@@ -109,6 +110,9 @@ class Probe:
         dims, count, found = best
         if dims not in [at for at, _ in options]:
             self.here.failure = f" (the probe found the requests on dimension {dims[0]} of {call.shapes()})"
+            return False
+        if not found.known() and count > 1 and self.here.batch_dim is None:
+            self.here.failure = self.here.failure or f" (the probe found no request's rows for {call.shapes()})"
             return False
         if found.apart and len(dims) == 1:
             self.here.batch_dim = dims[0]
