@@ -12,16 +12,14 @@ from torch import Tensor, nn
 
 from lora_kernels.adapters.pool_batch import Asked, Opening, Wanted, ids_tensor
 from lora_kernels.adapters.pool_files import Source, check_ranks, convert_updates, read_updates
-from lora_kernels.adapters.pool_model import PooledModel, Targets
+from lora_kernels.adapters.pool_model import PooledModel, Targets, check_sizes
 from lora_kernels.adapters.pool_probe import Probe
 from lora_kernels.adapters.pool_report import AdapterInfo, table
 from lora_kernels.adapters.pool_root import Root
 from lora_kernels.adapters.pool_state import PoolState
-from lora_kernels.errors import AdapterBusyError, AdapterPoolError, ConfigError, ShapeError
+from lora_kernels.errors import AdapterBusyError, AdapterPoolError, ShapeError
 from lora_kernels.layers.pooled import Here
 from lora_kernels.layers.pooled_batch import OpenBatch
-
-MAX_RANK = 64  # where the caller names none: what kernels reserve for a row grows with it
 
 
 class AdapterPool:
@@ -61,19 +59,7 @@ class AdapterPool:
         backend: str = "auto",
         batch_dim: int | None = None,
     ) -> None:
-        sizes = {
-            "capacity": capacity,
-            "max_rank_total": max_rank_total,
-            "max_rank": 1 if max_rank is None else max_rank,
-        }
-        for name, size in sizes.items():
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ConfigError(f"{name} = {size!r}: accepted is an integer of at least 1")
-        if batch_dim not in (None, 0, 1):
-            raise ConfigError(f"batch_dim = {batch_dim!r}: accepted are 0, 1 and None")
-        max_rank = min(MAX_RANK, max_rank_total) if max_rank is None else max_rank
-        if max_rank > max_rank_total:
-            raise ConfigError(f"max_rank = {max_rank}: no more than max_rank_total = {max_rank_total} can be held")
+        max_rank = check_sizes(capacity, max_rank_total, max_rank, batch_dim)
         self.capacity, self.max_rank_total, self.max_rank = capacity, max_rank_total, max_rank
         self._here, self._lock, self._closed = Here(), threading.RLock(), False
         self._pooled = PooledModel(model, target_modules, capacity, max_rank_total, max_rank, self._here, backend)
@@ -183,7 +169,7 @@ class AdapterPool:
                 state.users.update(new)
                 batch.held |= new
         if out is None:
-            return ids_tensor(slots, self._device())
+            return ids_tensor(slots, self._pooled.device())
         with torch.no_grad():
             return out.copy_(torch.tensor(slots + [-1] * (out.numel() - len(slots)), dtype=torch.int32))
 
@@ -240,12 +226,9 @@ class AdapterPool:
                 raise AdapterPoolError("this pool is closed and its model is as it was; make a new AdapterPool")
             yield self._state
 
-    def _device(self) -> torch.device:
-        return next(iter(self._pooled.layers.values())).pool_slots.A.device
-
     def _begin(self, adapters: Asked, image_ids: Asked | None) -> OpenBatch:
         with self._opened() as state:
-            wanted = Wanted(state, self.capacity, self._device())
+            wanted = Wanted(state, self.capacity, self._pooled.device())
             requests = wanted.ids(adapters)
             batch = wanted.batch(self._here, requests, None if image_ids is None else wanted.ids(image_ids))
             state.begin(batch.held)

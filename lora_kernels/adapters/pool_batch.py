@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from torch import Tensor
 from lora_kernels.adapters.pool_state import PoolState
 from lora_kernels.errors import AdapterPoolError, ShapeError
 from lora_kernels.layers.pooled import Here
-from lora_kernels.layers.pooled_batch import OpenBatch, running
+from lora_kernels.layers.pooled_batch import OpenBatch
+from lora_kernels.layers.pooled_here import running
 from lora_kernels.layers.pooled_ids import BatchIds
 
 Name = str | None | tuple[str, float]
@@ -101,18 +103,20 @@ def generator_of(frame: FrameType | None) -> FrameType | None:
     return None
 
 
-def split(asked: Sequence[Name]) -> tuple[list[str | None], list[float]]:
-    """Names and their scales from ["sql", ("fr", 0.5), None]."""
+def split(asked: Sequence[Name]) -> tuple[list[str | None], dict[int, float]]:
+    """Names, and where a name has a scale that is not 1: from ["sql", ("fr", 0.5), None]."""
     if isinstance(asked, str) or not isinstance(asked, Sequence):
         raise AdapterPoolError(f"{asked!r:.80}: expected a list of names, one a sequence, None for no adapter")
-    names, factors = list[str | None](), list[float]()
-    for one in asked:
-        name, factor = one if isinstance(one, tuple) and len(one) == 2 else (one, 1.0)
-        number = isinstance(factor, int | float) and not isinstance(factor, bool)
-        if isinstance(one, tuple) and (not isinstance(name, str) or not number or not math.isfinite(factor)):
-            raise AdapterPoolError(f"{one!r:.80}: expected a name, None, or (name, scale) with a finite scale")
-        names.append(None if factor == 0 else name)  # type: ignore[arg-type]
-        factors.append(float(factor))
+    names, factors = list[Any](asked), dict[int, float]()
+    for at, one in enumerate(names):
+        if isinstance(one, tuple):
+            name, factor = one if len(one) == 2 else (None, 0.0)
+            number = isinstance(factor, int | float) and not isinstance(factor, bool)
+            if not isinstance(name, str) or not number or not math.isfinite(factor):
+                raise AdapterPoolError(f"{one!r:.80}: expected a name, None, or (name, scale) with a finite scale")
+            names[at] = name
+            if factor != 1:
+                factors[at] = float(factor)
     return names, factors
 
 
@@ -122,7 +126,7 @@ class Wanted:
     def __init__(self, state: PoolState, capacity: int, device: torch.device) -> None:
         self._state, self._capacity, self._device = state, capacity, device
         self._virtual = dict[tuple[int, float], int]()
-        self.held, self.paths, self.live = set[int](), set[str](), False
+        self.held, self.live = set[int](), False
 
     def ids(self, asked: Asked) -> BatchIds:
         """One id a request. Raises UnknownAdapterError, AdapterPoolError, ShapeError."""
@@ -131,17 +135,13 @@ class Wanted:
             self.held |= {entry.slot for entry in self._state.entries()}
             return BatchIds(check_ids(asked), self._capacity)
         names, factors = split(asked)
-        values = []
-        for name, slot, factor in zip(names, self._state.slots(names), factors, strict=True):
-            if name is not None:
-                entry = self._state.entry(name)
-                self.held.add(slot)
-                self.paths.update(entry.ranks)
-                if factor != 1:
-                    if not abs(factor) * entry.scaling <= LARGEST:
-                        raise AdapterPoolError(f"({name!r}, {factor}): times its scaling {entry.scaling:g} that is inf")
-                    slot = self._virtual.setdefault((slot, factor), self._capacity + len(self._virtual))
-            values.append(slot)
+        values = self._state.slots(names)
+        self.held.update(values)
+        for at, factor in factors.items():
+            largest = self._state.held[names[at] or ""].scaling
+            if not abs(factor) * largest <= LARGEST:
+                raise AdapterPoolError(f"({names[at]!r}, {factor}): infinite times the adapter's scaling of {largest}")
+            values[at] = self._virtual.setdefault((values[at], factor), self._capacity + len(self._virtual))
         return BatchIds(ids_tensor(values, self._device), self._capacity, named=True, values=values)
 
     def virtual(self) -> tuple[Tensor, Tensor] | None:
@@ -154,7 +154,8 @@ class Wanted:
 
     def batch(self, here: Here, requests: BatchIds, images: BatchIds | None) -> OpenBatch:
         """To be opened."""
-        touched = self._state.touched if self.live else frozenset(self.paths)
+        self.held.discard(-1)
+        touched = self._state.touched if self.live else self._state.touched_by(frozenset(self.held))
         return OpenBatch(here, requests, images, touched, self.held, self.virtual())
 
 

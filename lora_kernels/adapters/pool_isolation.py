@@ -4,9 +4,10 @@
     run j        other content for the requests of subset j; each request is in half of the subsets, no two in the same
     code[row]    bit j set if the row's bits in run j differ from those in run 0
 
-A row that belongs to request i alone changes in no other runs than i does. Where rows share products whose shape depends
-on routing, all change a little in the last bits: then only changes of more than STRONG of a row's size count. Contents are altered and not exchanged:
-attention treats positions alike, so that exchanging them would take a sequence's axis for the requests' axis.
+A row that belongs to request i alone changes in no other runs than i does. Where rows share products whose shape
+depends on routing, all change a little in the last bits: then only changes of more than STRONG of a row's size count.
+Contents are altered and not exchanged: attention treats positions alike, so that exchanging them would take the axis of
+a sequence for that of the requests.
 """
 
 from __future__ import annotations
@@ -112,10 +113,9 @@ def isolate(
                 places[path, dim] = {}
             elif any(code.any() for _, code, _ in of_dim):
                 leads = [(len(code),) if flat else lead for lead, code, _ in of_dim]
-                exact, strong = ([call[at] for call in of_dim] for at in (1, 2))
-                places[path, dim] = places_of([*zip(leads, exact, strict=True)], full)
-                if not places[path, dim]:
-                    places[path, dim] = places_of([*zip(leads, strong, strict=True)], full)
+                exact, marked = [code for _, code, _ in of_dim], [code for *_, code in of_dim]
+                found = places_of(list(zip(leads, exact, strict=True)), full)
+                places[path, dim] = found or places_of(list(zip(leads, marked, strict=True)), full)
                 if ((torch.cat(exact).unique()[:, None] & ~full) == 0).any(1).all():
                     apart.add((path, dim))
     return Isolation(places, frozenset(apart))

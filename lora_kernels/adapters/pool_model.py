@@ -23,6 +23,23 @@ Targets = str | Sequence[str] | None
 EXPERT = re.compile(r"(^|\.)(?!shared)\w*experts?\.\d+(\.|$)")
 
 
+MAX_RANK = 64  # where the caller names none: what kernels reserve for a row grows with it
+
+
+def check_sizes(capacity: object, max_rank_total: int, max_rank: int | None, batch_dim: object) -> int:
+    """The largest rank of one adapter. Raises ConfigError for numbers that make no sense."""
+    sizes = {"capacity": capacity, "max_rank_total": max_rank_total, "max_rank": 1 if max_rank is None else max_rank}
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ConfigError(f"{name} = {size!r}: accepted is an integer of at least 1")
+    if batch_dim not in (None, 0, 1) or isinstance(batch_dim, bool):
+        raise ConfigError(f"batch_dim = {batch_dim!r}: accepted are 0, 1 and None")
+    max_rank = min(MAX_RANK, max_rank_total) if max_rank is None else max_rank
+    if max_rank > max_rank_total:
+        raise ConfigError(f"max_rank = {max_rank}: no more than max_rank_total = {max_rank_total} can be held")
+    return max_rank
+
+
 def choose_layers(model: nn.Module, target_modules: Targets = None) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The layers that are pooled, by path, and {path: reason} of the linear layers that are not. Changes nothing.
 
@@ -116,7 +133,7 @@ class PooledModel:
         try:
             for path, layer in chosen.items():
                 self.layers[path] = into_pooled(layer, capacity, max_rank_total, max_rank, here, backend, path)
-                self._undo.callback(out_of_pooled, layer)
+                self._undo.callback(out_of_pooled, self.layers[path])
             for layer in chosen.values():
                 for name, parameter in layer.named_parameters(recurse=False):
                     self._undo.callback(_set_flag, layer, name, parameter.requires_grad)
@@ -133,6 +150,10 @@ class PooledModel:
     def _switch(self, module: nn.Module, name: str, value: object) -> None:
         self._undo.callback(setattr, module, name, getattr(module, name))
         setattr(module, name, value)
+
+    def device(self) -> torch.device:
+        """Of the first layer."""
+        return next(iter(self.layers.values())).pool_slots.A.device
 
     def restore(self) -> None:
         """Every layer of its own class again, without the pool's buffers; flags as they were. Where a step raises, the

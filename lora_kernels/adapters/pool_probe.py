@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_kernels.adapters.pool_content import is_content, kept_values, other_content
 from lora_kernels.adapters.pool_isolation import NOTHING, At, Isolation, isolate
 from lora_kernels.adapters.pool_model import PooledModel
 from lora_kernels.errors import AdapterPoolError
@@ -18,8 +19,6 @@ from lora_kernels.layers.pooled_batch import OpenBatch
 from lora_kernels.layers.pooled_call import MEDIA, Call, Dims, len_of
 from lora_kernels.layers.pooled_rows import Evidence, RowLayout, first_layout
 
-# Inputs that describe others; their content is no request's own.
-ABOUT = ("mask", "position", "type_ids", "cache", "label", "grid", "size", "length")
 SEQUENCES, LENGTHS = 3, (7, 5)  # of the calls that are made up for a model of transformers
 
 
@@ -63,9 +62,10 @@ class Probe:
             return False
         call.probed = True
         count, images = batch.requests.count * batch.expand, batch.images
+        items = None if images is None else images.count * batch.expand
         with self._lock:
             dims = call.dims(count, self.here.batch_dim)
-            self._study(call, [(at, count) for at in dims], images and images.count * batch.expand)
+            self._study(call, [(at, count) for at in dims], items)
         return True
 
     def show(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -74,7 +74,7 @@ class Probe:
         known = self.here.batch_dim
         dims: list[Dims] = [(0,), (1,)] if known is None else [(known,)]
         dims = [at for at in dims if next(_counts(call, at), 0) > 1]
-        dims = dims if dims and dims[0] != (1,) or known == 1 else []
+        dims = dims if (dims and dims[0] != (1,)) or known == 1 else []
         with self._lock:
             found = self._study(call, [(at, next(_counts(call, at))) for at in dims], None, first=True)
         if not found:
@@ -119,7 +119,7 @@ class Probe:
         self._keep(call, dims, found.places, images=False)
         if call.media:
             count = images or next((tensor.shape[0] for tensor in call.media.values() if tensor.dim()), 0)
-            altered = {name: T for name, T in call.media.items() if len_of(T, (0,)) == count and _is_content(name)}
+            altered = {name: T for name, T in call.media.items() if len_of(T, (0,)) == count and is_content(name)}
             if altered and count:
                 seen = self._attempt(call, altered, (0,), count, ()) or NOTHING
                 left = {at: places for at, places in seen.places.items() if at not in found.places}
@@ -130,13 +130,13 @@ class Probe:
         """Of several ways to alter the inputs, what shows most; where the model refuses all, nothing."""
         content = {
             name: tensor for name, tensor in call.main.items()
-            if len_of(tensor, dims) == count and _is_content(name)
+            if len_of(tensor, dims) == count and is_content(name)
         }  # fmt: skip
         if not content:
             self.here.failure = f" (no input of {call.shapes()} has content for {count} requests)"
             return NOTHING
         found = None
-        for kept in _kept_values(content, bool(call.media)):
+        for kept in kept_values(content, bool(call.media)):
             found = self._attempt(call, content, dims, count, kept)
             if found is not None:
                 break
@@ -151,7 +151,7 @@ class Probe:
         self, call: Call, inputs: Mapping[str, Tensor], dims: Dims, count: int, kept: Sequence[int]
     ) -> Isolation | None:
         own = {id(tensor) for tensor in inputs.values()}
-        other = _other_content([*kept, *self._special()])
+        other = other_content([*kept, *self._special()])
 
         def alter(tensor: Tensor, subset: Tensor, generator: torch.Generator) -> Tensor | None:
             if id(tensor) not in own:
@@ -194,7 +194,8 @@ class Probe:
 
     def _inputs(self, length: int) -> dict[str, Tensor]:
         """Of SEQUENCES sequences of random tokens, or pixels."""
-        model, device = self.pooled.model, next(iter(self.pooled.layers.values())).weight.device
+        model: Any = self.pooled.model
+        device = next(iter(self.pooled.layers.values())).weight.device
         config, generator = model.config, torch.Generator().manual_seed(length)
         if self._main == "pixel_values":
             size = config.image_size
@@ -220,47 +221,5 @@ def _counts(call: Call, dims: Dims) -> Iterator[int]:
     return (len_of(tensor, dims) for tensor in call.main.values() if len_of(tensor, dims))
 
 
-def _is_content(name: str) -> bool:
-    return not any(word in name for word in ABOUT)
-
-
 def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def _kept_values(content: Mapping[str, Tensor], media: bool) -> Iterator[tuple[int, ...]]:
-    """Tokens that stay where they are, for the case that one is the placeholder of an image and has to."""
-    yield ()
-    for tokens in content.values() if media else ():
-        if not tokens.is_floating_point() and tokens.numel():
-            for value in (tokens.max(), tokens.min(), tokens.flatten().mode().values):
-                yield (int(value),)
-
-
-def _other_content(kept: Sequence[int]) -> Callable[[Tensor, torch.Generator], Tensor]:
-    """A function that gives other content of the same kind: floats of the same spread, integers between the smallest
-    and the largest there is, none of them the old one, but for ``kept`` and negative ones, which stay."""
-
-    def other(tensor: Tensor, generator: torch.Generator) -> Tensor:
-        tensor = tensor.detach()
-        if tensor.is_floating_point():
-            values = tensor.float()
-            spread = values.std(correction=0) if tensor.numel() else values.sum()
-            spread = torch.where(spread.isfinite() & (spread > 0), spread, torch.ones_like(spread))
-            noise = torch.randn(tensor.shape, generator=generator).to(tensor.device)
-            return (values.nan_to_num(0, 0, 0).mean() + spread * noise).to(tensor.dtype)
-        if tensor.dtype == torch.bool or tensor.is_complex():
-            return tensor
-        stays = (tensor < 0) | torch.isin(tensor, torch.tensor(sorted(kept), dtype=tensor.dtype, device=tensor.device))
-        free = tensor[~stays]
-        if not free.numel():
-            return tensor
-        low, span = int(free.min()), int(free.max() - free.min()) + 1
-        if span == 1:
-            changed = torch.full_like(tensor, low + 1 if low == 0 else low - 1)
-        else:
-            step = torch.randint(1, span, tensor.shape, generator=generator).to(tensor.device)
-            changed = (tensor - low + step) % span + low
-        return torch.where(stays | torch.isin(changed, tensor[stays]), tensor, changed)
-
-    return other

@@ -24,6 +24,7 @@ class PoolState:
         self.users, self.running = Counter[int](), 0
         self.layouts = {path: Layout(max_rank_total) for path in pooled.layers}
         self.touched = set[str]()
+        self._touched_by = dict[frozenset[int], frozenset[str]]()
         self._order = LoadOrder(lambda: (layer.pool_slots.A.device for layer in pooled.layers.values()))
         self.converting = self._order.converting
 
@@ -57,6 +58,13 @@ class PoolState:
             if name is not None:
                 self.held.move_to_end(name)
         return slots
+
+    def touched_by(self, slots: frozenset[int]) -> frozenset[str]:
+        """Paths of the layers in which one of these slots has weights."""
+        if slots not in self._touched_by:
+            spans = self.layouts.items()
+            self._touched_by[slots] = frozenset(path for path, layout in spans if slots & layout.spans.keys())
+        return self._touched_by[slots]
 
     def begin(self, slots: Iterable[int]) -> None:
         """A batch starts that uses these slots."""
@@ -108,6 +116,7 @@ class PoolState:
         fixed = self._fixed()
         changes = {p: plan_change(layout, slot, updates.get(p), gone, fixed) for p, layout in self.layouts.items()}
         moved = {move.slot for change in changes.values() for move in change.moves}
+        self._touched_by.clear()
         self.touched.update(updates)  # before a kernel may read them
         with self._order.writing({slot, *gone, *moved}):
             write([self.pooled.layers[path] for path in changes], list(changes.values()))

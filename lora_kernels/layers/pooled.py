@@ -12,7 +12,8 @@ from torch.compiler import is_compiling
 
 from lora_kernels.autograd.multi_lora_linear import multi_lora_linear, run
 from lora_kernels.errors import AdapterPoolError
-from lora_kernels.layers.pooled_batch import Here, OpenBatch
+from lora_kernels.layers.pooled_batch import OpenBatch
+from lora_kernels.layers.pooled_here import Here
 from lora_kernels.layers.pooled_ids import with_factors
 from lora_kernels.layers.pooled_rows import RowLayout
 from lora_kernels.slots import Slots

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
-import threading
-from collections.abc import Callable, Container
-from contextvars import ContextVar
+from collections.abc import Container
 from types import FrameType
 from typing import Any
 
@@ -15,6 +12,7 @@ from torch import Tensor
 
 from lora_kernels.errors import AdapterPoolError, UnknownRowsError
 from lora_kernels.layers.pooled_call import Call, Dims
+from lora_kernels.layers.pooled_here import Here, Refusing
 from lora_kernels.layers.pooled_ids import BatchIds, with_factors
 from lora_kernels.layers.pooled_rows import RowLayout
 from lora_kernels.slots import Slots
@@ -23,60 +21,6 @@ REMEDY = (
     "Show the pool a call of the model with at least two requests: pool.probe(*args, **kwargs), before torch.compile "
     "and before a CUDA graph is captured; or serve one adapter at a time"
 )
-
-
-class _Thread(threading.local):
-    batch: OpenBatch | None = None
-
-
-class Here:
-    """What is open in this context (a thread, an asyncio task); ``thread``: in this thread, for torch.compile, which
-    traces no context variable.
-
-    learn: probes the model with the call that a batch is in; False where that brings nothing new. batch_dim: the
-    dimension of the model's inputs that the requests are on, once it is known. failure: why the last probe failed.
-    generators: the batches that generators have opened, by their frames.
-    """
-
-    def __init__(self) -> None:
-        self.var: ContextVar[Any] = ContextVar("lora_kernels_open_batch", default=None)
-        self.get = self.var.get
-        self.thread = _Thread()
-        self.learn: Callable[[OpenBatch], bool] = lambda _: False
-        self.failure = ""
-        self.batch_dim: int | None = None
-        self.generators: dict[FrameType, OpenBatch] = {}
-
-    def check_generator(self, batch: Any) -> None:
-        """Raise where a generator has opened a batch and the model is called outside of it, where the batch that is
-        open is still the generator's; or inside it, resumed in another thread or task, where it is not."""
-        at, owner = sys._getframe(1), None
-        while at is not None and owner is None:
-            owner, at = self.generators.get(at), at.f_back  # type: ignore[assignment]
-        inside = batch
-        while inside is not None and inside is not owner:
-            inside = inside.outer
-        if (owner is not None and inside is None) or (batch is not None and batch.frame and owner is not batch):
-            raise AdapterPoolError(
-                "a batch that a generator has opened is in use outside of the generator, or the generator was resumed "
-                "in another thread or task; open the batch where the model is called, and not across a yield"
-            )
-
-    def __deepcopy__(self, memo: object) -> Here:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Here, ()
-
-
-class Refusing:
-    """In place of the layers that a batch touches: each use raises."""
-
-    def __init__(self, message: str) -> None:
-        self.message = message
-
-    def __contains__(self, _: object) -> bool:
-        raise AdapterPoolError(self.message)
 
 
 class OpenBatch:
@@ -236,15 +180,18 @@ class OpenBatch:
         for tokens in (False, True):
             layout = layer.pool_rows.get((tokens, x.dim()))
             if layout is not None and layout.plain is not None:
-                ids, place = self.images if layout.images else self.requests, layout.plain
+                given, place = self.images if layout.images else self.requests, layout.plain
                 lead = (x.shape[:-1].numel(),) if tokens else x.shape[:-1]
-                if ids is not None and lead[place.axis] == ids.count * self.expand * place.repeats:
-                    return place.spread(ids.repeated(self.expand), lead).to(x.device)
+                ids = (
+                    None if given is None else given.repeated(self.expand, live=True)
+                )  # of a size that a graph leaves open
+                if ids is not None and lead[place.axis] == ids.shape[0] * place.repeats:
+                    return place.spread(ids, lead).to(x.device)
             known = known or layout
         if known is None and layer.pool_path not in self.touched:
             return None
-        if self.requests.uniform is not None and self.images is None:
-            return self.requests.uniform.expand(x.shape[:-1].numel()).contiguous().to(x.device)
+        if self.requests.always is not None and self.images is None:
+            return self.requests.always.expand(x.shape[:-1].numel()).contiguous().to(x.device)
         raise UnknownRowsError(
             f"{layer.pool_path} sees x {tuple(x.shape)} under torch.compile, and the batch has {self.requests.count} "
             f"adapter ids: it is not known which row belongs to which request. {REMEDY}"
@@ -258,11 +205,3 @@ class OpenBatch:
         if made is None:
             made = self._scaled[layer.pool_path] = with_factors(layer.pool_slots, *self.virtual)
         return made
-
-
-def running(frame: FrameType) -> bool:
-    """Whether ``frame`` is on the stack of the caller."""
-    at: FrameType | None = sys._getframe(1)
-    while at is not None and at is not frame:
-        at = at.f_back
-    return at is not None

@@ -19,17 +19,20 @@ class BatchIds:
     named: the batch made ``ids`` itself and frees them at its end; nothing else writes into them. Another tensor
     stays the caller's: on a CPU it is read by content at each use, so that every change is seen, however it was made.
 
-    ``uniform``: int32 (1,) where all n are one id, as far as the host can see it without waiting; ``value``: that id.
+    ids: what it held when it was read last. live: the tensor itself, for a graph. uniform: int32 (1,) where all n are
+    one id, as far as the host can see it without waiting; value: that id; always: where that cannot change.
     """
 
     def __init__(self, ids: Tensor, limit: int, *, named: bool = False, values: list[int] | None = None) -> None:
-        self.given, self.ids, self.limit, self.named = ids, ids.view(-1), limit, named
+        self.given, self.limit, self.named = ids, limit, named
+        self.ids = self.live = ids if ids.dim() == 1 else ids.view(-1)
         self.count = self.ids.numel()
-        self._place, self._bytes = ids.data_ptr(), b""
+        self._place, self._bytes = 0 if named else ids.data_ptr(), b""
         self._kept: dict[Key, Tensor] = {}
         self.uniform: Tensor | None = None
         self.value: int | None = None
         self._look(values or [])
+        self.always = self.uniform
 
     def now(self) -> dict[Key, Tensor] | None:
         """What was made of the ids as they are now; None where they may change without a sign (on a GPU)."""
@@ -62,9 +65,10 @@ class BatchIds:
         self.uniform = self.ids[:1] if alike else None
         self.value = values[0] if alike and values else None
 
-    def repeated(self, expand: int) -> Tensor:
+    def repeated(self, expand: int, live: bool = False) -> Tensor:
         """(n expand,): the ids, each as often as generate() has repeated its request."""
-        return self.ids if expand == 1 else self.ids.repeat_interleave(expand)
+        ids = self.live if live else self.ids
+        return ids if expand == 1 else ids.repeat_interleave(expand)
 
 
 def with_factors(slots: Slots, which: Tensor, factors: Tensor) -> Slots:

@@ -159,8 +159,7 @@ def test_each_request_as_alone_or_refused(seed: int) -> None:
         try:
             with torch.no_grad(), pool.batch(names):
                 y = model(x)
-        except lk.AdapterPoolError as error:
-            assert "layers." in str(error)
+        except lk.AdapterPoolError:
             continue
         if set(kinds) & TOGETHER:
             assert len(set(names)) == 1 or not any(
