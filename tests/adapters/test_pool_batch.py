@@ -139,7 +139,7 @@ def test_batches_that_overlap(model: nn.Module, pool: lk.AdapterPool, served: An
         with pytest.raises(lk.AdapterPoolError, match="overlap"):
             model(X)
         batch.__exit__(None, None, None)
-    with pytest.raises(lk.AdapterPoolError, match="call pool.batch again"):
+    with pytest.raises(lk.AdapterPoolError, match=r"call pool\.batch again"):
         first.__enter__()
     nothing_is_open(model, pool, served)
 
@@ -186,7 +186,7 @@ def test_a_scale_for_each_request(
     "one", [("a", float("nan")), ("a", float("inf")), ("a", "2"), ("a", True), ("a",), (None, 2.0), ("a", 1e39)]
 )
 def test_scales_that_are_refused(pool: lk.AdapterPool, made: Any, one: Any) -> None:
-    with pytest.raises(lk.AdapterPoolError, match="finite scale|infinite times"):
+    with pytest.raises(lk.AdapterPoolError, match=r"finite scale|infinite times"):
         pool.batch([one, None]).__enter__()
     with pytest.raises(lk.UnknownAdapterError, match="no adapter 'x'"):
         pool.batch([("x", 2.0)]).__enter__()

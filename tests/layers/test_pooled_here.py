@@ -52,7 +52,7 @@ def test_running() -> None:
 def test_a_generators_batch_counts_inside_the_generator() -> None:
     here = Here()
 
-    def steps() -> Iterator[None]:
+    def steps() -> Any:
         while True:
             here.check_generator(current)
             yield
@@ -65,11 +65,12 @@ def test_a_generators_batch_counts_inside_the_generator() -> None:
     here.check_generator(None)  # another thread
     with pytest.raises(AdapterPoolError, match="outside of the generator"):
         here.check_generator(mine)
-    for current in (mine, Batch(outer=mine)):
+    for inside in (mine, Batch(outer=mine)):
+        current = inside
         next(generator)
-    for current in (None, Batch()):
-        other: Any = steps()
-        here.generators[other.gi_frame] = mine  # type: ignore[assignment]
+    for outside in (None, Batch()):
+        current, other = outside, steps()
+        here.generators[other.gi_frame] = mine  # type: ignore
         with pytest.raises(AdapterPoolError, match="resumed in another thread or task"):
             next(other)
 
