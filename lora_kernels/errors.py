@@ -47,3 +47,7 @@ class UnknownAdapterError(AdapterPoolError, LookupError):
 
 class UnservableAdapterError(AdapterPoolError, ValueError):
     """A sound adapter that this pool cannot serve: another kind, other modules, too large a rank."""
+
+
+class UnknownRowsError(AdapterPoolError, ShapeError):
+    """Rows of a layer's input of which it is not known to which request of a batch they belong."""

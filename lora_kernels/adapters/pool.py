@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.adapters.keys import KeyMapping
+from lora_kernels.adapters.pool_batch import Asked, Opening, Wanted, ids_tensor
 from lora_kernels.adapters.pool_files import Source, check_ranks, convert_updates, read_updates
-from lora_kernels.adapters.pool_model import PooledModel, Targets
+from lora_kernels.adapters.pool_model import PooledModel, Targets, check_sizes
+from lora_kernels.adapters.pool_probe import Probe
 from lora_kernels.adapters.pool_report import AdapterInfo, table
+from lora_kernels.adapters.pool_root import Root
 from lora_kernels.adapters.pool_state import PoolState
-from lora_kernels.errors import AdapterBusyError, AdapterPoolError, ConfigError, ShapeError
-from lora_kernels.layers.pooled import Here, Rows
-
-Asked = Sequence[str | None] | Tensor
-MAX_RANK = 64  # where the caller names none: what kernels reserve for a row grows with it
+from lora_kernels.errors import AdapterBusyError, AdapterPoolError, ShapeError
+from lora_kernels.layers.pooled import Here
+from lora_kernels.layers.pooled_batch import OpenBatch
 
 
 class AdapterPool:
@@ -37,10 +38,11 @@ class AdapterPool:
         max_rank: the largest rank of one adapter; min(64, max_rank_total) if None.
         target_modules: which layers, as in LoRAConfig; all linear ones but the output head if None.
         backend: as multi_lora_linear takes it.
+        batch_dim: the dimension of the model's inputs that its sequences are on; found by a probe if None.
 
     Buffers are allocated here, (max_rank_total, K) and (max_rank_total, N) for a layer W (N, K), and never again: a
     captured CUDA graph stays valid whatever is loaded or evicted. All methods may be called from any thread; a batch
-    is open in the thread that opened it.
+    is open in the thread or asyncio task that opened it.
 
     Raises:
         ConfigError: sizes that make no sense, a model that has adapters, a named layer that cannot be pooled.
@@ -56,19 +58,15 @@ class AdapterPool:
         max_rank: int | None = None,
         target_modules: Targets = None,
         backend: str = "auto",
+        batch_dim: int | None = None,
     ) -> None:
-        largest = 1 if max_rank is None else max_rank
-        sizes = {"capacity": capacity, "max_rank_total": max_rank_total, "max_rank": largest}
-        for name, size in sizes.items():
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ConfigError(f"{name} = {size!r}: accepted is an integer of at least 1")
-        max_rank = min(MAX_RANK, max_rank_total) if max_rank is None else max_rank
-        if max_rank > max_rank_total:
-            raise ConfigError(f"max_rank = {max_rank}: no more than max_rank_total = {max_rank_total} can be held")
+        max_rank = check_sizes(capacity, max_rank_total, max_rank, batch_dim)
         self.capacity, self.max_rank_total, self.max_rank = capacity, max_rank_total, max_rank
         self._here, self._lock, self._closed = Here(), threading.RLock(), False
         self._pooled = PooledModel(model, target_modules, capacity, max_rank_total, max_rank, self._here, backend)
         self._state = PoolState(self._pooled, capacity, max_rank_total)
+        self._probe = Probe(self._pooled, self._here, batch_dim)
+        self._root = Root(model, self._here, self._probe.call)
 
     def load(
         self,
@@ -129,28 +127,37 @@ class AdapterPool:
         with self._opened() as state:
             state.held[name] = state.entry(name)._replace(pinned=False)
 
-    @contextmanager
-    def batch(self, adapters: Asked) -> Iterator[None]:
-        """What this thread runs through the model inside the block is served with ``adapters``.
+    def batch(self, adapters: Asked, *, image_ids: Asked | None = None) -> Opening:
+        """A block in which calls of the model are served with ``adapters``, in this thread or asyncio task.
 
-        A list of names, one a sequence, None for no adapter; rows that generate() makes of a sequence (beams, several
-        answers) get its adapter. Or an int32 tensor of slots (``ids``), one a sequence or one a token, -1 for none,
-        whose numbers may change while the batch is open. Blocks may be nested; the innermost counts.
+        A list of names, one for each sequence of the model's inputs, None for no adapter, ("sql", 0.5) for an adapter
+        whose scaling counts half; what generate() makes of a sequence (beams, several answers) gets its adapter. Or an
+        int32 tensor of slots (``ids``), one a sequence or one a token, -1 for none, whose numbers may change while the
+        batch is open. image_ids: likewise for the items of image inputs, where adapters have weights in layers that
+        see images alone. Blocks may be nested; the innermost counts.
 
         The adapters that are named are neither evicted nor replaced nor moved meanwhile; with a tensor, all that the
         pool holds when the block is entered, and those that ``ids`` is asked for inside.
-        Raises UnknownAdapterError, ShapeError; from the model's layers ShapeError where rows do not fit.
+
+        Which row of a layer's input belongs to which sequence is learned from probes of the model: runs without
+        adapters on altered inputs, once for each kind of call, when several adapters are first wanted at a time.
+
+        Raises UnknownAdapterError, ShapeError, and AdapterPoolError where batches overlap without being nested; from
+        the model's layers UnknownRowsError where it is not known which rows belong to which sequence.
         """
-        here = self._here
-        outer = here.rows, here.held
-        rows, held = self._open(adapters)
+        return Opening(self._here, lambda: self._begin(adapters, image_ids), self._end)
+
+    def probe(self, *args: Any, **kwargs: Any) -> None:
+        """Learn from a call of the model with these arguments, at least two sequences of different content, which rows
+        belong to which sequence: before torch.compile, before a CUDA graph is captured, and for layers that are called
+        otherwise than by the model. Nothing else changes. Raises AdapterPoolError where it shows nothing."""
+        with self._opened() as state:
+            state.running += 1  # the pool stays open meanwhile
         try:
-            here.rows, here.held = rows, held
-            yield
+            self._probe.show(args, kwargs)
         finally:
-            here.rows, here.held = outer
             with self._lock:
-                self._state.end(held)
+                state.running -= 1
 
     def ids(self, names: Sequence[str | None], out: Tensor | None = None) -> Tensor:
         """int32 (n,): the slot of each name, -1 for None; into ``out`` (m,), m >= n, whose rest gets -1.
@@ -163,13 +170,13 @@ class AdapterPool:
             if out is not None and (out.dtype != torch.int32 or out.dim() != 1 or len(out) < len(names)):
                 raise ShapeError(f"out is {out.dtype} {tuple(out.shape)}; expected torch.int32 (m,), m >= {len(names)}")
             slots = state.slots(names)
-            held = self._here.held
-            if held is not None:
-                new = {slot for slot in slots if slot >= 0} - held
+            batch = self._here.get()
+            if batch is not None and not batch.refusal:
+                new = {slot for slot in slots if slot >= 0} - batch.held
                 state.users.update(new)
-                held |= new
+                batch.held |= new
         if out is None:
-            return self._ids_tensor(slots)
+            return ids_tensor(slots, self._pooled.device())
         with torch.no_grad():
             return out.copy_(torch.tensor(slots + [-1] * (out.numel() - len(slots)), dtype=torch.int32))
 
@@ -226,25 +233,24 @@ class AdapterPool:
                 raise AdapterPoolError("this pool is closed and its model is as it was; make a new AdapterPool")
             yield self._state
 
-    def _ids_tensor(self, slots: list[int]) -> Tensor:
-        device = next(iter(self._pooled.layers.values())).pool_slots.A.device
-        with torch.inference_mode(False):  # a tensor that counts its changes is looked at once
-            return torch.tensor(slots, dtype=torch.int32).to(device)
-
-    def _open(self, adapters: Asked) -> tuple[Rows, set[int]]:
+    def _begin(self, adapters: Asked, image_ids: Asked | None) -> OpenBatch:
         with self._opened() as state:
-            if isinstance(adapters, Tensor):
-                if adapters.dtype != torch.int32 or not adapters.is_contiguous():
-                    raise ShapeError(
-                        f"ids are {adapters.dtype}{'' if adapters.is_contiguous() else ' with gaps'}; expected a "
-                        "contiguous torch.int32 tensor, as it is read at every layer and a converted copy would not be"
-                    )
-                rows = Rows(adapters.view(-1), self.capacity)
-                held = {entry.slot for entry in state.entries()}
-            else:
-                slots = state.slots(adapters)
-                ids, held = self._ids_tensor(slots), set(slots) - {-1}
-                uniform = ids[:1] if len(held) == 1 and -1 not in slots else None
-                rows = Rows(ids, self.capacity, named=True, none=not held, uniform=uniform)
-            state.begin(held)
-            return rows, held
+            wanted = Wanted(state, self.capacity, self._pooled.device())
+            requests = wanted.ids(adapters)
+            batch = wanted.batch(self._here, requests, None if image_ids is None else wanted.ids(image_ids))
+            state.begin(batch.held)
+            if batch.mixed:
+                self._root.attach()
+        try:
+            if batch.mixed:
+                self._probe.make_up()
+        except BaseException:
+            self._end(batch)
+            raise
+        return batch
+
+    def _end(self, batch: OpenBatch) -> None:
+        with self._lock:
+            if batch.mixed:
+                self._root.detach()
+            self._state.end(batch.held)

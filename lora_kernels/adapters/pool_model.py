@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -20,6 +21,23 @@ from lora_kernels.targets import Matcher, is_conv1d, left_out, uncalled
 Targets = str | Sequence[str] | None
 # Linear layers of a mixture's experts, as they are called where each is a module: they see some rows, in another order.
 EXPERT = re.compile(r"(^|\.)(?!shared)\w*experts?\.\d+(\.|$)")
+
+
+MAX_RANK = 64  # where the caller names none: what kernels reserve for a row grows with it
+
+
+def check_sizes(capacity: object, max_rank_total: int, max_rank: int | None, batch_dim: object) -> int:
+    """The largest rank of one adapter. Raises ConfigError for numbers that make no sense."""
+    sizes = {"capacity": capacity, "max_rank_total": max_rank_total, "max_rank": 1 if max_rank is None else max_rank}
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ConfigError(f"{name} = {size!r}: accepted is an integer of at least 1")
+    if batch_dim not in (None, 0, 1) or isinstance(batch_dim, bool):
+        raise ConfigError(f"batch_dim = {batch_dim!r}: accepted are 0, 1 and None")
+    max_rank = min(MAX_RANK, max_rank_total) if max_rank is None else max_rank
+    if max_rank > max_rank_total:
+        raise ConfigError(f"max_rank = {max_rank}: no more than max_rank_total = {max_rank_total} can be held")
+    return max_rank
 
 
 def choose_layers(model: nn.Module, target_modules: Targets = None) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -111,32 +129,42 @@ class PooledModel:
             resolve(backend, weight.device.type, weight.dtype)
         self.model = model
         self.layers = dict[str, _Pooled]()
-        self._flags = [(p, p.requires_grad) for layer in chosen.values() for p in layer.parameters(recurse=False)]
-        self._switches = list[tuple[nn.Module, str, object]]()
+        self._undo = ExitStack()
         try:
             for path, layer in chosen.items():
                 self.layers[path] = into_pooled(layer, capacity, max_rank_total, max_rank, here, backend, path)
+                self._undo.callback(out_of_pooled, self.layers[path])
+            for layer in chosen.values():
+                for name, parameter in layer.named_parameters(recurse=False):
+                    self._undo.callback(_set_flag, layer, name, parameter.requires_grad)
+                    _set_flag(layer, name, False)
+            for module in model.modules():
+                if isinstance(module, nn.TransformerEncoderLayer):
+                    self._switch(module, "activation_relu_or_gelu", 0)
+                elif isinstance(module, nn.TransformerEncoder):
+                    self._switch(module, "use_nested_tensor", False)
         except BaseException:  # out of memory, as a rule
             self.restore()
             raise
-        for parameter, _ in self._flags:
-            parameter.requires_grad_(False)
-        for module in model.modules():
-            if isinstance(module, nn.TransformerEncoderLayer):
-                self._switch(module, "activation_relu_or_gelu", 0)
-            elif isinstance(module, nn.TransformerEncoder):
-                self._switch(module, "use_nested_tensor", False)
 
     def _switch(self, module: nn.Module, name: str, value: object) -> None:
-        self._switches.append((module, name, getattr(module, name)))
+        self._undo.callback(setattr, module, name, getattr(module, name))
         setattr(module, name, value)
 
+    def device(self) -> torch.device:
+        """Of the first layer."""
+        return next(iter(self.layers.values())).pool_slots.A.device
+
     def restore(self) -> None:
-        """Every layer of its own class again, without the pool's buffers; flags as they were."""
-        for layer in self.layers.values():
-            out_of_pooled(layer)
-        for parameter, flag in self._flags:
-            parameter.requires_grad_(flag)
-        for module, name, value in reversed(self._switches):
-            setattr(module, name, value)
+        """Every layer of its own class again, without the pool's buffers; flags as they were. Where a step raises, the
+        others are done all the same."""
         self.layers = {}
+        self._undo.close()
+
+
+def _set_flag(layer: nn.Module, name: str, flag: bool) -> None:
+    """requires_grad of a layer's parameter, which ``to`` and ``half`` may have replaced since."""
+    parameter = layer._parameters.get(name)
+    if parameter is not None and parameter.requires_grad != flag:
+        with torch.inference_mode(parameter.is_inference()):  # else PyTorch refuses
+            parameter.requires_grad_(flag)

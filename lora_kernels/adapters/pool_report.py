@@ -11,13 +11,15 @@ from lora_kernels.layers.pooled import BUFFERS
 
 
 class AdapterInfo(NamedTuple):
-    """One adapter of a pool. ranks: by the path of the layer. batches: running ones that use it."""
+    """One adapter of a pool. ranks: by the path of the layer. batches: running ones that use it. scaling: its largest,
+    by magnitude."""
 
     name: str
     slot: int
     ranks: Mapping[str, int]
     pinned: bool = False
     batches: int = 0
+    scaling: float = 1.0
 
     @property
     def rank(self) -> int:

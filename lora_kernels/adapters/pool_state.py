@@ -16,13 +16,15 @@ from lora_kernels.errors import AdapterBusyError, AdapterPoolError, PoolFullErro
 
 class PoolState:
     """``held``: the adapters, the least recently used first. ``users``: open batches of each slot. ``running``: all,
-    and loads."""
+    and loads. ``touched``: paths of the layers in which an adapter has weights now; the object stays."""
 
     def __init__(self, pooled: PooledModel, capacity: int, max_rank_total: int) -> None:
         self.pooled, self.capacity = pooled, capacity
         self.held = OrderedDict[str, AdapterInfo]()
         self.users, self.running = Counter[int](), 0
         self.layouts = {path: Layout(max_rank_total) for path in pooled.layers}
+        self.touched = set[str]()
+        self._touched_by = dict[frozenset[int], frozenset[str]]()
         self._order = LoadOrder(lambda: (layer.pool_slots.A.device for layer in pooled.layers.values()))
         self.converting = self._order.converting
 
@@ -57,6 +59,13 @@ class PoolState:
                 self.held.move_to_end(name)
         return slots
 
+    def touched_by(self, slots: frozenset[int]) -> frozenset[str]:
+        """Paths of the layers in which one of these slots has weights."""
+        if slots not in self._touched_by:
+            spans = self.layouts.items()
+            self._touched_by[slots] = frozenset(path for path, layout in spans if slots & layout.spans.keys())
+        return self._touched_by[slots]
+
     def begin(self, slots: Iterable[int]) -> None:
         """A batch starts that uses these slots."""
         self.users.update(slots)
@@ -76,7 +85,9 @@ class PoolState:
         self._change(slot, updates, gone)
         for other in [entry.name for entry in self.held.values() if entry.slot in (*gone, slot)]:
             del self.held[other]
-        self.held[name] = AdapterInfo(name, slot, {path: update.rank for path, update in updates.items()}, pinned)
+        ranks = {path: update.rank for path, update in updates.items()}
+        scaling = max(abs(update.scaling) for update in updates.values())
+        self.held[name] = AdapterInfo(name, slot, ranks, pinned, scaling=scaling)
         return slot
 
     def remove(self, name: str) -> None:
@@ -105,6 +116,9 @@ class PoolState:
         fixed = self._fixed()
         changes = {p: plan_change(layout, slot, updates.get(p), gone, fixed) for p, layout in self.layouts.items()}
         moved = {move.slot for change in changes.values() for move in change.moves}
+        self._touched_by.clear()
+        self.touched.update(updates)  # before a kernel may read them
         with self._order.writing({slot, *gone, *moved}):
             write([self.pooled.layers[path] for path in changes], list(changes.values()))
         self.layouts = {path: change.layout for path, change in changes.items()}
+        self.touched.intersection_update(path for path, layout in self.layouts.items() if layout.spans)

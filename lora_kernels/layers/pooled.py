@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -11,103 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from lora_kernels.autograd.call import batched, derived
 from lora_kernels.autograd.multi_lora_linear import multi_lora_linear, run
 from lora_kernels.dtypes import low_rank_dtype
-from lora_kernels.errors import AdapterPoolError, ShapeError
+from lora_kernels.errors import AdapterPoolError
+from lora_kernels.layers.pooled_batch import OpenBatch
+from lora_kernels.layers.pooled_here import Here
+from lora_kernels.layers.pooled_ids import with_factors
+from lora_kernels.layers.pooled_rows import RowLayout
 from lora_kernels.slots import Slots
 
 BUFFERS = ("pool_A", "pool_Bt", "pool_starts", "pool_ranks", "pool_scalings")
-HOST = ("pool_slots", "pool_here", "pool_backend", "pool_path")
-
-
-class Rows:
-    """The adapter ids of an open batch, and what they are for the rows that a layer sees.
-
-    ids: int32 (n,), one per sequence or per token, from -1 (no adapter) to capacity - 1. named: the batch made ``ids``
-    from names, and frees them at its end. none: no adapter at all, known on the host. uniform: int32 (1,) where all n
-    are one adapter.
-    """
-
-    def __init__(
-        self, ids: Tensor, capacity: int, *, named: bool = False, none: bool = False, uniform: Tensor | None = None
-    ) -> None:
-        self.ids, self.capacity, self.named, self.none, self.uniform = ids, capacity, named, none, uniform
-        self._kept: dict[tuple[int, bool, torch.device], Tensor] = {}
-        self._version = 0 if named else -1  # of ids, when they were last looked at
-
-    def of(self, x: Tensor, path: str) -> Tensor:
-        """int32 (M,): the slot of each of the M rows of x (..., K), in which sequences follow one another.
-
-        n ids stand for M rows where n = M, and where n divides the rows of a matrix or else the first dimension: each
-        id is repeated. A batch of one adapter fits any x.
-        Raises ShapeError otherwise, AdapterPoolError where a CUDA graph would keep ids that the batch frees.
-        """
-        ids, M, device = self.ids, x.shape[:-1].numel(), x.device
-        if is_compiling():
-            return ids if ids.numel() == M else self._repeated(x, M, path).to(device)
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            if self.named:
-                raise AdapterPoolError(
-                    "a CUDA graph is captured inside a batch of names, whose ids are freed when it ends; keep a tensor "
-                    "of your own, fill it by pool.ids(names, out=tensor), and capture inside pool.batch(tensor)"
-                )
-            return self._repeated(x, M, path).to(device)  # by the graph: a replay finds other ids
-        version = -1 if ids.is_inference() else ids._version  # -1: changes cannot be noticed
-        if version != self._version or version < 0:
-            self._look(version)
-        if derived():
-            if self.uniform is None and batched(x):
-                raise AdapterPoolError(
-                    f"{path} is called under torch.func.vmap, which hides a dimension of x; {tuple(x.shape)} does not "
-                    f"show which of the batch's {ids.numel()} ids a row has. Open a batch of one adapter, or map over "
-                    "lora_kernels.multi_lora_linear with an id for each row"
-                )
-            return self._repeated(x, M, path).to(device)  # a tensor made under a transform must not outlive it
-        key = M, self._fits(x, M), device  # of as many rows x may still be laid out otherwise
-        kept = self._kept.get(key)
-        if kept is None:
-            with torch.inference_mode(False):  # a forward with gradients may be next
-                kept = self._kept[key] = self._repeated(x, M, path).to(device)
-        return kept
-
-    def _look(self, version: int) -> None:
-        """Forget what was made of ids that have changed since; on a CPU, where looking costs little, check them."""
-        self._kept.clear()
-        self._version = version
-        if self.ids.is_cpu and self.ids.numel():
-            low, high = (int(end) for end in self.ids.aminmax())
-            if low < -1 or high >= self.capacity:
-                raise ShapeError(
-                    f"adapter ids go from {low} to {high}; accepted are -1 (no adapter) and 0 to {self.capacity - 1}"
-                )
-
-    def _fits(self, x: Tensor, M: int) -> bool:
-        n = self.ids.numel()
-        return n == M or bool(n and M and (M if x.dim() <= 2 else x.shape[0]) % n == 0)
-
-    def _repeated(self, x: Tensor, M: int, path: str) -> Tensor:
-        n = self.ids.numel()
-        if self._fits(x, M):
-            return self.ids if n == M else self.ids.repeat_interleave(M // n)
-        if self.uniform is not None:
-            return self.uniform.expand(M).contiguous()
-        first = M if x.dim() <= 2 else x.shape[0]
-        raise ShapeError(
-            f"{path} sees x {tuple(x.shape)}, and the batch has {n} adapter ids: {first} rows are no multiple of them. "
-            "Give one id per sequence (whose rows follow one another, with their beams) or one per token of every "
-            "layer; rows that belong to no sequence can be served for one adapter at a time"
-        )
-
-
-class Here(threading.local):
-    """What is open in this thread. A thread starts with nothing open, whatever others do.
-
-    rows: of the innermost open batch. held: the slots that it keeps from being overwritten.
-    """
-
-    rows: Rows | None = None
-    held: set[int] | None = None
+HOST = ("pool_slots", "pool_here", "pool_backend", "pool_path", "pool_rows")
 
 
 class _Pooled(nn.Module):
@@ -124,25 +37,40 @@ class _Pooled(nn.Module):
     pool_here: Here
     pool_backend: str
     pool_path: str
+    pool_rows: dict[tuple[bool, int], RowLayout]  # by whether an id belongs to a token, and by x.dim()
 
     def base_weight(self) -> Tensor:
         """W (N, K)."""
         return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """y (..., N) for x (..., K): the base layer's where no batch is open in this thread."""
-        rows = self.pool_here.rows
-        if rows is None or rows.none:
-            return super().forward(x)  # type: ignore[misc]
-        W, bias, ids = self.base_weight(), self.bias, rows.of(x, self.pool_path)
+        """y (..., N) for x (..., K): the base layer's where no batch is open in this context, or none of the adapters
+        of the batch has weights here."""
         if is_compiling():
-            slots = self._slots_now()
-        else:
-            slots = self.pool_slots
-            fits = x.dtype == W.dtype and x.device == W.device and x.shape[-1] == slots.A.shape[1]
-            if fits and not W.requires_grad and not torch.is_autocast_enabled(x.device.type):
-                return run(x, W, slots, ids, bias, self.pool_backend)
+            return self._traced(x)
+        here = self.pool_here
+        batch = here.get()
+        if here.generators:
+            here.check_generator(batch)
+        if batch is None or (self.pool_path not in batch.touched and not _captured(batch, x)):
+            return super().forward(x)  # type: ignore[misc]
+        ids = batch.of(x, self)
+        if ids is None:
+            return super().forward(x)  # type: ignore[misc]
+        W, bias, slots = self.base_weight(), self.bias, batch.slots(self)
+        fits = x.dtype == W.dtype and x.device == W.device and x.shape[-1] == slots.A.shape[1]
+        if fits and not W.requires_grad and not torch.is_autocast_enabled(x.device.type):
+            return run(x, W, slots, ids, bias, self.pool_backend)
         return multi_lora_linear(x, W, slots, ids.view(x.shape[:-1]), bias, backend=self.pool_backend)
+
+    def _traced(self, x: Tensor) -> Tensor:
+        batch: OpenBatch | None = self.pool_here.thread.batch
+        ids = None if batch is None else batch.traced(x, self)
+        if batch is None or ids is None:
+            return super().forward(x)  # type: ignore[misc]
+        slots = self._slots_now() if batch.virtual is None else with_factors(self._slots_now(), *batch.virtual)
+        W, ids = self.base_weight(), ids.view(x.shape[:-1])
+        return multi_lora_linear(x, W, slots, ids, self.bias, backend=self.pool_backend)
 
     def _slots_now(self) -> Slots:
         """The buffers; a traced graph reads them so, and not as ``pool_slots``: the shape of a buffer stays."""
@@ -171,6 +99,11 @@ class _Pooled(nn.Module):
             "nn.DataParallel runs copies of the model in threads of its own, where no batch is open; use one process a "
             "GPU, each with its own pool"
         )
+
+
+def _captured(batch: OpenBatch, x: Tensor) -> bool:
+    """Whether a CUDA graph is captured, which stays when adapters are loaded that have weights here."""
+    return x.is_cuda and batch.mixed and torch.cuda.is_current_stream_capturing()
 
 
 class PooledLinear(_Pooled, nn.Linear):  # type: ignore[misc]  # mypy: a bias that may be None here and there
@@ -206,6 +139,7 @@ def into_pooled(
     linear.__class__ = kind
     assert isinstance(linear, _Pooled)
     linear.pool_here, linear.pool_backend, linear.pool_path = here, backend, path
+    linear.pool_rows = {}
     linear.pool_slots = Slots(made[0], made[1].t(), starts, ranks, scalings, max_rank)
     return linear
 

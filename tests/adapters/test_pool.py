@@ -18,9 +18,9 @@ def test_each_sequence_gets_its_adapter(model: nn.Module, pool: lk.AdapterPool, 
     names = ["b", None, "a", "c"]
     with torch.no_grad(), pool.batch(names):
         served.check(model(X), X, [made[name] for name in names])
-        served.check(
-            model(X.repeat_interleave(2, 0)), X.repeat_interleave(2, 0), [made[n] for n in names for _ in "12"]
-        )
+    twice = [name for name in names for _ in "12"]
+    with torch.no_grad(), pool.batch(twice):
+        served.check(model(X.repeat_interleave(2, 0)), X.repeat_interleave(2, 0), [made[name] for name in twice])
     with torch.no_grad():
         assert torch.equal(model(X), served.alone(X, None, X.dtype))  # no batch is open
 

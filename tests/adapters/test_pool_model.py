@@ -13,7 +13,7 @@ from lora_kernels.adapters.pool_model import PooledModel, choose_layers, list_or
 from lora_kernels.config import LoRAConfig
 from lora_kernels.errors import BackendUnavailableError, ConfigError
 from lora_kernels.inject import apply_lora
-from lora_kernels.layers.pooled import Here, PooledLinear, into_pooled
+from lora_kernels.layers.pooled import BUFFERS, Here, PooledLinear, into_pooled
 
 
 def pooled(model: nn.Module, targets: Any = None, backend: str = "auto") -> PooledModel:
@@ -134,3 +134,41 @@ def test_memory_that_runs_out_leaves_the_model_alone(served: Any, monkeypatch: p
         pooled(model)
     assert all(type(m) is nn.Linear for m in model.modules() if isinstance(m, nn.Linear))
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("made_in", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize("used_in", [torch.inference_mode, torch.no_grad])
+def test_weights_of_inference_mode(served: Any, made_in: Any, used_in: Any) -> None:
+    with made_in():
+        model = served()
+    model.blocks[0].q.bias = nn.Parameter(torch.zeros(6), requires_grad=False)
+    flags = [p.requires_grad for p in model.parameters()]
+    with used_in():
+        state = pooled(model)
+    assert not any(p.requires_grad for p in model.parameters())
+    with used_in():
+        state.restore()
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert not list(model.buffers())
+    assert all(type(m) is nn.Linear for m in model.modules() if isinstance(m, nn.Linear))
+
+
+def test_every_step_of_restore_is_done(served: Any) -> None:
+    model = served()
+    state = pooled(model)
+    del model.blocks[0].v._buffers["pool_A"]
+    with pytest.raises(KeyError, match="pool_A"):
+        state.restore()
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(type(m) is nn.Linear for m in model.modules() if isinstance(m, nn.Linear))
+    assert {name for name, _ in model.named_buffers()} <= {f"blocks.0.v.{name}" for name in BUFFERS}
+    assert state.layers == {}
+
+
+def test_a_flag_that_cannot_be_set_leaves_the_model_alone(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = served()
+    monkeypatch.setattr(model.blocks[1].v.weight, "requires_grad_", lambda _: (_ for _ in ()).throw(RuntimeError("no")))
+    with pytest.raises(RuntimeError, match="no"):
+        pooled(model)
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(type(m) is nn.Linear for m in model.modules() if isinstance(m, nn.Linear))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import pickle
 from typing import Any
@@ -120,6 +121,7 @@ def test_in_every_mode(model: nn.Module, pool: lk.AdapterPool, served: Any, adap
 def test_under_torch_compile(model: nn.Module, pool: lk.AdapterPool, served: Any, adapter: Any) -> None:
     """One graph serves every mix, what is loaded later, and a batch of ids; the base alone is a graph of its own."""
     made = fill(pool, adapter, 2, 5)
+    pool.probe(X)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch._dynamo.reset()
     with torch.no_grad():
@@ -135,3 +137,35 @@ def test_under_torch_compile(model: nn.Module, pool: lk.AdapterPool, served: Any
         with pool.batch(pool.ids(["c", "a", None, "b"])):
             served.check(compiled(X), X, [made[name] for name in ("c", "a", None, "b")])
         assert torch.equal(compiled(X), served.alone(X, None, X.dtype))
+        with pool.batch([("a", 0.5), None, "b", ("a", 2.0)]):
+            torch.testing.assert_close(compiled(X), model(X))
+        with pool.batch(["b"]):  # whatever the rows
+            served.check(compiled(X), X, [made["b"]] * 4)
+
+
+def test_what_torch_compile_cannot_see_is_refused(model: nn.Module, pool: lk.AdapterPool, adapter: Any) -> None:
+    fill(pool, adapter, 2, 5)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with (
+        torch.no_grad(),
+        pool.batch(["a", None, "b", "a"]),
+        pytest.raises(Exception, match=r"it is not known which row belongs.*pool\.probe"),
+    ):
+        compiled(X)
+    pool.probe(X)
+
+    async def task(name: str) -> str:
+        try:
+            with torch.no_grad(), pool.batch([name, None] * 2):
+                await asyncio.sleep(0)
+                compiled(X)
+        except Exception as error:
+            return str(error)
+        return ""
+
+    async def both() -> list[str]:
+        return await asyncio.gather(task("a"), task("b"))
+
+    for message in asyncio.run(both()):
+        assert "several tasks of this thread have a batch open" in message

@@ -1,4 +1,4 @@
-"""One pooled layer: which row belongs to which id, what it computes, and how it is made and unmade."""
+"""One pooled layer: what it computes in an open batch, and how it is made and unmade."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from lora_kernels.errors import AdapterPoolError, ShapeError
-from lora_kernels.layers.pooled import BUFFERS, HOST, Here, PooledLinear, Rows, _Pooled, base_class, into_pooled
+from lora_kernels.layers.pooled import BUFFERS, HOST, Here, PooledLinear, _Pooled, base_class, into_pooled
 from lora_kernels.layers.pooled import out_of_pooled as undo
+from lora_kernels.layers.pooled_batch import OpenBatch
+from lora_kernels.layers.pooled_ids import BatchIds
+from lora_kernels.layers.pooled_rows import BLOCK, TILED, RowLayout
 
 K, N, CAPACITY = 5, 4, 3
 
@@ -37,6 +40,22 @@ def layer(kind: type[nn.Module] = nn.Linear, **options: Any) -> Any:
     made.pool_ranks.copy_(ints(2, 0, 3))
     made.pool_scalings.copy_(torch.tensor([0.5, 9.0, 2.0]))
     return made
+
+
+def rows(axis: int, repeats: int = 1, order: str = BLOCK) -> RowLayout:
+    """What probes have shown: each request has so many indices of this axis."""
+    places = {(axis, order)} | ({(axis, TILED)} if repeats == 1 else set())
+    return RowLayout(False, frozenset(places), frozenset({(axis, "", repeats)}), {})
+
+
+def batch(made: Any, *ids: int, named: bool = True, **options: Any) -> OpenBatch:
+    """A batch of one id a request, open; rows of sequences in the first dimension."""
+    made.pool_rows = {(False, dim): rows(0) for dim in (2, 3, 4)}
+    options = {"touched": {"its.path"}, "held": {0, 2}} | options
+    opened = OpenBatch(made.pool_here, BatchIds(ints(*ids), CAPACITY, named=named, values=[*ids]), **options)
+    made.pool_here.var.set(opened)
+    made.pool_here.thread.batch = opened
+    return opened
 
 
 def wanted(made: Any, x: Tensor, ids: list[int]) -> Tensor:
@@ -61,65 +80,51 @@ def test_each_row_with_its_own(kind: type[nn.Module], options: dict[str, Any]) -
     made, x = layer(kind, **options), torch.randn(6, K)
     assert close(made(x), wanted(made, x, [-1] * 6))
     for ids in ([0, 2, -1, 1, 0, 2], [2, 0, -1], [0, -1]):
-        made.pool_here.rows = Rows(ints(*ids), CAPACITY)
-        each = [slot for slot in ids for _ in range(6 // len(ids))]
-        for shape in ((6, K), (6, 1, K), (1, 6, K), (3, 2, K)):
-            if shape[0] % len(ids) == 0 or len(ids) == 6:
-                assert close(made(x.view(shape)).view(6, N), wanted(made, x, each)), shape
+        batch(made, *ids)
+        for shape, layout, each in (
+            ((6 // len(ids), len(ids), K), rows(1), ids * (6 // len(ids))),
+            ((len(ids), 6 // len(ids), K), rows(0), [slot for slot in ids for _ in range(6 // len(ids))]),
+            ((6, K), rows(0, 6 // len(ids)), [slot for slot in ids for _ in range(6 // len(ids))]),
+            ((6, K), rows(0, 6 // len(ids), TILED), ids * (6 // len(ids))),
+        ):
+            made.pool_rows = {(False, len(shape)): layout}
+            assert close(made(x.view(shape)).view(6, N), wanted(made, x, each)), shape
 
 
-def test_rows_repeat_ids_for_the_first_dimension() -> None:
-    rows = Rows(ints(0, 2), CAPACITY)
-    assert rows.of(torch.empty(2, K), "p").tolist() == [0, 2]
-    assert rows.of(torch.empty(2, 3, K), "p").tolist() == [0, 0, 0, 2, 2, 2]
-    assert rows.of(torch.empty(4, 1, K), "p").tolist() == [0, 0, 2, 2]  # two beams each
-    assert rows.of(torch.empty(6, K), "p").tolist() == [0, 0, 0, 2, 2, 2]
-    assert rows.of(torch.empty(2, 3, 2, K), "p").tolist() == [0] * 6 + [2] * 6
-    assert rows.of(torch.empty(1, 2, K), "p").tolist() == [0, 2]  # one a token
-    same = rows.of(torch.empty(2, 3, K), "p")
-    assert rows.of(torch.empty(2, 3, K), "q") is same  # one tensor for every layer
-    uniform = Rows(ints(1, 1, 1), CAPACITY, uniform=ints(1))
-    assert uniform.of(torch.empty(7, K), "p").tolist() == [1] * 7
+def test_layers_of_one_layout_share_one_tensor() -> None:
+    made, other = layer(), layer()
+    opened = batch(made, 0, 2)
+    other.pool_rows = dict(made.pool_rows)
+    assert opened.of(torch.empty(2, 3, K), made) is opened.of(torch.empty(2, 3, K), other)
+    assert opened.of(torch.empty(2, 4, K), made).tolist() == [0] * 4 + [2] * 4
+    assert opened.of(torch.empty(0, 4, K), made) is None
 
 
-@pytest.mark.parametrize("shape", [(3, K), (3, 2, K), (1, 3, K), (0, K), (0, 2, K), (K,)])
-def test_rows_that_are_no_multiple(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ShapeError, match=rf"its.path sees x \({shape[0]},.*the batch has 2 adapter ids") as raised:
-        Rows(ints(0, 2), CAPACITY).of(torch.empty(shape), "its.path")
-    assert "one id per sequence" in str(raised.value)
+@pytest.mark.parametrize("shape", [(3, K), (4, K), (3, 2, K), (1, 3, K), (K,), (2, 2, 2, 2, K)])
+def test_rows_that_no_probe_has_shown(shape: tuple[int, ...]) -> None:
+    made = layer()
+    batch(made, 0, 2)
+    with pytest.raises(
+        AdapterPoolError, match=rf"its.path sees x \({shape[0]},.*the batch has 2 adapter ids"
+    ) as raised:
+        made(torch.empty(shape))
+    assert isinstance(raised.value, ShapeError)
+    batch(made, 1, 1)  # one adapter fits all
+    assert made(torch.randn(shape)).shape == (*shape[:-1], N)
 
 
-def test_as_many_rows_laid_out_otherwise_are_looked_at_again() -> None:
-    rows = Rows(ints(0, 2), CAPACITY)
-    rows.of(torch.empty(2, 3, K), "p")
-    with pytest.raises(ShapeError, match=r"p sees x \(3, 2, 5\)"):  # tokens first
-        rows.of(torch.empty(3, 2, K), "p")
+def test_a_layer_without_weights_in_the_batch_does_not_ask() -> None:
+    made, x = layer(), torch.randn(5, 7, K)
+    batch(made, 0, 2, touched={"another.path"})
+    assert torch.equal(made(x), linear(x, made.weight, made.bias))
 
 
 def test_gradients_after_inference_mode_in_one_batch() -> None:
     made, x = layer(), torch.randn(4, K)
-    made.pool_here.rows = Rows(ints(0, 2), CAPACITY, named=True)
+    batch(made, 0, 2, -1, 2)
     with torch.inference_mode():
         before = made(x)
     torch.testing.assert_close(made(x.requires_grad_()).detach(), before)  # other sums than the C++ operator's
-
-
-def test_ids_that_change_are_seen_and_looked_at() -> None:
-    ids = ints(0, 2)
-    rows, x = Rows(ids, CAPACITY), torch.empty(4, K)
-    assert rows.of(x, "p").tolist() == [0, 0, 2, 2]
-    ids[0] = -1
-    assert rows.of(x, "p").tolist() == [-1, -1, 2, 2]
-    for value, message in ((3, "from 2 to 3; accepted are -1"), (-2, "from -2 to 2")):
-        ids[0] = value
-        with pytest.raises(ShapeError, match=message):
-            rows.of(x, "p")
-    with torch.inference_mode():
-        ids = ints(0, 2)
-        rows = Rows(ids, CAPACITY)
-        assert rows.of(x, "p").tolist() == [0, 0, 2, 2]
-        ids[0] = 1  # such a tensor counts no changes
-        assert rows.of(x, "p").tolist() == [1, 1, 2, 2]
 
 
 def test_a_capture_inside_a_batch_of_names_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,20 +134,23 @@ def test_a_capture_inside_a_batch_of_names_is_refused(monkeypatch: pytest.Monkey
         def dim(self) -> int:
             return 2
 
+        def numel(self) -> int:
+            return 2 * K
+
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    x: Any = OnGpu()
+    x, made = OnGpu(), layer()
     with pytest.raises(AdapterPoolError, match=r"pool.ids\(names, out=tensor\)"):
-        Rows(ints(0, 1), CAPACITY, named=True).of(x, "p")
-    static = ints(0, 1)
-    assert Rows(static, CAPACITY).of(x, "p") is static  # the graph reads the caller's tensor
+        batch(made, 0, 1).of(x, made)  # type: ignore[arg-type]
+    opened = batch(made, 0, 1, named=False)
+    assert opened.of(x, made) is opened.requests.ids  # type: ignore[arg-type]  # the graph reads the caller's tensor
 
 
 def test_a_thread_starts_with_nothing_open() -> None:
     made, x, seen = layer(), torch.randn(2, K), []
-    made.pool_here.rows = Rows(ints(0, 2), CAPACITY)
+    batch(made, 0, 2)
 
     def run() -> None:
-        seen.append((made.pool_here.rows, made.pool_here.held, made(x)))
+        seen.append((made.pool_here.get(), made.pool_here.thread.batch, made(x)))
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -153,13 +161,24 @@ def test_a_thread_starts_with_nothing_open() -> None:
 
 def test_no_adapter_at_all_is_the_base_bit_for_bit() -> None:
     made, x = layer(), torch.randn(2, K)
-    made.pool_here.rows = Rows(ints(-1, -1, -1), CAPACITY, none=True)  # of no matter how many rows
+    batch(made, -1, -1, -1, touched=(), held=set())  # of no matter how many rows
     assert torch.equal(made(x), linear(x, made.weight, made.bias))
+
+
+def test_a_request_with_a_scale_of_its_own() -> None:
+    made, x = layer(), torch.randn(4, K)
+    batch(made, 0, 3, 4, -1, virtual=(torch.tensor([0, 2]), torch.tensor([0.5, -2.0])))
+    plain, first, third = wanted(made, x, [-1] * 4), wanted(made, x, [0] * 4), wanted(made, x, [2] * 4)
+    expected = [first[0], plain[1] + 0.5 * (first - plain)[1], plain[2] - 2 * (third - plain)[2], plain[3]]
+    assert close(made(x), torch.stack(expected))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert close(torch.compile(made, backend="aot_eager", fullgraph=True)(x), torch.stack(expected))
 
 
 def test_operands_that_do_not_fit_are_told_as_everywhere() -> None:
     made = layer()
-    made.pool_here.rows = Rows(ints(0, 2), CAPACITY)
+    batch(made, 0, 2)
     with pytest.raises(ShapeError, match=r"X \(2, 6\) and W \(4, 5\) do not fit"):
         made(torch.randn(2, K + 1))
     with pytest.raises(ShapeError, match=r"X is torch.float64, W torch.float32"):
@@ -170,7 +189,7 @@ def test_operands_that_do_not_fit_are_told_as_everywhere() -> None:
 
 def test_gradients_flow_to_x() -> None:
     made, x = layer(), torch.randn(4, K, requires_grad=True)
-    made.pool_here.rows = Rows(ints(0, 2, -1, 0), CAPACITY)
+    batch(made, 0, 2, -1, 0)
     made(x).square().sum().backward()
     got = x.grad
     x.grad = None
@@ -242,7 +261,7 @@ def test_conversions_keep_the_adapters_and_float32_scalings() -> None:
     assert made.pool_slots.max_rank == 4
     made.double()
     made.pool_scalings.copy_(torch.tensor([0.5, 9.0, 2.0]))
-    made.pool_here.rows = Rows(ints(0, 2), CAPACITY)
+    batch(made, 0, 2)
     x = torch.randn(2, K, dtype=torch.float64)
     assert close(made(x), wanted(made, x, [0, 2]))
 
@@ -255,13 +274,13 @@ def test_data_parallel_is_refused() -> None:
 def test_compiled_layer_reads_the_buffers() -> None:
     made: Any = layer()
     assert isinstance(made, PooledLinear)
-    made.pool_here.rows = Rows(ints(0, 2, -1), CAPACITY)
+    batch(made, 0, 2, -1)
     torch._dynamo.reset()
     compiled, x = torch.compile(made, backend="aot_eager", fullgraph=True), torch.randn(3, K)
     with torch.no_grad():
         assert close(compiled(x), wanted(made, x, [0, 2, -1]))
         made.pool_A.mul_(2)
-        made.pool_here.rows = Rows(ints(2, 2, 0), CAPACITY)
+        batch(made, 2, 2, 0)
         assert close(compiled(x), wanted(made, x, [2, 2, 0]))
 
 
@@ -272,7 +291,8 @@ def test_one_graph_for_batches_of_every_size() -> None:
     compiled = torch.compile(made, backend="aot_eager", fullgraph=True, dynamic=True)
     with torch.no_grad():
         for ids in ([0, 2, -1], [2, 0], [0, 1, 2, -1, 2]):
-            made.pool_here.rows, x = Rows(ints(*ids), CAPACITY), torch.randn(len(ids), K)
+            batch(made, *ids)
+            x = torch.randn(len(ids), K)
             assert close(compiled(x), wanted(made, x, ids))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 

@@ -1,0 +1,113 @@
+"""What a pool attaches to its model while batches are open: it sees the model's calls, and how generate() repeats."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.compiler import is_compiling
+
+from lora_kernels.layers.pooled import Here
+from lora_kernels.layers.pooled_call import Call
+
+GENERATE, EXPAND = "generate", "_expand_inputs_for_generation"  # of transformers' GenerationMixin
+
+
+class Root:
+    """Attached with the first batch, detached with the last; the pool's lock is held by the caller."""
+
+    def __init__(self, model: nn.Module, here: Here, make_call: Callable[..., Call]) -> None:
+        self.model, self.here, self.make_call = model, here, make_call
+        self._users, self._undo = 0, list[Callable[[], object]]()
+
+    def attach(self) -> None:
+        """A batch is opened."""
+        self._users += 1
+        if self._users > 1:
+            return
+        enter, leave = Entering(self.here, self.make_call), Leaving(self.here)
+        before = self.model.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
+        self._undo = [before.remove, self.model.register_forward_hook(leave).remove]
+        for name, kind in ((GENERATE, Generating), (EXPAND, Expanding)):
+            if callable(getattr(self.model, name, None)) and hasattr(self.model, EXPAND):
+                own = vars(self.model)
+                undo = functools.partial(own.__setitem__, name, own[name]) if name in own else None
+                self._undo.append(undo or functools.partial(own.pop, name, None))
+                own[name] = kind(getattr(self.model, name), self.here)
+
+    def detach(self) -> None:
+        """A batch is closed."""
+        self._users -= 1
+        while not self._users and self._undo:
+            self._undo.pop()()
+
+
+class Entering:
+    """Forward pre-hook: the open batch sees the arguments."""
+
+    def __init__(self, here: Here, make_call: Callable[..., Call]) -> None:
+        self.here, self.make_call = here, make_call
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if is_compiling():
+            return
+        batch = self.here.get()
+        if batch is not None and batch.mixed and not batch.refusal:
+            batch.enter(self.make_call(args, kwargs))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Nothing, ()
+
+
+class Leaving:
+    """Forward hook: the call has ended."""
+
+    def __init__(self, here: Here) -> None:
+        self.here = here
+
+    def __call__(self, *_: object) -> None:
+        if is_compiling():
+            return
+        batch = self.here.get()
+        if batch is not None and batch.mixed:
+            batch.leave()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Nothing, ()
+
+
+class Generating:
+    """generate() of the model: its requests are not repeated at its beginning and after its end."""
+
+    def __init__(self, method: Callable[..., Any], here: Here) -> None:
+        functools.update_wrapper(self, method)
+        self.method, self.here = method, here
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        batch = self.here.get()
+        if batch is None:
+            return self.method(*args, **kwargs)
+        before, batch.expand = batch.expand, 1
+        try:
+            return self.method(*args, **kwargs)
+        finally:
+            batch.expand = before
+
+
+class Expanding(Generating):
+    """How generate() repeats each request for its beams and its answers."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        batch = self.here.get()
+        if batch is not None:
+            batch.expand = kwargs.get("expand_size", args[0] if args else 1)
+        return self.method(*args, **kwargs)
+
+
+class _Nothing:
+    """A hook of a copy of the model, which has no pool."""
+
+    def __call__(self, *_: object) -> None:
+        pass

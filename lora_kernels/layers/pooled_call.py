@@ -1,0 +1,72 @@
+"""One call of a pool's model: its inputs by name, and on which of their dimensions the requests can be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+# Inputs of another kind than text, where the model's main input is text: their items are not the requests.
+MEDIA = re.compile(r"(^|[._])(pixel|image|video|input_features|audio)", re.IGNORECASE)
+Dims = tuple[int, ...]  # (0,) or (1,): the dimension of the requests; (0, 1): a request is a token
+
+
+def tensors_of(args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a call, also inside lists, tuples and dictionaries. ``names``: of positional arguments."""
+    stack = [(name, value) for name, value in kwargs.items()]
+    stack = [(names[i] if i < len(names) else f"args.{i}", value) for i, value in enumerate(args)] + stack
+    for name, value in stack:
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, list | tuple):
+            yield from tensors_of((), {f"{name}.{i}": item for i, item in enumerate(value)}, ())
+        elif isinstance(value, dict):
+            yield from tensors_of((), {f"{name}.{key}": item for key, item in value.items()}, ())
+
+
+class Call:
+    """args, kwargs: of the model. main: its inputs but media; media: its images, sounds, videos, if it reads text."""
+
+    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str], reads_media: bool) -> None:
+        self.args, self.kwargs, self.names = args, kwargs, names
+        self.main, self.media = dict[str, Tensor](), dict[str, Tensor]()
+        for name, tensor in tensors_of(args, kwargs, names):
+            (self.main if reads_media or not MEDIA.search(name) else self.media)[name] = tensor
+        self._views: dict[Dims, tuple[dict[str, int], object]] = {}
+        self.probed = False
+
+    def fits(self, dims: Dims, count: int) -> bool:
+        """Whether one of the main inputs has ``count`` requests on these dimensions."""
+        return any(len_of(tensor, dims) == count for tensor in self.main.values())
+
+    def dims(self, count: int, batch_dim: int | None) -> list[Dims]:
+        """Where ``count`` requests can be; none where they fit nowhere. (1, n, ...) is n tokens, as (n,) is."""
+        options: list[Dims] = [(0,), (1,)] if batch_dim is None else [(batch_dim,)]
+        options = [dims for dims in options if self.fits(dims, count)]
+        if (0,) not in options and batch_dim != 1 and self.fits((0, 1), count):
+            return [(0, 1)]
+        return options or [(0, 1)] * self.fits((0, 1), count)
+
+    def view(self, dims: Dims) -> tuple[dict[str, int], object]:
+        """The sizes and the key that a RowLayout takes: what is left of each shape without the requests."""
+        made = self._views.get(dims)
+        if made is None:
+            rest = {
+                name: tuple(size for dim, size in enumerate(tensor.shape) if dim not in dims)
+                for name, tensor in (*self.main.items(), *self.media.items())
+            }
+            made = self._views[dims] = {name: left[0] for name, left in rest.items() if left}, tuple(rest.items())
+        return made
+
+    def shapes(self) -> str:
+        """The main inputs' shapes, for a message."""
+        return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in self.main.items()) or "no tensor"
+
+
+def len_of(tensor: Tensor, dims: Dims) -> int:
+    """How many requests a tensor has on these dimensions; 0 where it has no such dimension."""
+    if tensor.dim() <= dims[-1]:
+        return 0
+    return tensor.shape[0] * tensor.shape[1] if len(dims) == 2 else tensor.shape[dims[0]]

@@ -1,0 +1,77 @@
+"""Which batch is open where the model is called: by context variable, by thread, by generator."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from contextvars import ContextVar
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from lora_kernels.errors import AdapterPoolError
+
+if TYPE_CHECKING:
+    from lora_kernels.layers.pooled_batch import OpenBatch
+
+
+class _Thread(threading.local):
+    batch: OpenBatch | None = None
+
+
+class Here:
+    """What is open in this context (a thread, an asyncio task); ``thread``: in this thread, for torch.compile, which
+    traces no context variable.
+
+    learn: probes the model with the call that a batch is in; False where that brings nothing new. batch_dim: the
+    dimension of the model's inputs that the requests are on, once it is known. failure: why the last probe failed.
+    generators: the batches that generators have opened, by their frames.
+    """
+
+    def __init__(self) -> None:
+        self.var: ContextVar[Any] = ContextVar("lora_kernels_open_batch", default=None)
+        self.get = self.var.get
+        self.thread = _Thread()
+        self.learn: Callable[[OpenBatch], bool] = lambda _: False
+        self.failure = ""
+        self.batch_dim: int | None = None
+        self.generators: dict[FrameType, OpenBatch] = {}
+
+    def check_generator(self, batch: Any) -> None:
+        """Raise where a generator has opened a batch and the model is called outside of it, where the batch that is
+        open is still the generator's; or inside it, resumed in another thread or task, where it is not."""
+        at, owner = sys._getframe(1), None
+        while at is not None and owner is None:
+            owner, at = self.generators.get(at), at.f_back  # type: ignore[assignment]
+        inside = batch
+        while inside is not None and inside is not owner:
+            inside = inside.outer
+        if (owner is not None and inside is None) or (batch is not None and batch.frame and owner is not batch):
+            raise AdapterPoolError(
+                "a batch that a generator has opened is in use outside of the generator, or the generator was resumed "
+                "in another thread or task; open the batch where the model is called, and not across a yield"
+            )
+
+    def __deepcopy__(self, memo: object) -> Here:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Here, ()
+
+
+class Refusing:
+    """In place of the layers that a batch touches: each use raises."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+    def __contains__(self, _: object) -> bool:
+        raise AdapterPoolError(self.message)
+
+
+def running(frame: FrameType) -> bool:
+    """Whether ``frame`` is on the stack of the caller."""
+    at: FrameType | None = sys._getframe(1)
+    while at is not None and at is not frame:
+        at = at.f_back
+    return at is not None
