@@ -1,13 +1,15 @@
 """Training checkpoints without pickle: tensors as safetensors, the rest as JSON in the same file's metadata.
 
 A checkpoint is one file, so it has one commit point: it is written beside its final name, flushed to the disk, and
-renamed. A crash at any moment leaves the older checkpoints whole; only then are they thinned out.
+renamed. A crash at any moment leaves the older checkpoints whole; only then are they thinned out. The metadata holds
+the SHA-256 of everything else: a file whose bits have changed since is not resumed from.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from safetensors.torch import save
 
 from lora_kernels.adapters.files import write_whole
 from lora_kernels.errors import LoRAKernelsError
+from lora_kernels.finetune.digest import digest
 
 _NAME = re.compile(r"^step-(\d{9})\.safetensors$")
 _TAGS = ("$tensor", "$tuple", "$dict")
@@ -70,36 +73,57 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
-    """Writes ``state`` as the checkpoint of ``step`` and keeps the ``keep`` newest."""
+    """Writes ``state`` as the checkpoint of ``step`` and keeps the ``keep`` newest.
+
+    Checkpoints of later steps are deleted: a run that writes this one was not resumed from them, because
+    they are damaged.
+    """
     tensors: dict[str, torch.Tensor] = {}
-    text = json.dumps(pack(state, tensors))
+    metadata = {"format": "pt", "state": json.dumps(pack(state, tensors))}
     path = folder / f"step-{step:09d}.safetensors"
-    write_whole(path, save(tensors, metadata={"format": "pt", "state": text}))
-    for old in checkpoints(folder)[keep:]:
+    write_whole(path, save(tensors, metadata=metadata | {"sha256": _sha256(metadata, tensors)}))
+    later = [old for old in checkpoints(folder) if old.name > path.name]
+    for old in (*later, *[old for old in checkpoints(folder) if old not in later][keep:]):
         old.unlink(missing_ok=True)
     for left in folder.glob(".step-*.tmp"):  # what a killed run was writing
         left.unlink(missing_ok=True)
     return path
 
 
+def _sha256(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of what a file says beside it: the metadata, and the name, dtype, shape and bytes of each tensor."""
+    return digest(*sorted(metadata.items()), *sorted(tensors.items()))
+
+
 def _read(path: Path) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         metadata = file.metadata() or {}
+    written = metadata.pop("sha256", None)
+    if written is None:
+        raise ValueError("it has no SHA-256, so it was written by an earlier version of this program, or is damaged")
+    if written != _sha256(metadata, tensors):
+        raise ValueError("its content does not have the SHA-256 that was written with it, so bits have changed")
     return unpack(json.loads(metadata["state"]), tensors)
 
 
 def load_newest(folder: Path) -> dict[str, Any] | None:
     """State of the newest whole checkpoint in ``folder``; None when there is none at all.
 
-    A damaged file is passed over for the next older one; CheckpointError when files exist and all are damaged.
+    A damaged file is passed over for the next older one, with a UserWarning that names both; CheckpointError when
+    files exist and all are damaged.
     """
     reasons = []
     for path in checkpoints(folder):
         try:
-            return _read(path)
+            state = _read(path)
         except (SafetensorError, ValueError, KeyError, OSError) as error:
             reasons.append(f"{path.name}: {error}")
+            continue
+        if reasons:
+            why = f"newer checkpoints are damaged ({'; '.join(reasons)})"
+            warnings.warn(f"resuming from {path.name}: {why}", stacklevel=2)
+        return state
     if reasons:
         raise CheckpointError(f"no checkpoint in {folder} is whole ({'; '.join(reasons)}); delete them to start again")
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,8 +53,9 @@ class Splits(Generic[Part]):
 def read_table(path: Path, text_column: str = "text", label_column: str = "label") -> Examples:
     """Reads a CSV, TSV or JSONL file (by its ending; UTF-8) with a text and a label column.
 
-    The classes are the distinct labels, in numeric order if all are numbers, else in alphabetical order. DataError,
-    with the line, for a missing file or column, a line that cannot be parsed, an empty text or label, a single class.
+    The classes are the distinct labels, in numeric order if all are numbers (NaN is none), else in alphabetical order.
+    DataError, with the line, for a missing file or column, a line that cannot be parsed or has more or fewer cells than
+    there are columns, an empty text or label, a single class.
     """
     texts, names = read_columns(path, {"text": text_column, "label": label_column})
     classes = _class_order(set(names))
@@ -79,16 +81,34 @@ def read_columns(path: Path, columns: Mapping[str, str]) -> list[list[str]]:
                 if not cell:
                     raise DataError(f"{path}, line {line}: the {what} is empty")
                 cells.append(cell)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: {error}") from error
     return found
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    """(line, row) of each row; every row has a cell for each column, so that no cell is taken for another column's."""
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        for row in reader:
-            yield reader.line_num, {name: value for name, value in row.items() if name is not None}
+        # strict: a quote that is never closed would take the rest of the file into its cell
+        reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        line = 1
+        try:
+            names = next(reader, [])
+            twice = sorted(name for name, count in Counter(names).items() if name and count > 1)
+            if twice:
+                raise DataError(f"{path}, line 1: the column {twice[0]!r} is there twice; columns need different names")
+            line = reader.line_num + 1
+            for cells in reader:
+                if cells and len(cells) != len(names):
+                    raise DataError(
+                        f"{path}, line {line}: {len(cells)} cells, and the first line names {len(names)} columns; put "
+                        "a cell that holds the separator or a line break in double quotes"
+                    )
+                if cells:
+                    yield line, dict(zip(names, cells, strict=True))
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise DataError(f"{path}, line {line}: {error}; a double quote inside a quoted cell is doubled") from error
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
@@ -97,7 +117,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line, object_pairs_hook=_distinct)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}, line {number}: not JSON ({error})") from error
             if not isinstance(row, dict):
@@ -105,11 +125,21 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
             yield number, row
 
 
+def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        raise ValueError("a name is there twice")
+    return row
+
+
 def _class_order(names: set[str]) -> tuple[str, ...]:
     try:
-        return tuple(sorted(names, key=lambda name: (float(name), name)))
+        numbers = {name: float(name) for name in names}
     except ValueError:
         return tuple(sorted(names))
+    if any(math.isnan(number) for number in numbers.values()):  # NaN is neither smaller nor larger: no order at all
+        return tuple(sorted(names))
+    return tuple(sorted(names, key=lambda name: (numbers[name], name)))
 
 
 def split(examples: Examples, seed: int = 0, held_out: float = 0.1) -> Splits[Examples]:

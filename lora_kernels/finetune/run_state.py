@@ -12,10 +12,25 @@ from torch import nn
 
 from lora_kernels.finetune import processes
 from lora_kernels.finetune.checkpoint import CheckpointError, checkpoints, load_newest, save_checkpoint
+from lora_kernels.finetune.digest import data_digest, frozen_digest
 from lora_kernels.finetune.options import History, TrainOptions
 from lora_kernels.finetune.rng import loader_state, seed_all, set_loader_state
 
-_VERSION = 1
+_VERSION = 2  # 2: with digests of the data, the frozen weights and the file
+
+
+# Facts that are digests of content, which keeps its name when it changes.
+DIGESTS = {
+    "sha256 of the data": "other training data",
+    "sha256 of the validation data": "other validation data",
+    "sha256 of the frozen weights": "other frozen weights",
+}
+
+
+def content_digests(model: nn.Module, dataloader: Any, validation: Any) -> dict[str, str | None]:
+    """The facts of DIGESTS; None for data that are not in memory, which are not compared."""
+    digests = (data_digest(dataloader), data_digest(validation), frozen_digest(model))
+    return dict(zip(DIGESTS, digests, strict=True))
 
 
 def changing_weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -131,13 +146,17 @@ class RunState:
         if state.get("version") != _VERSION:
             raise CheckpointError(f"the checkpoint has version {state.get('version')}; this program reads {_VERSION}")
         names = sorted(self.facts.keys() | state["facts"].keys())
-        other = [
-            f"{name} (then {state['facts'].get(name)!r}, now {self.facts.get(name)!r})"
-            for name in names
-            if state["facts"].get(name) != self.facts.get(name)
-        ]
+        then = state["facts"]
+        other = [name for name in names if then.get(name) != self.facts.get(name)]
+        changed = [what for name, what in DIGESTS.items() if name in other]
+        if changed:
+            raise CheckpointError(
+                f"the checkpoint was made with {' and '.join(changed)}: the content is not the same under the same "
+                "names. Put the earlier content back, or start again in an empty folder"
+            )
         if other:
-            raise CheckpointError(f"the checkpoint was made under other settings: {', '.join(other)}")
+            settings = ", ".join(f"{name} (then {then.get(name)!r}, now {self.facts.get(name)!r})" for name in other)
+            raise CheckpointError(f"the checkpoint was made under other settings: {settings}")
         load_weights(self.model, state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])

@@ -17,10 +17,11 @@ from typing import Any
 
 from lora_kernels.errors import ConfigError
 from lora_kernels.finetune.advise import HEAD_ONLY
+from lora_kernels.finetune.digest import data_digest
 from lora_kernels.finetune.extras import require
 from lora_kernels.finetune.recipe import Recipe, Say
 from lora_kernels.finetune.sweep_trial import FULL, LORA, Outcome, run_trial
-from lora_kernels.finetune.tasks.base import Task
+from lora_kernels.finetune.tasks.base import PARTS, Task
 
 DATABASE = "sweep.db"
 STARTUP = 8  # trials drawn at random before the Parzen estimator has something to go by
@@ -98,6 +99,8 @@ class Sweep:
 
     def __init__(self, task: Task, plan: Plan, recipe_for: Callable[[Params, int], Recipe], out: Path) -> None:
         self.task, self.plan, self.recipe_for = task, plan, recipe_for
+        digests = {f"sha256 of the {part} data": data_digest(task.loader(part, 1)) for part in PARTS}
+        self._facts = json.loads(plan.facts()) | digests
         self.optuna = require("optuna")
         self.optuna.logging.set_verbosity(self.optuna.logging.WARNING)
         out.mkdir(parents=True, exist_ok=True)
@@ -112,12 +115,11 @@ class Sweep:
         self._searched, self._others = (self._read(study) for study in (self.search, self.beside))
 
     def _begin(self) -> None:
-        facts = self.search.user_attrs.get("facts")
-        if facts is not None and facts != self.plan.facts():
-            then, now = json.loads(facts), json.loads(self.plan.facts())
+        facts, now = self.search.user_attrs.get("facts"), self._facts
+        if facts is not None and (then := json.loads(facts)) != now:
             other = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
             raise ConfigError(f"the study was made under other settings: {', '.join(other)} differ")
-        self.search.set_user_attr("facts", self.plan.facts())
+        self.search.set_user_attr("facts", json.dumps(now, sort_keys=True))
         for study in (self.search, self.beside):
             for trial in study.get_trials(deepcopy=False, states=(self.optuna.trial.TrialState.RUNNING,)):
                 study.tell(trial.number, state=self.optuna.trial.TrialState.FAIL)  # it was running when killed

@@ -17,7 +17,7 @@ from lora_kernels.finetune.bar import ProgressBar
 from lora_kernels.finetune.batch import call_model, count_tokens, loss_weight, split_batch, to_device
 from lora_kernels.finetune.options import History, TrainOptions
 from lora_kernels.finetune.rng import rng_state, set_rng_state
-from lora_kernels.finetune.run_state import RunState, changing_weights, load_weights
+from lora_kernels.finetune.run_state import RunState, changing_weights, content_digests, load_weights
 from lora_kernels.finetune.schedule import make_schedule
 from lora_kernels.report import unwrap
 
@@ -39,7 +39,8 @@ class Trainer:
 
     With ``options.checkpoint_dir`` a run can be killed at any moment and goes on by ``train(..., resume=True)`` to the
     result it would have had, bit for bit on one machine: trainable parameters, buffers, optimizer, schedule, random
-    states, the place in the data and the history are kept. The frozen weights are not: build the same model first.
+    states, the place in the data and the history are kept. The frozen weights and the data are not: build the same
+    ones first. Digests of the weights, and of data in memory (digest.data_digest), are compared; others are refused.
 
     In a process group (torchrun) each batch of ``dataloader`` is divided among the processes, and a step is that of the
     whole batch in one process, whatever each one's share weighs; gradients are averaged by DistributedDataParallel,
@@ -80,10 +81,11 @@ class Trainer:
             raise ConfigError(f"nothing to train on: {epochs} epochs of a dataloader that is empty or has no length")
         if options.patience is not None and validation is None:
             raise ConfigError("early stopping (patience) needs validation data")
+        contents = content_digests(self.model, dataloader, validation) if options.checkpoint_dir is not None else {}
         dataloader, self._replica = processes.divided(dataloader), processes.replicated(self._replica)
         steps = epochs * math.ceil(len(dataloader) / options.accumulate)
         schedule = self.scheduler or make_schedule(self.optimizer, options.schedule, options.warmup, steps)
-        facts = options.decisive(epochs, len(dataloader))
+        facts = options.decisive(epochs, len(dataloader)) | contents
         if processes.count() > 1:
             facts["processes"] = processes.count()
         run = RunState(self.model, self.optimizer, schedule, options, facts)

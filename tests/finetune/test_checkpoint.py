@@ -3,6 +3,7 @@ import struct
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch import nn
 
 from lora_kernels.finetune.checkpoint import (
@@ -67,7 +68,8 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     whole = newest.read_bytes()
     for damaged in (whole[:-50], whole[:4], b"", b"\xff" * len(whole), struct.pack("<Q", 2) + b"{}"):
         newest.write_bytes(damaged)
-        assert load_newest(tmp_path)["step"] == 1
+        with pytest.warns(UserWarning, match=r"resuming from step-000000001\.safetensors.*step-000000002"):
+            assert load_newest(tmp_path)["step"] == 1
     checkpoints(tmp_path)[1].write_bytes(b"")
     with pytest.raises(CheckpointError, match="is whole"):
         load_newest(tmp_path)
@@ -85,3 +87,56 @@ def test_leftovers_of_a_killed_run_go(tmp_path):
     left.write_bytes(b"part")
     save_checkpoint(tmp_path, 2, {"step": 2})
     assert not left.exists()
+
+
+def test_any_changed_bit_is_found(tmp_path):
+    state = {"step": 1, "weights": {"x": torch.arange(6.0).view(2, 3)}, "flags": torch.tensor([True]), "rate": 0.5}
+    save_checkpoint(tmp_path, 1, {"step": 0})
+    newest = save_checkpoint(tmp_path, 2, state)
+    whole = newest.read_bytes()
+    for place in range(len(whole)):
+        for bit in (0, 3, 7):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << bit
+            newest.write_bytes(damaged)
+            if _header(damaged) == _header(whole) and damaged[_data(whole) :] == whole[_data(whole) :]:
+                continue  # white space, or an escape for the same character: the same content
+            with pytest.warns(UserWarning, match="newer checkpoints are damaged"):
+                assert load_newest(tmp_path)["step"] == 0, f"bit {bit} of byte {place}"
+
+
+def _data(content):
+    return 8 + struct.unpack("<Q", content[:8])[0]
+
+
+def _header(content):
+    try:
+        return json.loads(content[8 : _data(content)])
+    except ValueError:
+        return None
+
+
+def test_values_that_moved_between_tensors_are_found(tmp_path):
+    save_checkpoint(tmp_path, 1, {"step": 0})
+    newest = save_checkpoint(tmp_path, 2, {"a": torch.zeros(2), "b": torch.ones(2)})
+    content = newest.read_bytes()
+    newest.write_bytes(content.replace(b'"state.a"', b'"state.c"').replace(b'"state.b"', b'"state.a"').replace(
+        b'"state.c"', b'"state.b"'))  # fmt: skip
+    with pytest.warns(UserWarning, match="SHA-256"):
+        assert load_newest(tmp_path) == {"step": 0}
+
+
+def test_a_checkpoint_without_a_digest_is_not_resumed_from(tmp_path):
+    (tmp_path / "step-000000001.safetensors").write_bytes(save({}, metadata={"format": "pt", "state": "{}"}))
+    with pytest.raises(CheckpointError, match="no SHA-256"):
+        load_newest(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_newer_file_does_not_push_out_what_was_written_after_it(tmp_path, keep):
+    for step in (10, 20):
+        newest = save_checkpoint(tmp_path, step, {"step": step}, keep=2)
+    newest.write_bytes(newest.read_bytes()[:-1] + b"?")
+    save_checkpoint(tmp_path, 15, {"step": 15}, keep=keep)  # by the run that was resumed from step 10
+    assert load_newest(tmp_path) == {"step": 15}
+    assert len(checkpoints(tmp_path)) == keep

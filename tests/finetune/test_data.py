@@ -1,9 +1,10 @@
+import itertools
 import json
 
 import pytest
 import torch
 
-from lora_kernels.finetune.data import DataError, Examples, LengthBatches, read_table, split
+from lora_kernels.finetune.data import DataError, Examples, LengthBatches, _class_order, read_table, split
 
 
 def write(tmp_path, name, text):
@@ -34,7 +35,14 @@ def test_columns_can_be_named_and_numbers_are_ordered(tmp_path):
     [
         ("a.txt", "", "ending must be one of .csv, .tsv, .jsonl"),
         ("a.csv", "words,label\nx,1\n", r"line 2: no column 'text'; there are \['label', 'words'\]"),
-        ("a.csv", "text,label\nx\n", "no column 'label'"),
+        ("a.csv", "text,label\nx\n", "line 2: 1 cells, and the first line names 2 columns"),
+        ("a.csv", "text,label\nfine,1\nhello, world,1\n", "line 3: 3 cells, and the first line names 2 columns"),
+        ("a.tsv", "text\tlabel\tnote\na\tb\t1\tx\n", "line 2: 4 cells, and the first line names 3 columns"),
+        ("a.csv", 'text,label\n"two\nlines",1\nx,y,1\n', "line 4: 3 cells"),
+        ("a.csv", 'text,label\nx,1\n"never closed,0\ny,1\n', "line 3: unexpected end of data"),
+        ("a.csv", 'text,label\n"half" quoted,0\n', "line 2: ',' expected after '\"'"),
+        ("a.csv", "text,label,label\nx,1,0\n", "the column 'label' is there twice"),
+        ("a.jsonl", '{"text": "x", "label": 1, "label": 0}\n', "line 1: not JSON .a name is there twice"),
         ("a.csv", "text,label\nx,1\ny,\n", "line 3: the label is empty"),
         ("a.csv", "text,label\n ,1\n", "line 2: the text is empty"),
         ("a.csv", "text,label\nx,1\ny,1\n", "2 rows of 1 classes"),
@@ -56,6 +64,23 @@ def test_missing_files_and_other_encodings(tmp_path):
     path.write_bytes("text,label\ncafé,1\n".encode("latin-1"))
     with pytest.raises(DataError, match="utf-8"):
         read_table(path)
+
+
+@pytest.mark.parametrize("names", [["nan", "1", "2"], ["NaN", "-nan", "10", "9"], ["b", "a", "nan"]])
+def test_a_label_nan_leaves_one_order_of_the_classes(tmp_path, names):
+    orders = set()
+    for order in itertools.permutations(names):  # a set of strings has another order in each process
+        text = "text,label\n" + "".join(f"x,{name}\n" for name in order)
+        found = read_table(write(tmp_path, "a.csv", text))
+        assert [found.classes[label] for label in found.labels] == list(order)
+        orders.add(_class_order(dict.fromkeys(order)))
+    assert orders == {tuple(sorted(names))}
+    assert _class_order({"inf", "-inf", "3"}) == ("-inf", "3", "inf")
+
+
+def test_blank_lines_and_quoted_line_breaks_are_rows_of_their_own(tmp_path):
+    path = write(tmp_path, "a.csv", 'text,label,,\n"a,\nb",1,,\n\nc,0,,\n')
+    assert read_table(path) == Examples(["a,\nb", "c"], [1, 0], ("0", "1"))
 
 
 def examples(n=200, share=0.3):

@@ -141,6 +141,53 @@ def test_other_settings_are_refused(tmp_path):
         trainer.train(loader, validation, epochs=1, resume=True)
 
 
+def _changed_rows(trainer, loader, validation):
+    loader.dataset.tensors[0][5, 0] += 1
+
+
+def _swapped_rows(trainer, loader, validation):
+    for tensor in loader.dataset.tensors:
+        tensor[[0, 1]] = tensor[[1, 0]]
+
+
+def _changed_frozen(trainer, loader, validation):
+    trainer.model[0].bias[3] += 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_changed_rows, "other training data and other validation data"),
+        (_swapped_rows, "other training data and other validation data"),
+        (_changed_frozen, "other frozen weights"),
+    ],
+)
+def test_other_content_under_the_same_names_is_refused(tmp_path, change, message):
+    trainer, loader, validation = build(tmp_path)
+    trainer.train(loader, validation, epochs=1)
+    trainer, loader, validation = build(tmp_path)
+    change(trainer, loader, validation)
+    with pytest.raises(CheckpointError, match=message):
+        trainer.train(loader, validation, epochs=1, resume=True)
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path):
+    trainer, loader, validation = build(tmp_path / "whole", checkpoint_every=2)
+    expected = outcome(trainer, trainer.train(loader, validation, epochs=3))
+    folder = tmp_path / "parts"
+    trainer, loader, validation = build(folder, interrupt_at=30, checkpoint_every=2)
+    with pytest.raises(Interrupt):
+        trainer.train(loader, validation, epochs=3)
+    newest = checkpoints(folder)[0]
+    content = bytearray(newest.read_bytes())
+    content[-9] ^= 4  # one bit of one number: safetensors reads it without an error
+    newest.write_bytes(content)
+    trainer, loader, validation = build(folder, checkpoint_every=2)
+    with pytest.warns(UserWarning, match="resuming from step-"):
+        history = trainer.train(loader, validation, epochs=3, resume=True)
+    same(outcome(trainer, history), expected)
+
+
 def test_an_earlier_run_is_not_overwritten(tmp_path):
     trainer, loader, validation = build(tmp_path)
     trainer.train(loader, validation, epochs=1)

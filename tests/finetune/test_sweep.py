@@ -56,12 +56,22 @@ def plan(**changes):
     return Plan(SPACE, **given | changes)
 
 
+class Rows:
+    """The part of a task that a sweep itself uses."""
+
+    def __init__(self, rows):
+        self.rows = list(rows)
+
+    def loader(self, part, batch_size):
+        return self.rows
+
+
 @pytest.fixture
 def made(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "run_trial", fake_trial)
 
-    def make(folder="a", **changes):
-        return Sweep(None, plan(**changes), Fake, tmp_path / folder)
+    def make(folder="a", rows=(1, 2), **changes):
+        return Sweep(Rows(rows), plan(**changes), Fake, tmp_path / folder)
 
     return make
 
@@ -151,6 +161,8 @@ def test_more_trials_may_be_asked_for_but_no_other_settings(made):
     assert sum(r.kind == LORA for r in sweep.records()) == 5
     with pytest.raises(ConfigError, match="under other settings: a, seed differ"):
         made(seed=7, settings={"a": 2})
+    with pytest.raises(ConfigError, match="sha256 of the test data, sha256 of the train data, sha256 of the val"):
+        made(rows=(1, 3))
 
 
 def test_a_better_best_is_repeated_anew(made):
@@ -163,7 +175,7 @@ def test_a_better_best_is_repeated_anew(made):
 
 def test_accuracies_are_maximised(tmp_path):
     accuracy = TrainOptions(monitor="accuracy")
-    sweep = Sweep(None, plan(), lambda params, seed: Fake(params, seed, accuracy), tmp_path)
+    sweep = Sweep(Rows((1, 2)), plan(), lambda params, seed: Fake(params, seed, accuracy), tmp_path)
     assert sweep.badness(Record(LORA, {}, 0, Outcome("complete", 0.7, 1, 1.0, 1.0, 1))) == -0.7
     assert sweep.search.direction.name == "MAXIMIZE"
 
@@ -195,7 +207,7 @@ def dying(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return t.fake_trial(*args, **kwargs)
 module.run_trial = dying
-module.Sweep(None, t.plan(), t.Fake, Path({out!r})).run(lambda line: None)
+module.Sweep(t.Rows((1, 2)), t.plan(), t.Fake, Path({out!r})).run(lambda line: None)
 """
 
 
