@@ -146,8 +146,8 @@ class Matcher:
         self._layers = {name: Pattern(name) for name in ([names] if isinstance(names, str) else names)}
         wanted = config.layers_to_transform
         self._indices = frozenset([wanted] if isinstance(wanted, int) else wanted or ())
-        self._ranks = {key: Pattern(ends_in(key)) for key in config.rank_pattern}
-        self._alphas = {key: Pattern(ends_in(key)) for key in config.alpha_pattern}
+        self._ranks = {key: _end(key) for key in config.rank_pattern}
+        self._alphas = {key: _end(key) for key in config.alpha_pattern}
         self._budget = Budget()
 
     def why_not(self, path: str) -> str | None:
@@ -218,6 +218,21 @@ class Matcher:
             for key, pattern in found.items():
                 if not any(pattern.match(text) for text in texts):
                     yield f"{field}: {key!r} matches no adapted layer"
+
+
+class _PlainEnd:
+    """A key of rank_pattern or alpha_pattern made of names and dots, in which re cannot lose its way: there may be one
+    for every layer, as in an adapter whose ranks were chosen layer by layer."""
+
+    def __init__(self, key: str) -> None:
+        self._last, self._regex = key.rpartition(".")[2], re.compile(ends_in(key))
+
+    def match(self, text: Text) -> bool:
+        return text.value.endswith(self._last) and self._regex.match(text.value) is not None
+
+
+def _end(key: str) -> Pattern | _PlainEnd:
+    return _PlainEnd(key) if re.fullmatch(r"[\w.]+", key) else Pattern(ends_in(key))
 
 
 def _ends(path: str) -> Iterator[str]:

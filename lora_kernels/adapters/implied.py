@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,9 +71,10 @@ def implied_config(
 
 
 def _patterns(values: Mapping[str, Any], usual: float) -> dict[str, Any]:
-    """{"^first path$|^second path$": value} for the values that are not the usual one."""
-    paths = defaultdict[float, list[str]](list)
-    for path, value in values.items():
-        if not math.isclose(value, usual, rel_tol=1e-12):
-            paths[value].append(path)
-    return {"|".join(f"^{re.escape(path)}$" for path in some): value for value, some in paths.items()}
+    """{pattern: value} for the paths whose value is not the usual one. The path itself is matched at less cost; where
+    it finds other paths too, the pattern is for the path alone."""
+    others = {path: value for path, value in values.items() if not math.isclose(value, usual, rel_tol=1e-12)}
+    matcher = Matcher(LoRAConfig(lora_alpha=usual, alpha_pattern=others))
+    if all(matcher.rank_and_alpha(path)[1] == others.get(path, usual) for path in values):
+        return others
+    return {f"^{re.escape(path)}$": value for path, value in others.items()}

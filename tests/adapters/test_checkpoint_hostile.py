@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from lora_kernels.adapters import load_adapter
+from lora_kernels.adapters import AdapterPool, load_adapter
+from lora_kernels.config import LoRAConfig
 from lora_kernels.errors import AdapterFormatError, ConfigError
+from lora_kernels.inject import apply_lora, plan_injection
+from lora_kernels.report import injection_of
 
 A = "base_model.model.blocks.0.q.lora_A.weight"
 BIAS = "base_model.model.blocks.0.q.base_layer.bias"
@@ -124,3 +131,47 @@ def test_sound_adapters_of_a_kind_we_lack_are_a_config_error(toy: Any, folder: P
     with pytest.raises(ConfigError, match="does not have"):
         load_adapter(model, folder)
     assert toy.state_of(model) == before
+
+
+FIELDS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "target_modules": lambda pattern: {"target_modules": f".*_proj|{pattern}"},
+    "exclude_modules": lambda pattern: {"exclude_modules": pattern},
+    "modules_to_save": lambda pattern: {"modules_to_save": [pattern]},
+    "rank_pattern": lambda pattern: {"rank_pattern": {pattern: 3}},
+    "alpha_pattern": lambda pattern: {"alpha_pattern": {pattern: 3}},
+    "layers_pattern": lambda pattern: {"layers_pattern": [pattern, "h"], "layers_to_transform": [0, 1]},
+}
+
+
+@pytest.mark.parametrize("into", ["load_adapter", "pool", "apply_lora"])
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_pattern_that_keeps_re_busy_for_years_matches_nothing(tmp_path: Path, field: str, into: str) -> None:
+    def build() -> nn.Module:
+        inner = nn.ModuleDict({"attention_with_a_long_name_of_its_own": nn.ModuleDict({"query_proj": nn.Linear(4, 4)})})
+        return nn.Sequential(nn.ModuleDict({"h": nn.ModuleList([inner, copy.deepcopy(inner)])}))
+
+    config: dict[str, Any] = {"target_modules": ["query_proj"], "r": 2, "peft_type": "LORA"}
+    expected = plan_injection(build(), LoRAConfig(**config)).adapted
+    config |= FIELDS[field](r"(?:\w?\.?){40}!")
+    if into == "apply_lora":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert injection(apply_lora(build(), LoRAConfig(**config))) == expected
+        return
+    keys = [f"base_model.model.{path}.lora_{letter}.weight" for path in expected for letter in "AB"]
+    save_file(
+        {key: torch.ones((2, 4) if "lora_A" in key else (4, 2)) for key in keys}, tmp_path / "adapter_model.safetensors"
+    )
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    if into == "load_adapter":
+        assert injection(load_adapter(build(), tmp_path)) == expected
+    else:
+        pool = AdapterPool(build().eval(), capacity=1, max_rank_total=8)
+        pool.load("a", tmp_path)
+        assert "a" in pool
+
+
+def injection(model: nn.Module) -> dict[str, Any]:
+    found = injection_of(model)
+    assert found is not None
+    return found.adapted

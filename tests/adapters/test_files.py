@@ -176,6 +176,7 @@ def test_a_file_that_was_linked_to_is_judged_by_the_link_and_its_content(tmp_pat
     assert read_adapter(tmp_path / "a", follow_symlinks=True)[1] == EDITED
 
 
+@pytest.mark.filterwarnings("ignore:.*differs from the copy")
 def test_weights_of_a_release_in_which_the_copy_counted(tmp_path: Path) -> None:
     save_file(tensors(), tmp_path / WEIGHTS_NAME, metadata={"format": "pt", "adapter_config": json.dumps(CONFIG)})
     assert read_adapter(tmp_path)[1] == CONFIG
