@@ -11,7 +11,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "pool.md"
 def test_the_pages_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
     text = PAGE.read_text()
     blocks = list(re.finditer(r"```python\n(.*?)```", text, re.DOTALL))
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names: dict[str, object] = {}
     for block in blocks:
         first = text.count("\n", 0, block.start(1))  # a failure names the page's own line

@@ -66,7 +66,7 @@ class AdapterPool:
         self._pooled = PooledModel(model, target_modules, capacity, max_rank_total, max_rank, self._here, backend)
         self._state = PoolState(self._pooled, capacity, max_rank_total)
         self._probe = Probe(self._pooled, self._here, batch_dim)
-        self._root = Root(model, self._here, self._probe.call)
+        self._root = Root(model, self._here)
 
     def load(
         self,

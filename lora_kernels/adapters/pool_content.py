@@ -41,6 +41,9 @@ def other_content(kept: Sequence[int]) -> Callable[[Tensor, torch.Generator], Te
             return tensor
         stays = (tensor < 0) | torch.isin(tensor, torch.tensor(sorted(kept), dtype=tensor.dtype, device=tensor.device))
         free = tensor[~stays]
+        if not free.numel():  # the first token of an answer
+            stays = tensor < 0
+            free = tensor[~stays]
         if not free.numel():
             return tensor
         low, span = int(free.min()), int(free.max() - free.min()) + 1

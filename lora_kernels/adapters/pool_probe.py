@@ -30,7 +30,7 @@ class Probe:
         model = pooled.model
         self._main = getattr(model, "main_input_name", None) if hasattr(model, "config") else None
         here.batch_dim = 0 if batch_dim is None and self._main else batch_dim
-        here.learn = self.learn
+        here.learn, here.make_call = self.learn, self.call
         self.names = list(inspect.signature(model.forward).parameters)
         first = self._main if isinstance(self._main, str) else next(iter(self.names), "")
         self._reads_media = bool(MEDIA.search(first))

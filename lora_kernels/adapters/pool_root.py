@@ -6,11 +6,11 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from lora_kernels.layers.pooled import Here
-from lora_kernels.layers.pooled_call import Call
 
 GENERATE, EXPAND = "generate", "_expand_inputs_for_generation"  # of transformers' GenerationMixin
 
@@ -18,8 +18,8 @@ GENERATE, EXPAND = "generate", "_expand_inputs_for_generation"  # of transformer
 class Root:
     """Attached with the first batch, detached with the last; the pool's lock is held by the caller."""
 
-    def __init__(self, model: nn.Module, here: Here, make_call: Callable[..., Call]) -> None:
-        self.model, self.here, self.make_call = model, here, make_call
+    def __init__(self, model: nn.Module, here: Here) -> None:
+        self.model, self.here = model, here
         self._users, self._undo = 0, list[Callable[[], object]]()
 
     def attach(self) -> None:
@@ -27,7 +27,7 @@ class Root:
         self._users += 1
         if self._users > 1:
             return
-        enter, leave = Entering(self.here, self.make_call), Leaving(self.here)
+        enter, leave = Entering(self.here), Leaving(self.here)
         before = self.model.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
         self._undo = [before.remove, self.model.register_forward_hook(leave).remove]
         for name, kind in ((GENERATE, Generating), (EXPAND, Expanding)):
@@ -47,15 +47,15 @@ class Root:
 class Entering:
     """Forward pre-hook: the open batch sees the arguments."""
 
-    def __init__(self, here: Here, make_call: Callable[..., Call]) -> None:
-        self.here, self.make_call = here, make_call
+    def __init__(self, here: Here) -> None:
+        self.here = here
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if is_compiling():
             return
         batch = self.here.get()
         if batch is not None and batch.mixed and not batch.refusal:
-            batch.enter(self.make_call(args, kwargs))
+            batch.enter(self.here.make_call(args, kwargs))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Nothing, ()
@@ -79,7 +79,8 @@ class Leaving:
 
 
 class Generating:
-    """generate() of the model: its requests are not repeated at its beginning and after its end."""
+    """generate() of the model: its requests are not repeated at its beginning and after its end. An encoder it calls
+    by itself is probed by a call of the model with these inputs."""
 
     def __init__(self, method: Callable[..., Any], here: Here) -> None:
         functools.update_wrapper(self, method)
@@ -90,6 +91,9 @@ class Generating:
         if batch is None:
             return self.method(*args, **kwargs)
         before, batch.expand = batch.expand, 1
+        inputs = _inputs(getattr(self.method, "__self__", None), args, kwargs) if batch.mixed else None
+        if inputs is not None:
+            batch.enter(self.here.make_call((), inputs))
         try:
             return self.method(*args, **kwargs)
         finally:
@@ -104,6 +108,19 @@ class Expanding(Generating):
         if batch is not None:
             batch.expand = kwargs.get("expand_size", args[0] if args else 1)
         return self.method(*args, **kwargs)
+
+
+def _inputs(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Of a call of an encoder and decoder that does what generate() with these arguments does first."""
+    config = getattr(model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False):
+        return None
+    main = args[0] if args else kwargs.get("inputs", kwargs.get(model.main_input_name))
+    if not isinstance(main, Tensor) or not main.dim():
+        return None
+    start = torch.full((len(main), 2), getattr(config, "decoder_start_token_id", None) or 0, device=main.device)
+    masks = {name: kwargs[name] for name in ("attention_mask",) if isinstance(kwargs.get(name), Tensor)}
+    return {model.main_input_name: main, "decoder_input_ids": start, **masks}
 
 
 class _Nothing:

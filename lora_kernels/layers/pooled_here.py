@@ -10,6 +10,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from lora_kernels.errors import AdapterPoolError
+from lora_kernels.layers.pooled_call import Call
 
 if TYPE_CHECKING:
     from lora_kernels.layers.pooled_batch import OpenBatch
@@ -23,7 +24,8 @@ class Here:
     """What is open in this context (a thread, an asyncio task); ``thread``: in this thread, for torch.compile, which
     traces no context variable.
 
-    learn: probes the model with the call that a batch is in; False where that brings nothing new. batch_dim: the
+    learn: probes the model with the call that a batch is in; False where that brings nothing new. make_call: a Call
+    from the arguments of the model. batch_dim: the
     dimension of the model's inputs that the requests are on, once it is known. failure: why the last probe failed.
     generators: the batches that generators have opened, by their frames.
     """
@@ -33,6 +35,7 @@ class Here:
         self.get = self.var.get
         self.thread = _Thread()
         self.learn: Callable[[OpenBatch], bool] = lambda _: False
+        self.make_call: Callable[..., Call] = lambda args, kwargs: Call(args, kwargs, (), False)
         self.failure = ""
         self.batch_dim: int | None = None
         self.generators: dict[FrameType, OpenBatch] = {}

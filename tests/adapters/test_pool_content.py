@@ -30,6 +30,7 @@ def test_tokens_between_the_smallest_and_the_largest() -> None:
     assert (int(y[free].min()), int(y[free].max())) == (5, 89)
     for value, wanted in ((0, 1), (7, 6)):
         assert other_content(())(torch.full((2, 2), value), torch.Generator()).eq(wanted).all()
+    assert other_content([7])(torch.full((2, 1), 7), torch.Generator()).eq(6).all()  # there is no other
     mask = torch.ones(3, dtype=torch.bool)
     assert other_content(())(mask, torch.Generator()).all()
     assert other_content(())(torch.full((3,), -1), torch.Generator()).eq(-1).all()

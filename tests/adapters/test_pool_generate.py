@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -119,6 +120,22 @@ def test_a_mixed_batch_is_each_request_alone(served: Any, options: dict[str, Any
         assert not same(generate(model, slice(0, 6), **options), got)
     with pool.batch(NAMES[1:] + NAMES[:1]):
         assert not same(generate(model, slice(0, 6), **options), got)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_request_with_a_scale_of_its_own(served: Any, beams: int) -> None:
+    model, pool, reference = served
+    options = {"do_sample": False, "num_beams": beams}
+    with pool.batch([("0", 0.5), None, ("2", -1.0), "1", ("0", 2), "2"]):
+        got = generate(model, slice(0, 6), **options)
+    for row, (name, scale) in enumerate([("0", 0.5), (None, 1), ("2", -1.0), ("1", 1), ("0", 2), ("2", 1)]):
+        layers = [layer for layer in reference.modules() if isinstance(layer, LoraLayer) and name in layer.scaling]
+        for layer in layers:
+            layer.scaling[name] *= scale
+        wanted = alone(reference, row, name, **options)
+        for layer in layers:
+            layer.scaling[name] /= scale
+        assert same(got[row : row + 1], wanted), row
 
 
 def test_sampling_with_one_seed(served: Any) -> None:

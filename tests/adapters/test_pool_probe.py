@@ -162,6 +162,24 @@ def test_prompts_with_several_images_under_generate(beams: int, tmp_path: Path) 
         assert torch.equal(got[row][: len(wanted)], wanted)
 
 
+def test_an_encoder_that_generate_calls_by_itself(tmp_path: Path) -> None:
+    sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    sizes |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 8, "max_source_positions": 12}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    torch.manual_seed(0)
+    config = hf.WhisperConfig(
+        d_model=32, vocab_size=97, init_std=0.2, max_target_positions=16, suppress_tokens=[], **sizes, **tokens
+    )
+    model = hf.WhisperForConditionalGeneration(config)
+    pool, references = served(model, tmp_path, ["q_proj", "v_proj", "fc1"])
+    features = torch.randn(3, 8, 24)
+    with pool.batch(NAMES):
+        got = model.generate(features, max_new_tokens=6, do_sample=False)
+    for row, name in enumerate(NAMES):
+        wanted = references[name].generate(features[row : row + 1], max_new_tokens=6, do_sample=False)[0]
+        assert got[row].tolist()[: len(wanted)] == wanted.tolist()
+
+
 class Guided(nn.Module):
     """Like a UNet: images, a step, and a projection of the text that came with them."""
 

@@ -41,7 +41,8 @@ here = Here()
 @pytest.fixture
 def root() -> Root:
     here.var.set(None)
-    return Root(Model(), here, lambda args, kwargs: Call(args, kwargs, ["x"], False))
+    here.make_call = lambda args, kwargs: Call(args, kwargs, ["x"], False)
+    return Root(Model(), here)
 
 
 def opened() -> OpenBatch:
