@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 # Inputs that describe others; their content is no request's own.
 ABOUT = ("mask", "position", "type_ids", "cache", "label", "grid", "size", "length")
@@ -14,6 +16,27 @@ ABOUT = ("mask", "position", "type_ids", "cache", "label", "grid", "size", "leng
 def is_content(name: str) -> bool:
     """Whether an input of this name has content of the requests."""
     return not any(word in name for word in ABOUT)
+
+
+def is_extent(name: str) -> bool:
+    """Whether an input of this name may say how long each sequence is."""
+    return "mask" in name or "length" in name
+
+
+def with_other_extents(extents: Sequence[Tensor], args: Any, kwargs: Any) -> Any:
+    """(args, kwargs) with sequences of other lengths: masks (n, T) that end earlier, smaller lengths (n,)."""
+    generator = torch.Generator().manual_seed(0)
+
+    def other(leaf: Any) -> Any:
+        if not any(leaf is tensor for tensor in extents) or leaf.is_floating_point() or leaf.dim() > 2:
+            return leaf
+        share = torch.rand(len(leaf), generator=generator).to(leaf.device)
+        if leaf.dim() == 1:
+            return (1 + (leaf - 1) * share).to(leaf.dtype).minimum(leaf)
+        kept = 1 + ((leaf.shape[1] - 1) * share).long()
+        return leaf * (torch.arange(leaf.shape[1], device=leaf.device) < kept[:, None]).to(leaf.dtype)
+
+    return tree_map(other, (args, dict(kwargs)))
 
 
 def kept_values(content: Mapping[str, Tensor], media: bool) -> Iterator[tuple[int, ...]]:

@@ -55,10 +55,12 @@ At = tuple[str, int]  # path, x.dim()
 
 class Isolation(NamedTuple):
     """places: of the requests, none where the rows follow no order that is understood; None where there was one
-    request. Layers where nothing changes are left out. apart: where each row depends on one request alone."""
+    request. Layers where nothing changes are left out. apart: where each row depends on one request alone. varies:
+    paths of layers whose number of rows depends on content."""
 
     places: Mapping[At, Mapping[tuple[int, str], frozenset[int]] | None]
     apart: frozenset[At]
+    varies: frozenset[str] = frozenset()
 
     def known(self) -> int:
         """In how many cases a place is known."""
@@ -67,6 +69,15 @@ class Isolation(NamedTuple):
     def complete(self) -> bool:
         """Whether that is so wherever anything changes."""
         return 0 < self.known() == len(self.places)
+
+    def agreeing(self, other: Isolation) -> Isolation:
+        """What another probe, of other inputs, shows too; all that it does not see."""
+        places = dict(self.places)
+        for at, mine in self.places.items():
+            theirs = {} if at[0] in other.varies else other.places.get(at)
+            if mine is not None and theirs is not None:
+                places[at] = {place: repeats for place, repeats in mine.items() if place in theirs}
+        return self._replace(places=places)
 
 
 NOTHING = Isolation({}, frozenset())
@@ -119,7 +130,7 @@ def isolate(
                 places[path, dim] = found or places_of(list(zip(leads, marked, strict=True)), full)
                 if ((torch.cat(exact).unique()[:, None] & ~full) == 0).any(1).all():
                     apart.add((path, dim))
-    return Isolation(places, frozenset(apart))
+    return Isolation(places, frozenset(apart), frozenset(varies))
 
 
 def _subsets(count: int) -> Iterator[Tensor]:

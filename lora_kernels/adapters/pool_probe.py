@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.adapters.pool_content import is_content, kept_values, other_content
+from lora_kernels.adapters.pool_content import is_content, is_extent, kept_values, other_content, with_other_extents
 from lora_kernels.adapters.pool_isolation import NOTHING, At, Isolation, isolate
 from lora_kernels.adapters.pool_model import PooledModel
 from lora_kernels.errors import AdapterPoolError
@@ -140,11 +140,15 @@ class Probe:
             found = self._attempt(call, content, dims, count, kept)
             if found is not None:
                 break
-        if (found is None or not found.complete()) and len(content) > 1:  # others may not be the requests' own
+        if (found is None or not found.known()) and len(content) > 1:  # others may not be the requests' own
             name = next(iter(content))
             less = self._attempt(call, {name: content[name]}, dims, count, ())
-            if less is not None and (found is None or less.known() > found.known()):
-                found = less
+            found = less if found is None or less is None else less.agreeing(found._replace(places={}))
+        about = [tensor for name, tensor in call.main.items() if is_extent(name) and len_of(tensor, (0,)) == count]
+        if found is not None and found.known() and about and dims == (0,):  # an order by length, for one
+            args, kwargs = with_other_extents(about, call.args, call.kwargs)
+            again = self._attempt(Call(args, kwargs, self.names, self._reads_media), content, dims, count, ())
+            found = found if again is None else found.agreeing(again)
         return found or NOTHING
 
     def _attempt(

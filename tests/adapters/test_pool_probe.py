@@ -291,6 +291,50 @@ def test_packed_patches_are_refused_unless_all_have_one_adapter(tmp_path: Path) 
             assert close(model(x, [4, 1, 1]), references["a"](x, [4, 1, 1]))
 
 
+@pytest.mark.parametrize("by", ["lengths", "mask"])
+def test_rows_in_an_order_by_length(by: str, tmp_path: Path) -> None:
+    class Sorting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.core = nn.Linear(K, K)
+
+        def forward(self, x: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+            extent = lengths if mask is None else mask.sum(1)
+            order = torch.argsort(extent, descending=True, stable=True)
+            return self.core(x[order])[torch.argsort(order)]
+
+    model = Sorting()
+    pool, _ = served(model, tmp_path, ["core"])
+    x = torch.randn(3, 6, K)
+    for lengths in ([6, 6, 6], [4, 6, 5]):
+        extents = {"lengths": torch.tensor(lengths)}
+        if by == "mask":
+            extents = {"mask": (torch.arange(6) < extents["lengths"][:, None]).long()}
+        with torch.no_grad(), pool.batch(NAMES), pytest.raises(lk.AdapterPoolError, match="core sees x"):
+            model(x, **extents)
+
+
+@pytest.mark.parametrize("order", [False, True])
+def test_rows_that_another_input_routes(order: bool, tmp_path: Path) -> None:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.core = nn.Linear(K, K)
+
+        def forward(self, x: Tensor, task: Tensor) -> Tensor:
+            y, at = x.clone(), task == 1
+            y[at] = self.core(x[at])
+            return y
+
+    model = Routed()
+    pool, _ = served(model, tmp_path, ["core"])
+    task = torch.tensor([[1, 0, 2], [0, 1, 2], [2, 0, 1]]) if order else torch.tensor([[0, 1, 0]] * 3)
+    with torch.no_grad(), pool.batch(NAMES), pytest.raises(lk.AdapterPoolError, match="core sees x"):
+        model(torch.randn(3, 3, K), task)
+
+
 def test_what_is_not_called_by_the_model_is_shown_to_the_pool(tmp_path: Path) -> None:
     class Parts(nn.Module):
         def __init__(self) -> None:
