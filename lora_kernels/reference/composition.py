@@ -11,6 +11,7 @@ inverted dropout on the adapter's input, or None; it is given, so that it is the
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import reduce
 
@@ -23,7 +24,7 @@ from lora_kernels.reference.dropout import generator_keep_mask, philox_keep_mask
 from lora_kernels.reference.lora_conv import Geometry, Mask
 from lora_kernels.reference.lora_conv import keep_mask as conv_keep_mask
 from lora_kernels.reference.lora_linear import _inv_keep
-from lora_kernels.reference.multi_lora_linear import parts
+from lora_kernels.reference.multi_infer import places
 from lora_kernels.reference.transforms import bare, batched, in_thread, no_autocast
 from lora_kernels.slots import Slots
 
@@ -194,16 +195,21 @@ def lora_conv(
 
 def multi_lora_linear(X: Tensor, W: Tensor, slots: Slots, ids: Tensor, bias: Tensor | None) -> Tensor:
     """Y (M, N) with each row's own adapter, or none, for X (M, K), ids (M,), which are read on the host."""
-    Y = linear(X, W, bias)
-    starts, ranks, scalings = map(bare, slots[2:5])
-    held, rows_ids = Slots(slots.A, slots.B, starts, ranks, scalings, slots.max_rank), bare(ids)
-    found = in_thread(lambda: list(parts(held, rows_ids)))
-    order = torch.arange(X.shape[0], device=X.device)
-    rows, made = [], []
-    for own, first, r, scaling in found:
-        rows.append(order[own])
+    Y, rows = linear(X, W, bias), [torch.tensor([], dtype=torch.int64, device=X.device)]
+    made = [_update(X[:0], slots.A, slots.B, 1.0, None, 0.0)]  # of no row: a graph to A and B in any case
+    for own, first, r, scaling in _owners(slots, ids):
+        rows.append(torch.tensor(own, device=X.device))
         A, B = slots.A[first : first + r], slots.B[:, first : first + r]
         made.append(_update(X.index_select(0, rows[-1]), A, B, scaling, None, 0.0))
-    if not made:  # a graph to A and B all the same, whose gradients are zeros
-        rows, made = [order[:0]], [_update(X[:0], slots.A, slots.B, 1.0, None, 0.0)]
     return Y.to(made[0].dtype).index_add(0, torch.cat(rows), torch.cat(made)).to(X.dtype)
+
+
+def _owners(slots: Slots, ids: Tensor) -> list[tuple[list[int], int, int, float]]:
+    """The rows of each slot that ids name, and its place, rank and scaling; nothing is kept for another call."""
+    starts, ranks, scalings = map(bare, slots[2:5])
+    held = places(Slots(slots.A, slots.B, starts, ranks, scalings, slots.max_rank))
+    rows = defaultdict[int, list[int]](list)
+    for row, slot in enumerate(bare(ids).tolist()):
+        if 0 <= slot < len(held) and held[slot][1]:
+            rows[slot].append(row)
+    return [(own, *held[slot]) for slot, own in rows.items()]

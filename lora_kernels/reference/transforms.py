@@ -46,9 +46,9 @@ def no_autocast(device_type: str) -> AbstractContextManager[object]:
 
 
 def in_thread(function: Callable[..., T], *args: Any) -> T:
-    """function(*args) in a thread of its own, where no transform is active.
+    """function(*args) in a thread of its own, where no transform is active: for random numbers that a seed fixes.
 
-    For random numbers that a seed fixes, which vmap refuses or changes, and for what is kept beyond the transform.
+    vmap refuses them, or draws others. Of a CPU alone: a thread has a CUDA stream of its own.
     """
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function, *args).result()

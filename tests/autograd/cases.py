@@ -78,7 +78,7 @@ def case(name, p=0.0, bias=True, dtype=torch.float64, backend="reference"):
         def conv(X, A, B, b=None, c=None):
             return lora_conv(X, V, A, B, b, lora_bias=c, **keys)
 
-        return conv, (new(2, 4, 4, 3), new(2, 4, 3, 3), new(4, 2 // groups, 1, 1), *b)
+        return conv, (new(1, 4, 4, 3), new(2, 4, 3, 3), new(4, 2 // groups, 1, 1), *b)
     assert name == "multi"
     ids = torch.tensor([[0, 2, -1], [2, 0, 1]])
     lists = [new(1, K), new(2, K), new(r, K)], [new(N, 1), new(N, 2), new(N, r)]
