@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lora_kernels.errors import ConfigError
+from lora_kernels.finetune import values
 from lora_kernels.finetune.data import DataError, Splits
 from lora_kernels.finetune.movies import movie_reviews
 from lora_kernels.finetune.tasks.base import PARTS, Options, Task
@@ -56,14 +57,39 @@ class CausalLM(Task):
     @classmethod
     def add_arguments(cls, parser: Options) -> None:
         add = parser.add_argument
-        add("--model", default=cls.model, help="packaged model, hub id, folder or .gguf file (default: %(default)s)")
+        add(
+            "--model",
+            type=values.model,
+            default=cls.model,
+            help="packaged model, hub id, folder or .gguf file (default: %(default)s)",
+        )
         add("--dtype", default=cls.dtype, choices=DTYPES, help="of the frozen weights (default: %(default)s)")
-        add("--data", default=cls.data, help=f"a text file, or {MOVIES} (default: %(default)s)")
-        add("--limit", type=int, default=cls.limit, help="blocks to train on; 0 for all (default: %(default)s)")
-        add("--max-length", type=int, default=cls.max_length, help="tokens of a block (default: %(default)s)")
-        add("--held-out", type=float, default=cls.held_out, help="share for validation, and for test")
+        add(
+            "--data",
+            type=values.input_file(MOVIES),
+            default=cls.data,
+            help=f"a text file, or {MOVIES} (default: %(default)s)",
+        )
+        add(
+            "--limit",
+            type=values.whole(),
+            default=cls.limit,
+            help="blocks to train on; 0 for all (default: %(default)s)",
+        )
+        add(
+            "--max-length",
+            type=values.whole(2),
+            default=cls.max_length,
+            help="tokens of a block (default: %(default)s)",
+        )
+        add("--held-out", type=values.held_out, default=cls.held_out, help="share for validation, and for test")
         add("--prompt", default=cls.prompt, help="of the sample (default: how the test text begins)")
-        add("--new-tokens", type=int, default=cls.new_tokens, help="length of the sample (default: %(default)s)")
+        add(
+            "--new-tokens",
+            type=values.whole(),
+            default=cls.new_tokens,
+            help="length of the sample (default: %(default)s)",
+        )
 
     @cached_property
     def splits(self) -> Splits[Blocks]:

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from lora_kernels.errors import ConfigError
+from lora_kernels.finetune import values
 from lora_kernels.finetune.data import Examples, LengthBatches, Splits, read_table, split
 from lora_kernels.finetune.extras import require
 from lora_kernels.finetune.movies import ARCHIVE, NEUTRAL, movie_reviews
@@ -56,16 +57,41 @@ class Classification(Task):
     @classmethod
     def add_arguments(cls, parser: Options) -> None:
         add = parser.add_argument
-        add("--model", default=cls.model, help="packaged model, hub id or folder (default: %(default)s)")
+        add(
+            "--model",
+            type=values.model,
+            default=cls.model,
+            help="packaged model, hub id or folder (default: %(default)s)",
+        )
         add("--dtype", default=cls.dtype, choices=DTYPES, help="of the frozen weights (default: %(default)s)")
-        add("--data", default=cls.data, help=f"{MOVIES}, a .csv, .tsv or .jsonl file, or {ARCHIVE}")
+        add(
+            "--data",
+            type=values.input_file(MOVIES),
+            default=cls.data,
+            help=f"{MOVIES}, a .csv, .tsv or .jsonl file, or {ARCHIVE}",
+        )
         add("--text-column", default=cls.text_column, help="of --data (default: %(default)s)")
         add("--label-column", default=cls.label_column, help="of --data (default: %(default)s)")
-        add("--neutral", type=float, default=cls.neutral, help="leave out |rating| below (default: %(default)s)")
-        add("--limit", type=int, default=cls.limit, help="sentences to train on; 0 for all (default: %(default)s)")
-        add("--max-length", type=int, default=cls.max_length, help="tokens of a sentence (default: %(default)s)")
-        add("--held-out", type=float, default=cls.held_out, help="share for validation, and for test")
-        add("--split-seed", type=int, default=cls.split_seed, help="of the split (default: %(default)s)")
+        add(
+            "--neutral",
+            type=values.real(0.0, 4.0),
+            default=cls.neutral,
+            help="leave out |rating| below (default: %(default)s)",
+        )
+        add(
+            "--limit",
+            type=values.whole(),
+            default=cls.limit,
+            help="sentences to train on; 0 for all (default: %(default)s)",
+        )
+        add(
+            "--max-length",
+            type=values.whole(2),
+            default=cls.max_length,
+            help="tokens of a sentence (default: %(default)s)",
+        )
+        add("--held-out", type=values.held_out, default=cls.held_out, help="share for validation, and for test")
+        add("--split-seed", type=values.split_seed, default=cls.split_seed, help="of the split (default: %(default)s)")
 
     @cached_property
     def splits(self) -> Splits[Examples]:
