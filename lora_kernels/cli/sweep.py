@@ -45,13 +45,8 @@ def add_parser(subparsers: Any, task: type[Task]) -> None:
     earlier("--overwrite", action="store_true", help="delete the study in --out")
     space = parser.add_argument_group("search space, one or more values each").add_argument
     space("--r", type=values.rank, nargs="+", default=[4, 8, 16, 32], help="ranks (default: 4 8 16 32)")
-    space(
-        "--alpha",
-        type=_alpha,
-        nargs="+",
-        default=["1r", "2r", "4r"],
-        help="numbers, or multiples of r (default: 1r 2r 4r)",
-    )
+    space("--alpha", type=_alpha, nargs="+", default=["1r", "2r", "4r"],
+          help="numbers, or multiples of r (default: 1r 2r 4r)")  # fmt: skip
     space("--dropout", type=values.probability, nargs="+", default=[0.0, 0.1], help="default: 0 0.1")
     space("--targets", nargs="+", metavar="SET",
           help="q,v, attention, mlp, all-linear, or as train takes it (default: q,v attention all-linear)")  # fmt: skip
@@ -59,24 +54,14 @@ def add_parser(subparsers: Any, task: type[Task]) -> None:
           help="of A and B; rslora: default with alpha / sqrt(r) (default: default pissa olora rslora)")  # fmt: skip
     space("--lr", "--learning-rate", type=_rate, nargs="+", default=["1e-4:1e-2"], metavar="RATE", dest="lr",
           help="learning rates, or LOW:HIGH (default: 1e-4:1e-2)")  # fmt: skip
-    space(
-        "--loraplus",
-        type=values.real(0.0),
-        nargs="+",
-        default=[1.0],
-        metavar="RATIO",
-        help="B's rate over A's (default: 1)",
-    )
+    space("--loraplus", type=values.real(0.0), nargs="+", default=[1.0], metavar="RATIO",
+          help="B's rate over A's (default: 1)")  # fmt: skip
     search = parser.add_argument_group("search").add_argument
     search("--budget", type=values.seconds, default=600.0, metavar="SECONDS", help="begin nothing that would end later "
            "(default: 600)")  # fmt: skip
     search("--trials", type=values.count, default=100, help="at most (default: %(default)s)")
-    search(
-        "--repeats",
-        type=values.whole(),
-        default=2,
-        help="the best again with so many other seeds (default: %(default)s)",
-    )
+    search("--repeats", type=values.whole(), default=2,
+           help="the best again with so many other seeds (default: %(default)s)")  # fmt: skip
     search("--baselines", action="store_true", help="also full fine-tuning, and the head alone")
     search("--full-lr", type=values.rate, nargs="+", default=[3e-5, 1e-4, 3e-4], help="of full fine-tuning")
     search("--head-lr", type=values.rate, nargs="+", default=[1e-3, 1e-2], help="of the head alone")

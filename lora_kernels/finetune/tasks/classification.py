@@ -19,7 +19,7 @@ from lora_kernels.finetune.data import Examples, LengthBatches, Splits, read_tab
 from lora_kernels.finetune.extras import require
 from lora_kernels.finetune.movies import ARCHIVE, NEUTRAL, movie_reviews
 from lora_kernels.finetune.tasks.base import PARTS, Options, Task
-from lora_kernels.finetune.tasks.pretrained import DTYPES, MINILM, load_pretrained, load_tokenizer
+from lora_kernels.finetune.tasks.pretrained import DTYPES, MINILM, check_positions, load_pretrained, load_tokenizer
 from lora_kernels.finetune.trainer import Metric, Trainer
 
 MOVIES = "movies"
@@ -125,7 +125,16 @@ class Classification(Task):
         config: Any = model.config
         if getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = self._padding  # decoders look for the last token before padding
+        check_positions(model, self.model, self._longest, "give a smaller --max-length")
         return model
+
+    @cached_property
+    def _encoded(self) -> dict[str, list[list[int]]]:
+        return {part: self.encode(getattr(self.splits, part).texts) for part in PARTS}
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(len(ids) for rows in (*self._encoded.values(), self.encode(EXAMPLES)) for ids in rows)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, cut at ``max_length``."""
@@ -140,7 +149,7 @@ class Classification(Task):
 
     def loader(self, part: str, batch_size: int) -> DataLoader[Any]:
         examples: Examples = getattr(self.splits, part)
-        ids = self.encode(examples.texts)
+        ids = self._encoded[part]
         rows: Any = list(zip(ids, examples.labels, strict=True))
         batches = LengthBatches([len(row) for row in ids], batch_size, shuffle=part == "train")
         return DataLoader(rows, batch_sampler=batches, collate_fn=self.collate)

