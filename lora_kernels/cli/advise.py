@@ -46,8 +46,8 @@ def add_parser(subparsers: Any) -> None:
     add("--task-type", choices=sorted(filter(None, AUTO_CLASSES)),
         help="PEFT's task type (default: what the configuration's architecture is for, else SEQ_CLS)")  # fmt: skip
     add("--r", type=values.rank, nargs="+", default=[4, 8, 16, 32, 64], help="ranks (default: 4 8 16 32 64)")
-    add("--tokens", type=values.count, default=128, help="of a sequence (default: %(default)s)")
-    add("--batch", type=values.count, default=8, help="sequences in a batch (default: %(default)s)")
+    add("--tokens", type=values.whole(1, 1 << 24), default=128, help="of a sequence (default: %(default)s)")
+    add("--batch", type=values.whole(1, 1 << 20), default=8, help="sequences in a batch (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="float32", help="of the model's weights (default: %(default)s)")
     add(
         "--memory",

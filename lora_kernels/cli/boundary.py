@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import re
+import select
 import signal
 import sys
 import sysconfig
@@ -54,13 +55,14 @@ def guarded(name: str, run: Callable[[], int]) -> int:
         _say("\ninterrupted")
         return INTERRUPTED
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _closed(sys.stdout, sys.stderr):
+        if isinstance(error, BrokenPipeError) and _unread(sys.stdout, sys.stderr):
+            _drop(sys.stdout, sys.stderr)
             return BROKEN_PIPE
         if os.environ.get(VARIABLE, "0") not in ("", "0"):
             _say("".join(traceback.format_exception(error)).rstrip())
         text, status = explained(error)
         _say(f"{name}: {' '.join(text.split())}")
-        _closed(sys.stdout)
+        _drop(sys.stdout)
         return status
 
 
@@ -141,19 +143,27 @@ def _say(text: str) -> None:
         print(text.encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
 
 
-def _closed(*streams: Any) -> bool:
-    """Whether one of the streams can no longer be written to; what it held is dropped, or Python's exit would fail."""
-    found = False
+def _unread(*streams: Any) -> bool:
+    """Whether one of the streams is a pipe that its reader has closed."""
+    for stream in streams:
+        with suppress(OSError, ValueError, AttributeError):  # no file, or a system without poll
+            poll = select.poll()
+            poll.register(stream.fileno(), 0)
+            if any(event & select.POLLERR for _, event in poll.poll(0)):
+                return True
+    return False
+
+
+def _drop(*streams: Any) -> None:
+    """What can no longer be written is dropped: Python's last flush would fail, and say so."""
     for stream in streams:
         try:
             stream.flush()
         except (OSError, ValueError):
-            found = True
             with suppress(OSError, ValueError, AttributeError):
                 nothing = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nothing, stream.fileno())
                 os.close(nothing)
-    return found
 
 
 def _open_streams() -> None:

@@ -29,6 +29,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for word in arguments:
         if "\0" in word or word.encode("utf-8", "replace") != word.encode("utf-8", "surrogatepass"):
             parser.error(f"{word[:60]!r} is not text in UTF-8; rename the file, or give the argument in UTF-8")
+        if word.startswith("--") and word.endswith("=--"):  # which argparse takes for an option without a value
+            parser.error(f"argument {word[:-3]}: '--' was given, which is no value")
     for command in (doctor, demo):
         command.add_parser(subparsers)
     for command in (train, sweep):

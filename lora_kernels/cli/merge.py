@@ -37,7 +37,7 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Writes the merged model; --out appears whole or not at all."""
     out: Path = arguments.out
-    if out.exists():
+    if out.exists() or out.name == "..":
         raise ConfigError(f"{out} exists; name a folder that does not")
     tensors, raw = read_adapter(arguments.adapter)
     task_type = LoRAConfig.from_peft_dict(raw).task_type if isinstance(raw, dict) else None

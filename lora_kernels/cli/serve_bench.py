@@ -112,7 +112,23 @@ def _cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[tupl
         for tokens, L, distribution in batches:
             sequence = min(tokens, arguments.sequence or (1 if tokens <= 64 else 128))
             ranks = ranks_from(arguments.ranks, L)
-            yield shape, layers, ServingCase(tokens, *shape[:2], ranks, distribution, sequence, dtype, shape.bias)
+            case = ServingCase(tokens, *shape[:2], ranks, distribution, sequence, dtype, shape.bias)
+            _check_memory(case, device)
+            yield shape, layers, case
+
+
+def _check_memory(case: ServingCase, device: torch.device) -> None:
+    """ConfigError for operands that the device has no room for; a system that swaps ends processes without a word."""
+    if device.type == "cuda":
+        there = torch.cuda.mem_get_info(device)[1]
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    pool = case.dtype.itemsize * sum(case.ranks) * (case.N + case.K)
+    if (needed := pool + case.dtype.itemsize * (case.M * (case.N + case.K) + case.N * case.K)) > there:
+        raise ConfigError(
+            f"{case.M} tokens and {case.L} adapters of rank {case.ranks_shown} take {needed / 2**30:.0f} GiB in a layer, "
+            f"and there are {there / 2**30:.0f}: give fewer --tokens, fewer --adapters or smaller --ranks"
+        )
 
 
 def _measured(case: ServingCase, device: torch.device, graph: bool, arguments: argparse.Namespace) -> Trial:

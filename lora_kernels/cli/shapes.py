@@ -41,7 +41,7 @@ MODELS = {
 }  # fmt: skip
 
 
-MAX_LAYERS = 10_000  # of a configuration that is built
+MAX_LAYERS = 10_000  # and labels, of a configuration that is built
 
 # What transformers needs to build the same models without a network; all else is its default for the type.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -99,24 +99,29 @@ def configuration(source: str) -> Any:
     if source in CONFIGS:
         return auto.for_model(**CONFIGS[source])
     try:
+        file = path if path.is_file() else path / "config.json"
+        if file.is_file():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            _check_sizes(source, found)
         if path.is_file():
-            return _sane(source, auto.for_model(**json.loads(path.read_text(encoding="utf-8"))))
+            return auto.for_model(**found)
         name = source_of(source)
         with hub(name):
-            return _sane(source, auto.from_pretrained(name, trust_remote_code=False))
+            return auto.from_pretrained(name, trust_remote_code=False)
     except (LoRAKernelsError, MemoryError):
         raise
     except Exception as error:  # transformers raises any kind over values that it does not expect
         raise _no_model(source, error) from error
 
 
-def _sane(source: str, config: Any) -> Any:
-    """The configuration; ConfigError for sizes of no model, which would take hours to build or overflow."""
-    for name, value in config.to_dict().items():
-        most = MAX_LAYERS if name.endswith(("layers", "n_layer")) else 2**31 - 1
+def _check_sizes(source: str, values: Any) -> None:
+    """ConfigError for sizes of no model: it would take hours to build, or overflow."""
+    if not isinstance(values, dict) or not values:
+        raise ConfigError(f"{source!r}: a configuration is a JSON object with a model_type, not {type(values).__name__}")
+    for name, value in values.items():
+        most = MAX_LAYERS if name.endswith(("layers", "n_layer", "num_labels")) else 2**31 - 1
         if isinstance(value, int) and abs(value) > most:
             raise ConfigError(f"{source!r}: {name} is {value}; accepted are at most {most}")
-    return config
 
 
 def on_meta(source: str, auto_class: str = "AutoModel", config: Any = None, **arguments: Any) -> nn.Module:

@@ -142,7 +142,7 @@ def settings_of(base: argparse.Namespace, sets: dict[str, str], params: Params, 
         told["targets"] = sets.get(told["targets"], told["targets"])
     if "alpha" in told:
         alpha = str(told["alpha"])
-        factor = values.number(alpha.removesuffix("r") or "1")
+        factor = values.number("1" if alpha == "r" else alpha.removesuffix("r"))
         told["alpha"] = factor * told["r"] if alpha.endswith("r") else factor
     if told.get("init") == RSLORA:
         told |= {"init": "default", "rslora": True}
@@ -214,7 +214,7 @@ def _line(targets: str | list[str]) -> str:
 def _alpha(text: str) -> str:
     """The type of --alpha: a number, or a multiple of r such as "2r"."""
     try:
-        values.number(text.removesuffix("r") or "1")
+        values.number("1" if text == "r" else text.removesuffix("r"))
     except argparse.ArgumentTypeError:
         raise values.refused(text, "a finite number, or a multiple of r such as 2r") from None
     return text

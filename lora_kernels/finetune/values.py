@@ -111,7 +111,7 @@ seconds = real(above=0.0, most=MAX_SECONDS)
 def number(text: str) -> int | float:
     """32 from "32", 0.5 from "0.5", finite: a whole number is written into the adapter's configuration as one."""
     value = real(-MAX_ALPHA, MAX_ALPHA)(text)
-    return int(value) if value.is_integer() else value
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
 def threads(text: str) -> int:
@@ -128,7 +128,7 @@ def unusable(name: str) -> str | None:
     try:
         torch.zeros(1, device=name).item()
     except Exception as error:  # by device RuntimeError, AssertionError, ImportError, ...
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
     return None
 
 
@@ -143,6 +143,8 @@ def checked(check: Callable[[str], object]) -> Callable[[str], str]:
     """The text itself, if ``check`` raises no ConfigError of it; argparse would hide that error's message."""
 
     def read(text: str) -> str:
+        if len(text) > 1000:
+            raise refused(text, "a name of at most 1,000 characters")
         try:
             check(text)
         except ConfigError as error:

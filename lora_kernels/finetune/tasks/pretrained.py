@@ -109,6 +109,16 @@ def refusal(what: str, error: Exception) -> ConfigError:
     return ConfigError(f"{what}: {reason[:300]}{'...' if len(reason) > 300 else ''}; {_ACCEPTED}")
 
 
+def _other_sizes(name: str, classes: int) -> ConfigError:
+    found = getattr(load_config(name), "num_labels", 0)
+    if classes and found != classes:
+        return ConfigError(
+            f"model {name!r} has a head for {found} classes, and {classes} are asked for: give data (or labels) of "
+            f"{found} classes, or a model without a head"
+        )
+    return ConfigError(f"model {name!r}: its weights have other sizes than its config.json says; fetch it again")
+
+
 def _load(auto_class: str, name: str, **arguments: Any) -> Any:
     transformers = require("transformers")
     source = locate(name)
@@ -128,6 +138,8 @@ def _load(auto_class: str, name: str, **arguments: Any) -> Any:
         except (LoRAKernelsError, MemoryError):
             raise
         except Exception as error:  # transformers, tokenizers, safetensors, gguf: any kind, by what they cannot read
+            if "ignore_mismatched_sizes" in str(error):  # what it refers to is a report that is not shown
+                raise _other_sizes(name, len(arguments.get("id2label", ()))) from error
             what = f"model {name!r} cannot be loaded as {auto_class}"
             if unreachable:
                 what = f"{what} (it is no folder here, and the hub cannot be reached: {unreachable})"
