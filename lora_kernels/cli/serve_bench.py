@@ -126,8 +126,8 @@ def _check_memory(case: ServingCase, device: torch.device) -> None:
     pool = case.dtype.itemsize * sum(case.ranks) * (case.N + case.K)
     if (needed := pool + case.dtype.itemsize * (case.M * (case.N + case.K) + case.N * case.K)) > there:
         raise ConfigError(
-            f"{case.M} tokens and {case.L} adapters of rank {case.ranks_shown} take {needed / 2**30:.0f} GiB in a layer, "
-            f"and there are {there / 2**30:.0f}: give fewer --tokens, fewer --adapters or smaller --ranks"
+            f"{case.M} tokens and {case.L} adapters of rank {case.ranks_shown} take {needed / 2**30:.0f} GiB in a "
+            f"layer, and there are {there / 2**30:.0f}: give fewer --tokens, fewer --adapters or smaller --ranks"
         )
 
 

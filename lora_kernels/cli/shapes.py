@@ -117,7 +117,9 @@ def configuration(source: str) -> Any:
 def _check_sizes(source: str, values: Any) -> None:
     """ConfigError for sizes of no model: it would take hours to build, or overflow."""
     if not isinstance(values, dict) or not values:
-        raise ConfigError(f"{source!r}: a configuration is a JSON object with a model_type, not {type(values).__name__}")
+        raise ConfigError(
+            f"{source!r}: a configuration is a JSON object with a model_type, not {type(values).__name__}"
+        )
     for name, value in values.items():
         most = MAX_LAYERS if name.endswith(("layers", "n_layer", "num_labels")) else 2**31 - 1
         if isinstance(value, int) and abs(value) > most:

@@ -85,7 +85,8 @@ BROKEN = [
     '{"hidden_size": -1}', '{"hidden_size": 0}', '{"hidden_size": "abc"}', '{"num_attention_heads": 0}',
     '{"num_attention_heads": 3}', '{"num_hidden_layers": 1000000000}', '{"vocab_size": 100000000000000000000}',
     '{"vocab_size": 0}', '{"hidden_act": "nope"}', '{"model_type": 5}', '{"num_labels": 100000000}', '{"dtype": "f99"}',
-    '{"id2label": {"a": "b"}}', '{"hidden_dropout_prob": 7}', "[]", "null", "{", "{}", "1", '"x"', "[" * 100_000, "\xff",
+    '{"id2label": {"a": "b"}}', '{"hidden_dropout_prob": 7}', "[]", "null", "{", "{}", "1", '"x"', "[" * 100_000,
+    "\xff",
 ]  # fmt: skip
 
 

@@ -38,7 +38,10 @@ def raised_by(library, error, tmp_path, monkeypatch):
         (ConfigError("r is 0; give 1 or more"), "r is 0; give 1 or more"),
         (SafetensorError("Error while deserializing header"), "safetensors refused (SafetensorError: Error while"),
         (SafetensorError('IoError(Os { code: 28, kind: StorageFull, message: "No space" })'), "free some space"),
-        (OSError(errno.ENOSPC, "No space left on device", "out/x"), "'out/x': free some space, or write to another disk"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "out/x"),
+            "'out/x': free some space, or write to another disk",
+        ),
         (OSError(errno.EFBIG, "File too large", "out/x"), "raise the limit"),
         (PermissionError(errno.EACCES, "Permission denied", "out/x"), "choose a place that you may read or write"),
         (MemoryError(), "not enough memory: use smaller sizes"),
@@ -114,14 +117,19 @@ def test_ctrl_c_during_the_imports_ends_with_130(tmp_path, module, action):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ninterrupted\n")
 
 
+def swallow(hidden):
+    """What extension modules do with a KeyboardInterrupt while they load."""
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        if hidden:
+            raise ImportError("initialization failed") from None
+
+
 def test_ctrl_c_that_an_import_swallows_is_not_lost():
     for hidden in (False, True):
         with pytest.raises(KeyboardInterrupt), interruptible():
-            try:
-                signal.raise_signal(signal.SIGINT)
-            except KeyboardInterrupt:
-                if hidden:  # what extension modules make of it
-                    raise ImportError("initialization failed") from None
+            swallow(hidden)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     with interruptible():
         pass

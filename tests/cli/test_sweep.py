@@ -128,7 +128,10 @@ def test_mistakes_are_one_clear_line(options, capsys, change, message):
     [
         ("--alpha 2x", "argument --alpha: '2x' was given; accepted is a finite number, or a multiple of r such as 2r"),
         ("--alpha nanr", "argument --alpha: 'nanr' was given"),
-        ("--lr 1e-2:1e-3", "argument --lr/--learning-rate: '1e-2:1e-3' was given; accepted is a number above 0, or LOW"),
+        (
+            "--lr 1e-2:1e-3",
+            "argument --lr/--learning-rate: '1e-2:1e-3' was given; accepted is a number above 0, or LOW",
+        ),
         ("--lr 1:2:3", "argument --lr/--learning-rate: '1:2:3' was given"),
         ("--lr 0:1", "argument --lr/--learning-rate: '0:1' was given"),
         ("--lr 1e-4:inf", "argument --lr/--learning-rate: '1e-4:inf' was given"),

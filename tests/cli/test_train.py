@@ -123,7 +123,10 @@ def test_mistakes_are_one_clear_line(options, tmp_path, capsys, change, message)
     ("change", "message"),
     [
         ("--data missing.csv", "argument --data: 'missing.csv' was given; accepted is movies, or a file that exists"),
-        ("--device cuda:99", "argument --device: 'cuda:99' was given; accepted is auto, cpu, or a GPU that torch finds"),
+        (
+            "--device cuda:99",
+            "argument --device: 'cuda:99' was given; accepted is auto, cpu, or a GPU that torch finds",
+        ),
         ("--device meta", "argument --device: 'meta' was given"),
         ("--backend fast", "backend 'fast' is unknown"),
         ("--out /dev/null/out", "argument --out: '/dev/null/out' was given; accepted is a place that can be written"),
@@ -150,8 +153,10 @@ def test_values_are_refused_by_the_parser(options, tmp_path, capsys, change, mes
         main([*options, "--out", str(tmp_path / "out"), *shlex.split(change)])
     assert stopped.value.code == 2
     shown = capsys.readouterr().err
-    assert f"lora-kernels train: error: {message}" in shown or f"lora-kernels: error: {message}" in shown or (
-        "--backend" in change and message in shown
+    assert (
+        f"lora-kernels train: error: {message}" in shown
+        or f"lora-kernels: error: {message}" in shown
+        or ("--backend" in change and message in shown)
     )
     assert not (tmp_path / "out").exists()
 

@@ -26,7 +26,7 @@ def test_a_damaged_study_is_one_sentence(tmp_path, content):
 
 def test_a_locked_study_is_one_sentence(tmp_path):
     file = tmp_path / "sweep.db"
-    with pytest.raises(ConfigError, match="database is locked.*wait for another sweep"), usable(file):
+    with pytest.raises(ConfigError, match=r"database is locked.*wait for another sweep"), usable(file):
         raise sqlite3.OperationalError("database is locked")
 
 
@@ -35,5 +35,5 @@ def test_other_errors_pass_unless_they_are_named(tmp_path):
         raise KeyError("record")
     with pytest.raises(ConfigError, match="KeyError"), usable(tmp_path, KeyError):
         raise KeyError("record")
-    with pytest.raises(ConfigError, match="^as it is$"), usable(tmp_path, ValueError):
+    with pytest.raises(ConfigError, match=r"^as it is$"), usable(tmp_path, ValueError):
         raise ConfigError("as it is")

@@ -36,7 +36,11 @@ def refusal(read, text):
         (values.several(values.count), {"1, 2,": [1, 2]}, [",", "1,0", "1,x"]),
         (values.one_of(("a", "b")), {"a": "a"}, ["c", "A"]),
         (values.backend, {"auto": "auto", "reference": "reference"}, ["fast", "triton:"]),
-        (values.device, {"auto": "auto", "cpu": "cpu"}, ["meta", "cuda:99", "cuda:-1", "cpu:x", "fpga", "privateuseone"]),
+        (
+            values.device,
+            {"auto": "auto", "cpu": "cpu"},
+            ["meta", "cuda:99", "cuda:-1", "cpu:x", "fpga", "privateuseone"],
+        ),
     ],
 )
 def test_what_is_accepted_and_what_is_not(read, right, wrong):
