@@ -31,6 +31,7 @@ from benchmarks.end_to_end import Outcome, write
 from benchmarks.models import SIZES, Batch, Size, batches, build
 from benchmarks.rows import Check, Row, this_machine
 from benchmarks.timing import Clock, CudaClock, HostClock, extra_peak_mib, interleaved
+from lora_kernels.finetune import values
 from lora_kernels.trial import spread
 
 PEFT, OURS, ALONE = "peft", "lora_kernels accelerated", "lora_kernels accelerated, group=False"
@@ -178,24 +179,26 @@ def settings(options: argparse.Namespace, device: torch.device) -> Iterator[Sett
         if options.layers:
             size = replace(size, layers=options.layers)
         for targets in options.targets.split(","):
-            for dropout in options.dropout.split(","):
-                yield Setting(model, size, targets, float(dropout), dtype)
+            for dropout in options.dropout:
+                yield Setting(model, size, targets, dropout, dtype)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accelerate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", choices=[*WHOLE, "all"], default="bert")
     parser.add_argument("--size", choices=["rehearsal", "whole", "gpu"], help="default: whole on a CPU, else gpu")
-    parser.add_argument("--layers", type=int, help="fewer than the model has")
+    parser.add_argument("--layers", type=values.count, help="fewer than the model has")
     parser.add_argument("--targets", default="all-linear,attention")
-    parser.add_argument("--dropout", default="0,0.1")
+    parser.add_argument("--dropout", type=values.several(values.real(0.0, below=1.0)), default=[0.0, 0.1])
     parser.add_argument("--dtype", choices=list(DTYPES), help="default fp32 on a CPU, bf16 on a GPU")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, help="PyTorch's threads on a CPU (default: its own choice)")
-    parser.add_argument("--curve", type=int, default=0, metavar="STEPS", help="train the demo's model as well")
+    parser.add_argument("--rounds", type=values.count, default=15)
+    parser.add_argument("--threads", type=values.threads, help="PyTorch's threads on a CPU (default: its own choice)")
+    parser.add_argument(
+        "--curve", type=values.whole(), default=0, metavar="STEPS", help="train the demo's model as well"
+    )
     parser.add_argument("--no-steps", action="store_true", help="the curve alone")
-    parser.add_argument("--out", type=Path, default=Path("out/accelerate"))
+    parser.add_argument("--out", type=values.output_folder, default=Path("out/accelerate"))
     options = parser.parse_args(argv)
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"

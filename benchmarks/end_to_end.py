@@ -28,6 +28,7 @@ from benchmarks.models import SIZES, Batch, Size, batches, build, rows_reversed,
 from benchmarks.rows import Check, Machine, Record, Row, columns, record, this_machine, write_csv
 from benchmarks.timing import MIB
 from lora_kernels import load_adapter, use_backend
+from lora_kernels.finetune import values
 from lora_kernels.trial import spread
 
 RANK, ALPHA, RATE = 8, 16, 1e-3
@@ -187,11 +188,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--size", choices=["rehearsal", "cpu", "gpu"], help="default: by device")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default fp32 on a CPU, bf16 on a GPU")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--threads", type=int, help="PyTorch's threads on a CPU (default: its own choice)")
-    parser.add_argument("--backend", default="auto", help="ours (default auto)")
+    parser.add_argument("--steps", type=values.count, default=60)
+    parser.add_argument("--threads", type=values.threads, help="PyTorch's threads on a CPU (default: its own choice)")
+    parser.add_argument("--backend", type=values.backend, default="auto", help="ours (default auto)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile(PEFT) out")
-    parser.add_argument("--out", type=Path, default=Path("out/end_to_end"))
+    parser.add_argument("--out", type=values.output_folder, default=Path("out/end_to_end"))
     options = parser.parse_args(argv)
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"

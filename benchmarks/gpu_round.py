@@ -39,6 +39,7 @@ from benchmarks.rows import REHEARSAL, Journal, record, this_machine, write_csv
 from benchmarks.schedule import PHASES, Phase
 from benchmarks.summary import summary
 from benchmarks.worker import CHECKS_FAILED, DEVICE_BROKEN, share
+from lora_kernels.finetune import values
 
 GRACE = 10.0  # seconds a process gets to finish its unit beyond the phase's limit
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,8 +64,12 @@ class Outcome:
 def main(argv: Sequence[str] | None = None) -> int:
     names = [phase.name for phase in PHASES]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_round", description="Check and measure on a GPU.")
-    parser.add_argument("--budget", type=float, default=540.0, help="seconds for the whole round (default 540)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the tables; a round begun there goes on")
+    parser.add_argument(
+        "--budget", type=values.seconds, default=540.0, help="seconds for the whole round (default 540)"
+    )
+    parser.add_argument(
+        "--out", type=values.output_folder, required=True, help="folder for the tables; a round begun there goes on"
+    )
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, tiny shapes, made-up times")
     parser.add_argument("--only", default=",".join(names), help="phases, comma-separated (default: all, in this order)")
     options = parser.parse_args(argv)

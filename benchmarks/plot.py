@@ -26,6 +26,7 @@ from benchmarks.roofline import Ceilings, ceilings_of
 from benchmarks.rows import REHEARSAL, Record, read_rows
 from benchmarks.style import caption_of, save
 from benchmarks.waterfall import note, waterfall
+from lora_kernels.finetune import values
 from lora_kernels.plan import OPT_IN, PLANS
 
 NUMBERS = ("step", "loss", "difference", "allowed")
@@ -84,7 +85,7 @@ def plot(places: Sequence[Path], out: Path) -> dict[str, list[Path]]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("places", type=Path, nargs="+", help="rows.csv, or folders with rows*.csv and curves.csv")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the figures")
+    parser.add_argument("--out", type=values.output_folder, required=True, help="folder for the figures")
     options = parser.parse_args(argv)
     try:
         written = plot(options.places, options.out)

@@ -26,6 +26,7 @@ from benchmarks.roofline import ceiling_rows, measure_ceilings
 from benchmarks.rows import Check, Journal, Record, record, this_machine
 from benchmarks.summary import summary
 from benchmarks.timing import MIB, Clock, CudaClock, HostClock
+from lora_kernels.finetune import values
 
 MODES = ("fwd", "fwd_bwd", "fwd_graph", "fwd_bwd_graph")
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the squares whose product is the ceiling
@@ -103,14 +104,20 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--mode", choices=MODES, default="fwd_bwd")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--shapes", help=f"M,N,K,r;M,N,K,r;... or one of {', '.join(MODELS)} (default: DEFAULTS)")
-    parser.add_argument("--tokens", type=int, help="rows of a model's layers (default 512 on a CPU, 8192 on a GPU)")
-    parser.add_argument("--r", type=int, default=16, help="rank of a model's layers (default 16)")
+    parser.add_argument(
+        "--tokens", type=values.count, help="rows of a model's layers (default 512 on a CPU, 8192 on a GPU)"
+    )
+    parser.add_argument("--r", type=values.rank, default=16, help="rank of a model's layers (default 16)")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default fp32 on a CPU, bf16 on a GPU")
     parser.add_argument("--dropout", default="0,0.1", help="probabilities (default 0,0.1)")
-    parser.add_argument("--rounds", type=int, default=15, help="timed calls of each contender and case (default 15)")
+    parser.add_argument(
+        "--rounds", type=values.count, default=15, help="timed calls of each contender and case (default 15)"
+    )
     parser.add_argument("--opt-in", action="store_true", help="on a GPU: the plans that run only where named, too")
-    parser.add_argument("--threads", type=int, help="PyTorch's threads on a CPU (default: its own choice)")
-    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder, overwritten (default out/bench)")
+    parser.add_argument("--threads", type=values.threads, help="PyTorch's threads on a CPU (default: its own choice)")
+    parser.add_argument(
+        "--out", type=values.output_folder, default=Path("out/bench"), help="folder, overwritten (default out/bench)"
+    )
     options = parser.parse_args(argv)
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"

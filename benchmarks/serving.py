@@ -25,6 +25,7 @@ from benchmarks.run import SIDE
 from benchmarks.serving_cases import DECODE, PREFILL, cpu_cases, other_mixes
 from benchmarks.serving_lines import OP, lines
 from benchmarks.timing import MIB, Clock, CudaClock, HostClock, interleaved
+from lora_kernels.finetune import values
 from lora_kernels.serving.cases import ServingCase
 from lora_kernels.serving.rivals import ON_A_CPU, Contender, contenders
 from lora_kernels.serving.trial import Judgement, Timing, measure
@@ -130,10 +131,14 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description="Time mixed batches.")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"], help="on a CPU")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 128], help="of each of 64 sequences, on a CPU")
-    parser.add_argument("--rounds", type=int, default=15, help="timed calls of each contender and case (default 15)")
-    parser.add_argument("--threads", type=int, help="PyTorch's threads on a CPU (default: its own choice)")
-    parser.add_argument("--out", type=Path, default=Path("out/serving"), help="folder, overwritten")
+    parser.add_argument(
+        "--tokens", nargs="+", type=values.count, default=[1, 16, 128], help="of each of 64 sequences, on a CPU"
+    )
+    parser.add_argument(
+        "--rounds", type=values.count, default=15, help="timed calls of each contender and case (default 15)"
+    )
+    parser.add_argument("--threads", type=values.threads, help="PyTorch's threads on a CPU (default: its own choice)")
+    parser.add_argument("--out", type=values.output_folder, default=Path("out/serving"), help="folder, overwritten")
     options = parser.parse_args(argv)
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"

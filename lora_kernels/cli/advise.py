@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Container, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import nn
 from lora_kernels.cli.explain import AUTO_CLASSES
 from lora_kernels.cli.shapes import MODELS, configuration, on_meta
 from lora_kernels.errors import ConfigError
+from lora_kernels.finetune import values
 from lora_kernels.finetune.advise import HEAD_ONLY, Cost, Targets, advise, target_sets
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -37,25 +37,30 @@ def add_parser(subparsers: Any) -> None:
     """Declares the command."""
     parser = subparsers.add_parser("advise", help="count what each fine-tuning strategy of a model would cost")
     add = parser.add_argument
-    add("model", metavar="MODEL", help=f"a folder, a config.json, a hub id, or one of {', '.join(MODELS)}")
+    add(
+        "model",
+        type=values.model,
+        metavar="MODEL",
+        help=f"a folder, a config.json, a hub id, or one of {', '.join(MODELS)}",
+    )
     add("--task-type", choices=sorted(filter(None, AUTO_CLASSES)),
         help="PEFT's task type (default: what the configuration's architecture is for, else SEQ_CLS)")  # fmt: skip
-    add("--r", type=int, nargs="+", default=[4, 8, 16, 32, 64], help="ranks (default: 4 8 16 32 64)")
-    add("--tokens", type=int, default=128, help="of a sequence (default: %(default)s)")
-    add("--batch", type=int, default=8, help="sequences in a batch (default: %(default)s)")
+    add("--r", type=values.rank, nargs="+", default=[4, 8, 16, 32, 64], help="ranks (default: 4 8 16 32 64)")
+    add("--tokens", type=values.whole(1, 1 << 24), default=128, help="of a sequence (default: %(default)s)")
+    add("--batch", type=values.whole(1, 1 << 20), default=8, help="sequences in a batch (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="float32", help="of the model's weights (default: %(default)s)")
-    add("--memory", type=float, metavar="GIB", help="say what fits, and how many sequences at a time")
-    add("--json", type=Path, metavar="FILE", help="write every row with all its numbers")
+    add(
+        "--memory",
+        type=values.real(above=0.0, most=1e9),
+        metavar="GIB",
+        help="say what fits, and how many sequences at a time",
+    )
+    add("--json", type=values.output_file, metavar="FILE", help="write every row with all its numbers")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the table, the names of the target sets, and the rules of thumb with their sources."""
-    for name in ("tokens", "batch", "memory"):
-        if (value := getattr(arguments, name)) is not None and not value > 0:
-            raise ConfigError(f"--{name} is {value}; it must be above 0")
-    if min(arguments.r) < 1:
-        raise ConfigError(f"--r is {min(arguments.r)}; a rank is at least 1")
     config = configuration(arguments.model)
     longest = getattr(config, "max_position_embeddings", None) or arguments.tokens
     if arguments.tokens > longest:
@@ -80,6 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"\ntarget sets, as --targets takes them:\n{names(target_sets(model, task_type))}\n\n{RULES}")
     if arguments.json:
         told = [dataclasses.asdict(cost) | {"memory": cost.memory} for cost in costs]
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(told, indent=1) + "\n")
     return 0
 

@@ -13,11 +13,11 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from itertools import groupby
-from pathlib import Path
 
 from lora_kernels import cost
 from lora_kernels.cli.compile_csrc import csrc_rows, why_none
 from lora_kernels.cli.compile_matrix import Row, compile_matrix
+from lora_kernels.finetune import values
 from lora_kernels.kernels.chip import CHIPS
 
 QUICK_ARCHS = ("sm_80", "sm_90", "gfx942")
@@ -25,6 +25,7 @@ QUICK_DTYPES = ("bfloat16",)
 DTYPES = ("bfloat16", "float16", "float32")
 MATRIX_UNITS = ("HGMMA", "UTCMMA", "HMMA", "MFMA")
 PAGE_ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+MAX_JOBS = 256  # processes, each with a Triton of its own
 PAGE_ROWS = 8192  # tokens of the launches on the page: training
 
 TITLES = (
@@ -49,10 +50,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--quick", action="store_true", help=f"{', '.join(QUICK_DTYPES)} on {', '.join(QUICK_ARCHS)}, unless named"
     )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every row with all its numbers")
     parser.add_argument(
-        "--markdown", type=Path, metavar="FILE", help=f"write a page of the {PAGE_ROWS}-token launches in bfloat16"
+        "--jobs", type=values.whole(1, MAX_JOBS), default=os.cpu_count(), help="processes (default: one a core)"
+    )
+    parser.add_argument("--json", type=values.output_file, metavar="FILE", help="write every row with all its numbers")
+    parser.add_argument(
+        "--markdown",
+        type=values.output_file,
+        metavar="FILE",
+        help=f"write a page of the {PAGE_ROWS}-token launches in bfloat16",
     )
     parser.set_defaults(run=run_check)
 

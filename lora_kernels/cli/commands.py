@@ -1,36 +1,40 @@
-"""The commands, each a file here with add_parser(subparsers), and what becomes of their errors."""
+"""The commands, each a file here with add_parser(subparsers)."""
 
 from __future__ import annotations
 
 import argparse
-import sys
+import contextlib
+import io
+import os
 from collections.abc import Sequence
-
-import torch
 
 from lora_kernels import __version__
 from lora_kernels.cli import advise, check, compat, demo, doctor, explain, merge, serve_bench, sweep, train, tune
-from lora_kernels.errors import LoRAKernelsError
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, 2 for what the user can mend (one line on stderr), 130 for Ctrl-C."""
+def main(arguments: Sequence[str]) -> int:
+    """Runs a command and returns its exit code. SystemExit(2) for a command line that the parser refuses."""
+    # Under torchrun all processes have the same command line: one of them reports what is wrong with it.
+    first = os.environ.get("RANK", "0") == "0"
+    with contextlib.nullcontext() if first else contextlib.redirect_stderr(io.StringIO()):
+        parsed = parse(arguments)
+    return parsed.run(parsed)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line's values, checked."""
     parser = argparse.ArgumentParser(prog="lora-kernels", description="LoRA layers that cost what their base costs.")
     parser.add_argument("--version", action="version", version=f"lora-kernels {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    for word in arguments:
+        if "\0" in word or word.encode("utf-8", "replace") != word.encode("utf-8", "surrogatepass"):
+            parser.error(f"{word[:60]!r} is not text in UTF-8; rename the file, or give the argument in UTF-8")
+        if word.startswith("--") and word.endswith("=--"):  # which argparse takes for an option without a value
+            parser.error(f"argument {word[:-3]}: '--' was given, which is no value")
     for command in (doctor, demo):
         command.add_parser(subparsers)
     for command in (train, sweep):
         command.add_parser(subparsers, train.chosen_task(arguments))
     for command in (explain, advise, tune, merge, serve_bench, check, compat):
         command.add_parser(subparsers)
-    parsed = parser.parse_args(arguments)
-    try:
-        return parsed.run(parsed)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except (LoRAKernelsError, OSError, torch.OutOfMemoryError) as error:
-        print(f"lora-kernels {parsed.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return parser.parse_args(arguments)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from pathlib import Path
 from typing import Any
 
 from lora_kernels.errors import ConfigError
+from lora_kernels.finetune import values
 from lora_kernels.finetune.extras import require
 
 BEGIN, END = "<!-- compatibility: written by lora-kernels compat --readme -->", "<!-- end of compatibility -->"
@@ -19,8 +19,12 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("compat", help="run every PEFT feature on every model family, accelerated or not")
     parser.add_argument("--families", default="", help='names or parts of them, ";" between (default: all)')
     parser.add_argument("--features", default="", help='names or parts of them, ";" between (default: all)')
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table, docs/compatibility.md")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="write it in short between the markers of FILE")
+    parser.add_argument(
+        "--markdown", type=values.output_file, metavar="FILE", help="write the table, docs/compatibility.md"
+    )
+    parser.add_argument(
+        "--readme", type=values.input_path, metavar="FILE", help="write it in short between the markers of FILE"
+    )
     parser.set_defaults(run=run)
 
 

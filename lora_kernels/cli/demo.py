@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_kernels.cli import train
+from lora_kernels.finetune import values
 from lora_kernels.finetune.tasks import Classification
+from lora_kernels.finetune.tasks.classification import MOVIES
 
 # Chosen on the validation data.
 SETTINGS = {"limit": 4000, "no_checkpoints": True, "beside_peft": True}
@@ -16,10 +18,16 @@ SETTINGS = {"limit": 4000, "no_checkpoints": True, "beside_peft": True}
 def add_parser(subparsers: Any) -> None:
     """Declares the command."""
     parser = subparsers.add_parser("demo", help="fine-tune a real BERT on real sentences, beside PEFT")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results (default: %(default)s)")
-    parser.add_argument("--model", default=Classification.model, help="packaged model, hub id or folder")
-    parser.add_argument("--data", default=Classification.data, help="movies, or a .csv, .tsv or .jsonl file")
-    parser.add_argument("--limit", type=int, default=SETTINGS["limit"], help="sentences to train on")
+    parser.add_argument(
+        "--out", type=values.output_folder, default=Path("out"), help="folder for the results (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--model", type=values.model, default=Classification.model, help="packaged model, hub id or folder"
+    )
+    parser.add_argument(
+        "--data", type=values.input_file(MOVIES), default=MOVIES, help="movies, or a .csv, .tsv or .jsonl file"
+    )
+    parser.add_argument("--limit", type=values.whole(), default=SETTINGS["limit"], help="sentences to train on")
     parser.set_defaults(run=run)
 
 

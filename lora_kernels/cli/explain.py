@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from lora_kernels.cli.train import names_or_pattern, number
+from lora_kernels.cli.train import names_or_pattern
 from lora_kernels.config import LoRAConfig
+from lora_kernels.finetune import values
 from lora_kernels.finetune.tasks.pretrained import MINILM, load_pretrained
 from lora_kernels.inject import apply_lora, explain
 from lora_kernels.kernels.chip import CHIPS
@@ -25,13 +26,17 @@ AUTO_CLASSES = {
 def add_parser(subparsers: Any) -> None:
     """Declares the command."""
     parser = subparsers.add_parser("explain", help="show what happens to each layer of a model, and why")
-    parser.add_argument("--model", default=MINILM, help="packaged model, hub id or folder (default: %(default)s)")
+    parser.add_argument(
+        "--model", type=values.model, default=MINILM, help="packaged model, hub id or folder (default: %(default)s)"
+    )
     parser.add_argument("--task-type", choices=sorted(filter(None, AUTO_CLASSES)), help="PEFT's task type")
     parser.add_argument("--targets", default="all-linear", help="all-linear, a regular expression, or names")
     parser.add_argument("--exclude", help="names with commas between, or a regular expression")
-    parser.add_argument("--r", type=int, default=16)
-    parser.add_argument("--alpha", type=number, default=32)
-    parser.add_argument("--tokens", type=int, default=2048, help="rows a plan is chosen for (default: %(default)s)")
+    parser.add_argument("--r", type=values.rank, default=16)
+    parser.add_argument("--alpha", type=values.number, default=32)
+    parser.add_argument(
+        "--tokens", type=values.count, default=2048, help="rows a plan is chosen for (default: %(default)s)"
+    )
     parser.add_argument("--layer", metavar="PATH", help="one layer of it: every plan with its cost, and which runs")
     parser.add_argument("--chip", choices=CHIPS, help="answer for a GPU of this architecture, here or not")
     parser.set_defaults(run=run)

@@ -15,6 +15,7 @@ from lora_kernels.adapters.files import open_adapter
 from lora_kernels.cli.explain import AUTO_CLASSES
 from lora_kernels.config import LoRAConfig
 from lora_kernels.errors import AdapterFormatError, ConfigError
+from lora_kernels.finetune import values
 from lora_kernels.finetune.tasks.pretrained import DTYPES, load_pretrained, load_tokenizer, quiet
 from lora_kernels.layers import LoRALinear
 from lora_kernels.layers.tokens import TrainedRows, out_of_trained_rows
@@ -25,23 +26,24 @@ HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
 def add_parser(subparsers: Any) -> None:
     """Declares the command."""
     parser = subparsers.add_parser("merge", help="fold an adapter into its base model's weights")
-    parser.add_argument("--adapter", type=Path, required=True, help="folder with adapter_model.safetensors")
-    parser.add_argument("--model", required=True, help="the base model: packaged model, hub id or folder")
-    parser.add_argument("--out", type=Path, required=True, help="new folder for the merged model and its tokenizer")
-    parser.add_argument("--labels", help="names of the classes, with commas between")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the weights (default: as stored)")
+    add = parser.add_argument
+    add("--adapter", type=values.input_folder, required=True, help="folder with adapter_model.safetensors")
+    add("--model", type=values.model, required=True, help="the base model: packaged model, hub id or folder")
+    add("--out", type=values.output_folder, required=True, help="new folder for the merged model and its tokenizer")
+    add("--labels", type=values.names, help="names of the classes, with commas between")
+    add("--dtype", default="auto", choices=DTYPES, help="of the weights (default: as stored)")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Writes the merged model; --out appears whole or not at all."""
     out: Path = arguments.out
-    if out.exists():
+    if out.exists() or out.name == "..":
         raise ConfigError(f"{out} exists; name a folder that does not")
     with open_adapter(arguments.adapter) as files:
         described, raw = files.described, files.config
     task_type = LoRAConfig.from_peft_dict(raw).task_type if isinstance(raw, dict) else None
-    names = arguments.labels.split(",") if arguments.labels else None
+    names = arguments.labels
     sizes = [tensor.shape[0] for key, tensor in described.items() if key.endswith(HEADS) and tensor.dim() == 2]
     labels: dict[str, Any] = {}
     if sizes and task_type in ("SEQ_CLS", "TOKEN_CLS"):
@@ -49,6 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise AdapterFormatError(f"--labels gives {len(names)} names; the adapter's head has {sizes[0]} classes")
         names = names or [f"LABEL_{i}" for i in range(sizes[0])]
         labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    elif names is not None:
+        raise ConfigError("--labels names classes, and the adapter has no classification head; leave --labels out")
     model = load_pretrained(AUTO_CLASSES[task_type], arguments.model, arguments.dtype, **labels)
     count = plain_linears(merge_lora(load_adapter(model, arguments.adapter)))
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -10,19 +10,21 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from lora_kernels.cli.shapes import MODELS, Shape, shapes_from
+from lora_kernels.config import MAX_RANK
 from lora_kernels.errors import ConfigError
+from lora_kernels.finetune import values
 from lora_kernels.serving.cases import ServingCase, check_distribution, ranks_from
 from lora_kernels.serving.rivals import FROZEN, ON_A_CPU, PEFT, PEFT_FP32, SWAP, contenders
 from lora_kernels.serving.trial import Timing, Trial, in_turns, measure
 from lora_kernels.testing.multi import DISTRIBUTIONS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MAX_ROWS, MAX_ADAPTERS = 1 << 24, 1 << 16
 CASE_SECONDS = 20.0  # after which a case's rounds end
 COLUMNS = (
     "model", "N", "K", "layers", "M", "sequence", "L", "ranks", "distribution", "dtype", "implementation", "plan",
@@ -35,20 +37,38 @@ def add_parser(subparsers: Any) -> None:
     """Declares the command."""
     parser = subparsers.add_parser("serve-bench", help="time a model's layers under batches of many adapters")
     add = parser.add_argument
-    add("--model", default="bert-base", metavar="MODEL",
+    add("--model", type=values.model, default="bert-base", metavar="MODEL",
         help=f"a folder, a config.json, a hub id, or one of {', '.join(MODELS)} (default: %(default)s)")  # fmt: skip
-    add("--tokens", type=int, nargs="+", default=[1, 16, 64], help="rows of a batch (default: 1 16 64)")
-    add("--sequence", type=int, default=0, metavar="ROWS",
+    add(
+        "--tokens",
+        type=values.whole(1, MAX_ROWS),
+        nargs="+",
+        default=[1, 16, 64],
+        help="rows of a batch (default: 1 16 64)",
+    )
+    add("--sequence", type=values.whole(0, MAX_ROWS), default=0, metavar="ROWS",
         help="rows of a sequence, which share an adapter (default: 1 up to 64 tokens, above that 128)")  # fmt: skip
-    add("--adapters", type=int, nargs="+", default=[8], metavar="L", help="adapters loaded (default: 8)")
-    add("--distribution", nargs="+", default=["uniform"], metavar="NAME",
+    add(
+        "--adapters",
+        type=values.whole(1, MAX_ADAPTERS),
+        nargs="+",
+        default=[8],
+        metavar="L",
+        help="adapters loaded (default: 8)",
+    )
+    add("--distribution", type=values.checked(_distributions), nargs="+", default=["uniform"], metavar="NAME",
         help=f"who uses which: {', '.join(DISTRIBUTIONS)}, or all (default: uniform)")  # fmt: skip
-    add("--ranks", default="8-64", help="16 for all, 8,16,64 in turn, or 8-64 mixed (default: %(default)s)")
+    add(
+        "--ranks",
+        type=values.checked(_ranks),
+        default="8-64",
+        help="16 for all, 8,16,64 in turn, or 8-64 mixed (default: %(default)s)",
+    )
     add("--dtype", choices=DTYPES, help="of weights and adapters (default: bf16 on a GPU, fp32 on a CPU)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    add("--rounds", type=int, default=25, help="timed calls of each contender (default: %(default)s)")
+    add("--rounds", type=values.count, default=25, help="timed calls of each contender (default: %(default)s)")
     add("--with-swap", action="store_true", help="also merging each adapter of a batch into W in turn; slow")
-    add("--out", type=Path, metavar="CSV", help="the rows of all tables")
+    add("--out", type=values.output_file, metavar="CSV", help="the rows of all tables")
     parser.set_defaults(run=run)
 
 
@@ -85,19 +105,30 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple[Shape, int, ServingCase]]:
     named = DISTRIBUTIONS if "all" in arguments.distribution else arguments.distribution
-    distributions = [check_distribution(name) for name in named]
-    for name, least in (("tokens", arguments.tokens), ("adapters", arguments.adapters), ("rounds", [arguments.rounds])):
-        if min(least) < 1:
-            raise ConfigError(f"--{name} {min(least)}; at least 1")
-    if arguments.sequence < 0:
-        raise ConfigError(f"--sequence {arguments.sequence}; at least 1, or 0 for the default")
+    distributions = [check_distribution(name) for name in dict.fromkeys(named)]
     dtype = DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     batches = list(itertools.product(arguments.tokens, arguments.adapters, distributions))
     for shape, layers in shapes_from(arguments.model).items():
         for tokens, L, distribution in batches:
             sequence = min(tokens, arguments.sequence or (1 if tokens <= 64 else 128))
             ranks = ranks_from(arguments.ranks, L)
-            yield shape, layers, ServingCase(tokens, *shape[:2], ranks, distribution, sequence, dtype, shape.bias)
+            case = ServingCase(tokens, *shape[:2], ranks, distribution, sequence, dtype, shape.bias)
+            _check_memory(case, device)
+            yield shape, layers, case
+
+
+def _check_memory(case: ServingCase, device: torch.device) -> None:
+    """ConfigError for operands that the device has no room for; a system that swaps ends processes without a word."""
+    if device.type == "cuda":
+        there = torch.cuda.mem_get_info(device)[1]
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    pool = case.dtype.itemsize * sum(case.ranks) * (case.N + case.K)
+    if (needed := pool + case.dtype.itemsize * (case.M * (case.N + case.K) + case.N * case.K)) > there:
+        raise ConfigError(
+            f"{case.M} tokens and {case.L} adapters of rank {case.ranks_shown} take {needed / 2**30:.0f} GiB in a "
+            f"layer, and there are {there / 2**30:.0f}: give fewer --tokens, fewer --adapters or smaller --ranks"
+        )
 
 
 def _measured(case: ServingCase, device: torch.device, graph: bool, arguments: argparse.Namespace) -> Trial:
@@ -110,6 +141,17 @@ def _measured(case: ServingCase, device: torch.device, graph: bool, arguments: a
     eager = [FROZEN, *(each for each in taking_part if not each.graph)]
     others = measure(case, eager, device, rounds=arguments.rounds, timer=timer).timings[1:]
     return Trial([*trial.timings, *(replace(each, ratio_to_best_rival=None) for each in others)], trial.judgements)
+
+
+def _ranks(text: str) -> None:
+    given = ranks_from(text, 8) if len(text) < 1000 else (MAX_RANK + 1,)
+    if max(given) > MAX_RANK:
+        raise ConfigError(f"ranks {text[:60]!r}; accepted are ranks up to {MAX_RANK}")
+
+
+def _distributions(text: str) -> None:
+    if text != "all":
+        check_distribution(text)
 
 
 def _device(name: str) -> torch.device:

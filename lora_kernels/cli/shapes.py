@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from lora_kernels.cost import Problem, seconds
-from lora_kernels.errors import ConfigError
+from lora_kernels.errors import ConfigError, LoRAKernelsError
 from lora_kernels.finetune.extras import require
-from lora_kernels.finetune.tasks.pretrained import locate
+from lora_kernels.finetune.tasks.pretrained import hub, locate, source_of
 from lora_kernels.kernels.chip import Chip
 from lora_kernels.tuned import bucket, key_of
 from lora_kernels.variants import launches
@@ -40,6 +40,8 @@ MODELS = {
     },
 }  # fmt: skip
 
+
+MAX_LAYERS = 10_000  # and labels, of a configuration that is built
 
 # What transformers needs to build the same models without a network; all else is its default for the type.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -94,12 +96,34 @@ def configuration(source: str) -> Any:
     path = Path(locate(source)).expanduser()
     if source.startswith((".", "/", "~")) and not path.exists():
         raise ConfigError(f"{source!r}: there is no such file or folder")
+    if source in CONFIGS:
+        return auto.for_model(**CONFIGS[source])
     try:
-        if source in CONFIGS or path.is_file():
-            return auto.for_model(**(CONFIGS.get(source) or json.loads(path.read_text())))
-        return auto.from_pretrained(locate(source), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        file = path if path.is_file() else path / "config.json"
+        if file.is_file():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            _check_sizes(source, found)
+        if path.is_file():
+            return auto.for_model(**found)
+        name = source_of(source)
+        with hub(name):
+            return auto.from_pretrained(name, trust_remote_code=False)
+    except (LoRAKernelsError, MemoryError):
+        raise
+    except Exception as error:  # transformers raises any kind over values that it does not expect
         raise _no_model(source, error) from error
+
+
+def _check_sizes(source: str, values: Any) -> None:
+    """ConfigError for sizes of no model: it would take hours to build, or overflow."""
+    if not isinstance(values, dict) or not values:
+        raise ConfigError(
+            f"{source!r}: a configuration is a JSON object with a model_type, not {type(values).__name__}"
+        )
+    for name, value in values.items():
+        most = MAX_LAYERS if name.endswith(("layers", "n_layer", "num_labels")) else 2**31 - 1
+        if isinstance(value, int) and abs(value) > most:
+            raise ConfigError(f"{source!r}: {name} is {value}; accepted are at most {most}")
 
 
 def on_meta(source: str, auto_class: str = "AutoModel", config: Any = None, **arguments: Any) -> nn.Module:
@@ -109,14 +133,16 @@ def on_meta(source: str, auto_class: str = "AutoModel", config: Any = None, **ar
         with torch.device("meta"):
             made = getattr(require("transformers"), auto_class)
             return made.from_config(config, trust_remote_code=False, **arguments)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (LoRAKernelsError, MemoryError):
+        raise
+    except Exception as error:  # as above
         raise _no_model(source, error) from error
 
 
 def _no_model(source: str, error: Exception) -> ConfigError:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
     accepted = f"a folder, a config.json, a hub id, or {', '.join(MODELS)}"
-    return ConfigError(f"{source!r} gives no model: {first} (give {accepted})")
+    return ConfigError(f"{source!r} gives no model: {type(error).__name__}: {reason} (give {accepted})")
 
 
 def problems_of(

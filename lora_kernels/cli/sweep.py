@@ -14,8 +14,9 @@ import torch
 from lora_kernels.adapters.files import write_whole
 from lora_kernels.cli import train
 from lora_kernels.cli.advise import aligned
-from lora_kernels.cli.train import INITS, number
+from lora_kernels.cli.train import INITS
 from lora_kernels.errors import ConfigError
+from lora_kernels.finetune import values
 from lora_kernels.finetune.advise import HEAD_ONLY, target_sets
 from lora_kernels.finetune.recipe import Recipe
 from lora_kernels.finetune.sweep import DATABASE, Axis, Params, Plan, Record, Sweep, show
@@ -37,28 +38,33 @@ def add_parser(subparsers: Any, task: type[Task]) -> None:
     parser = subparsers.add_parser("sweep", help=told, allow_abbrev=False, conflict_handler="resolve")
     train.add_arguments(parser, task)
     add = parser.add_argument
-    add("--out", type=Path, help="folder for the results (default: out/sweep)")
-    add("--resume", action="store_true", help="go on with the study in --out, for another --budget")
-    add("--overwrite", action="store_true", help="delete the study in --out")
+    add("--out", type=values.output_folder, help="folder for the results (default: out/sweep)")
+    add("--seed", type=values.whole(0, values.MAX_SPLIT_SEED // 2), default=0)
+    earlier = parser.add_mutually_exclusive_group().add_argument
+    earlier("--resume", action="store_true", help="go on with the study in --out, for another --budget")
+    earlier("--overwrite", action="store_true", help="delete the study in --out")
     space = parser.add_argument_group("search space, one or more values each").add_argument
-    space("--r", type=int, nargs="+", default=[4, 8, 16, 32], help="ranks (default: 4 8 16 32)")
-    space("--alpha", nargs="+", default=["1r", "2r", "4r"], help="numbers, or multiples of r (default: 1r 2r 4r)")
-    space("--dropout", type=float, nargs="+", default=[0.0, 0.1], help="default: 0 0.1")
+    space("--r", type=values.rank, nargs="+", default=[4, 8, 16, 32], help="ranks (default: 4 8 16 32)")
+    space("--alpha", type=_alpha, nargs="+", default=["1r", "2r", "4r"],
+          help="numbers, or multiples of r (default: 1r 2r 4r)")  # fmt: skip
+    space("--dropout", type=values.probability, nargs="+", default=[0.0, 0.1], help="default: 0 0.1")
     space("--targets", nargs="+", metavar="SET",
           help="q,v, attention, mlp, all-linear, or as train takes it (default: q,v attention all-linear)")  # fmt: skip
     space("--init", nargs="+", choices=[*sorted(INITS), RSLORA], default=["default", "pissa", "olora", RSLORA],
           help="of A and B; rslora: default with alpha / sqrt(r) (default: default pissa olora rslora)")  # fmt: skip
-    space("--lr", "--learning-rate", nargs="+", default=["1e-4:1e-2"], metavar="RATE", dest="lr",
+    space("--lr", "--learning-rate", type=_rate, nargs="+", default=["1e-4:1e-2"], metavar="RATE", dest="lr",
           help="learning rates, or LOW:HIGH (default: 1e-4:1e-2)")  # fmt: skip
-    space("--loraplus", type=float, nargs="+", default=[1.0], metavar="RATIO", help="B's rate over A's (default: 1)")
+    space("--loraplus", type=values.real(0.0), nargs="+", default=[1.0], metavar="RATIO",
+          help="B's rate over A's (default: 1)")  # fmt: skip
     search = parser.add_argument_group("search").add_argument
-    search("--budget", type=float, default=600.0, metavar="SECONDS", help="begin nothing that would end later "
+    search("--budget", type=values.seconds, default=600.0, metavar="SECONDS", help="begin nothing that would end later "
            "(default: 600)")  # fmt: skip
-    search("--trials", type=int, default=100, help="at most (default: %(default)s)")
-    search("--repeats", type=int, default=2, help="the best again with so many other seeds (default: %(default)s)")
+    search("--trials", type=values.count, default=100, help="at most (default: %(default)s)")
+    search("--repeats", type=values.whole(), default=2,
+           help="the best again with so many other seeds (default: %(default)s)")  # fmt: skip
     search("--baselines", action="store_true", help="also full fine-tuning, and the head alone")
-    search("--full-lr", type=float, nargs="+", default=[3e-5, 1e-4, 3e-4], help="of full fine-tuning")
-    search("--head-lr", type=float, nargs="+", default=[1e-3, 1e-2], help="of the head alone")
+    search("--full-lr", type=values.rate, nargs="+", default=[3e-5, 1e-4, 3e-4], help="of full fine-tuning")
+    search("--head-lr", type=values.rate, nargs="+", default=[1e-3, 1e-2], help="of the head alone")
     parser.set_defaults(run=run)
 
 
@@ -131,25 +137,24 @@ def train_defaults(arguments: argparse.Namespace, task: type[Task]) -> argparse.
 def settings_of(base: argparse.Namespace, sets: dict[str, str], params: Params, seed: int) -> argparse.Namespace:
     """train's options for the parameters of a trial; ``sets``: names of target sets -> as train takes them."""
     settings = copy.copy(base)
-    values = dict(params)
-    if "targets" in values:
-        values["targets"] = sets.get(values["targets"], values["targets"])
-    if "alpha" in values:
-        alpha = str(values["alpha"])
-        values["alpha"] = number(alpha[:-1] or "1") * values["r"] if alpha.endswith("r") else number(alpha)
-    if values.get("init") == RSLORA:
-        values |= {"init": "default", "rslora": True}
-    if values.get("loraplus") == 1:
-        values["loraplus"] = None
-    vars(settings).update(values, seed=seed)
+    told = dict(params)
+    if "targets" in told:
+        told["targets"] = sets.get(told["targets"], told["targets"])
+    if "alpha" in told:
+        alpha = str(told["alpha"])
+        factor = values.number("1" if alpha == "r" else alpha.removesuffix("r"))
+        told["alpha"] = factor * told["r"] if alpha.endswith("r") else factor
+    if told.get("init") == RSLORA:
+        told |= {"init": "default", "rslora": True}
+    if told.get("loraplus") == 1:
+        told["loraplus"] = None
+    vars(settings).update(told, seed=seed)
     return settings
 
 
 def space_of(arguments: argparse.Namespace, sets: dict[str, str]) -> dict[str, Axis]:
     """The axes that a command line describes; ``sets``: the target sets of the model, by name."""
     chosen = arguments.targets or [name for name in ("q,v", "attention", "all-linear") if name in sets]
-    for alpha in arguments.alpha:
-        _float(alpha.removesuffix("r") or "1", "--alpha")
     return {
         "r": Axis(tuple(arguments.r)),
         "alpha": Axis(tuple(arguments.alpha)),
@@ -206,15 +211,29 @@ def _line(targets: str | list[str]) -> str:
     return targets if isinstance(targets, str) else ",".join(targets)
 
 
-def _rates(words: Sequence[str]) -> Axis:
-    if len(words) == 1 and ":" in words[0]:
-        low, _, high = words[0].partition(":")
-        return Axis(low=_float(low, "--lr"), high=_float(high, "--lr"))
-    return Axis(tuple(_float(word, "--lr") for word in words))
-
-
-def _float(text: str, option: str) -> float:
+def _alpha(text: str) -> str:
+    """The type of --alpha: a number, or a multiple of r such as "2r"."""
     try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f"{option}: {text!r} is no number") from None
+        values.number("1" if text == "r" else text.removesuffix("r"))
+    except argparse.ArgumentTypeError:
+        raise values.refused(text, "a finite number, or a multiple of r such as 2r") from None
+    return text
+
+
+def _rate(text: str) -> str:
+    """The type of --lr: a learning rate, or LOW:HIGH."""
+    ends = text.split(":")
+    try:
+        rates = [values.rate(end) for end in ends]
+    except argparse.ArgumentTypeError:
+        rates = []
+    if len(rates) not in (1, 2) or rates != sorted(rates):
+        raise values.refused(text, "a number above 0, or LOW:HIGH, which must rise from above 0")
+    return text
+
+
+def _rates(words: Sequence[str]) -> Axis:
+    if len(words) > 1 and any(":" in word for word in words):
+        raise ConfigError(f"--lr {' '.join(words)}: give one LOW:HIGH alone, or learning rates")
+    low, _, high = words[0].partition(":")
+    return Axis(low=float(low), high=float(high)) if high else Axis(tuple(map(float, words)))

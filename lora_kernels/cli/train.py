@@ -13,7 +13,7 @@ import torch
 from lora_kernels.adapters.files import write_whole
 from lora_kernels.config import LoRAConfig
 from lora_kernels.errors import ConfigError
-from lora_kernels.finetune import processes
+from lora_kernels.finetune import processes, values
 from lora_kernels.finetune.checkpoint import checkpoints
 from lora_kernels.finetune.options import TrainOptions
 from lora_kernels.finetune.recipe import Recipe, run
@@ -42,40 +42,49 @@ def add_arguments(parser: argparse.ArgumentParser, task: type[Task]) -> None:
     """Declares the options of the run, of LoRA, of training, and the task's own."""
     add = parser.add_argument
     add("--task", choices=sorted(TASKS), default=task.name)
-    add("--out", type=Path, help="folder for the results (default: out/TASK)")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-    add("--overwrite", action="store_true", help="delete the checkpoints of an earlier run in --out")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    add("--timeout", type=float, default=600, help="seconds to wait for another process (default: %(default)s)")
-    add("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
-    add("--backend", default="auto", help="auto, reference, triton or triton:PLAN (default: auto)")
+    add("--out", type=values.output_folder, help="folder for the results (default: out/TASK)")
+    earlier = parser.add_mutually_exclusive_group().add_argument
+    earlier("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    earlier("--overwrite", action="store_true", help="delete the checkpoints of an earlier run in --out")
+    add("--device", type=values.device, default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    add(
+        "--timeout", type=values.seconds, default=600, help="seconds to wait for another process (default: %(default)s)"
+    )
+    add("--threads", type=values.threads, default=0, help="CPU threads (default: torch's choice)")
+    add("--backend", type=values.backend, default="auto", help="auto, reference, triton or triton:PLAN (default: auto)")
     add("--beside-peft", action="store_true", help="measure the same steps in PEFT")
     add("--quiet", action="store_true", help="no progress bar")
 
     lora = parser.add_argument_group("LoRA").add_argument
-    lora("--r", type=int, default=16, help="rank (default: %(default)s)")
-    lora("--alpha", type=number, default=32, help="numerator of the scaling (default: %(default)s)")
-    lora("--dropout", type=float, default=0.0, help="on the adapter's input (default: %(default)s)")
+    lora("--r", type=values.rank, default=16, help="rank (default: %(default)s)")
+    lora("--alpha", type=values.number, default=32, help="numerator of the scaling (default: %(default)s)")
+    lora("--dropout", type=values.probability, default=0.0, help="on the adapter's input (default: %(default)s)")
     lora("--targets", default="all-linear", help="all-linear, a regular expression, or names with commas between")
     lora("--exclude", help="names with commas between, or a regular expression")
     lora("--rslora", action="store_true", help="scaling alpha / sqrt(r) instead of alpha / r")
     lora("--init", choices=sorted(INITS), default="default", help="of A and B (default: PEFT's)")
 
     training = parser.add_argument_group("training").add_argument
-    training("--epochs", type=int, default=1)
-    training("--batch-size", type=int, default=32, help="of each process (default: %(default)s)")
-    training("--accumulate", type=int, default=1, help="batches per optimizer step (default: %(default)s)")
-    training("--lr", type=float, default=1e-3, help="learning rate (default: %(default)s)")
-    training("--loraplus", type=float, metavar="RATIO", help="B's learning rate over A's (default: the same)")
-    training("--weight-decay", type=float, default=0.01, help="default: %(default)s")
+    training("--epochs", type=values.count, default=1)
+    training("--batch-size", type=values.count, default=32, help="of each process (default: %(default)s)")
+    training("--accumulate", type=values.count, default=1, help="batches per optimizer step (default: %(default)s)")
+    training("--lr", type=values.rate, default=1e-3, help="learning rate (default: %(default)s)")
+    training(
+        "--loraplus", type=values.real(0.0), metavar="RATIO", help="B's learning rate over A's (default: the same)"
+    )
+    training("--weight-decay", type=values.real(0.0), default=0.01, help="default: %(default)s")
     training("--schedule", choices=SCHEDULES, default="cosine", help="default: %(default)s")
-    training("--warmup", type=float, default=0.1, help="steps, or a share of them below 1 (default: %(default)s)")
-    training("--clip-norm", type=float, default=1.0, help="of the gradients, 0 for none (default: %(default)s)")
+    training("--warmup", type=values.real(0.0, values.MAX_COUNT), default=0.1,
+             help="steps, or a share of them below 1 (default: %(default)s)")  # fmt: skip
+    training("--clip-norm", type=values.real(0.0), default=1.0,
+             help="of the gradients, 0 for none (default: %(default)s)")  # fmt: skip
     training("--bf16", action="store_true", help="autocast to bfloat16")
-    training("--seed", type=int, default=0)
-    training("--patience", type=int, help="stop after so many epochs without improvement, keep the best")
-    training("--monitor", default=task.monitor, help="what must improve (default: %(default)s)")
-    training("--checkpoint-every", type=int, default=50, help="steps between checkpoints (default: %(default)s)")
+    training("--seed", type=values.seed, default=0)
+    training("--patience", type=values.count, help="stop after so many epochs without improvement, keep the best")
+    training("--monitor", type=values.one_of(task.monitors), default=task.monitor,
+             help=f"what must improve, {' or '.join(task.monitors)} (default: %(default)s)")  # fmt: skip
+    training("--checkpoint-every", type=values.whole(), default=50,
+             help="steps between checkpoints (default: %(default)s)")  # fmt: skip
     training("--no-checkpoints", action="store_true", help="keep none")
 
     task.add_arguments(parser.add_argument_group(f"task {task.name}"))
@@ -86,16 +95,12 @@ def run_command(arguments: argparse.Namespace) -> int:
 
     Under torchrun all its processes train together, and the first one writes; one that fails or dies ends them all.
     """
-    if not arguments.timeout > 0:
-        raise ConfigError(f"--timeout is {arguments.timeout}; give seconds, more than 0")
     with processes.joined(find_device(arguments.device), arguments.timeout):
         return _train(arguments)
 
 
 def _train(arguments: argparse.Namespace) -> int:
     out = arguments.out or Path("out") / arguments.task
-    if arguments.threads < 0:
-        raise ConfigError(f"--threads is {arguments.threads}; give 1 or more, or 0 for torch's choice")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     task = TASKS[arguments.task].from_arguments(arguments)
@@ -104,7 +109,7 @@ def _train(arguments: argparse.Namespace) -> int:
         raise ConfigError("--resume needs checkpoints; leave out --no-checkpoints")
     recipe = recipe_of(arguments, TASKS[arguments.task], folder)
     first = processes.rank() == 0
-    if arguments.overwrite and not arguments.resume and folder is not None and first:
+    if arguments.overwrite and folder is not None and first:
         for path in checkpoints(folder):
             path.unlink()
     if arguments.resume and folder is not None and first:
@@ -161,17 +166,9 @@ def find_device(name: str) -> str:
     """The device's name; "auto" takes a GPU where there is one. ConfigError if it cannot be used here."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    if reason := values.unusable(name):
+        raise ConfigError(f"device {name!r} cannot be used: {reason}")
     return name
-
-
-def number(text: str) -> int | float:
-    """32 from "32", 0.5 from "0.5": a whole number is written into the adapter's configuration as one."""
-    value = float(text)
-    return int(value) if value.is_integer() else value
 
 
 def names_or_pattern(text: str | None) -> str | list[str] | None:

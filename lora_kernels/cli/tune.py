@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ import torch
 from lora_kernels.cli.shapes import MODELS, problems_of, shapes_from
 from lora_kernels.cost import Problem
 from lora_kernels.errors import ConfigError
+from lora_kernels.finetune import values
 from lora_kernels.finetune.extras import installed, require
 from lora_kernels.plan import chip_for, triton_missing
 from lora_kernels.tune import REHEARSAL, Outcome, Progress, tune
@@ -30,15 +30,29 @@ def add_parser(subparsers: Any) -> None:
     """Declares the command."""
     parser = subparsers.add_parser("tune", help="measure the plans for a model's layers on this GPU")
     add = parser.add_argument
-    add("--shapes-from", required=True, metavar="MODEL",
+    add("--shapes-from", type=values.model, required=True, metavar="MODEL",
         help=f"a folder, a config.json, a hub id, or one of {', '.join(MODELS)}")  # fmt: skip
-    add("--tokens", type=_numbers(int, 1), default=[512, 2048, 8192], help="rows (default: 512,2048,8192)")
-    add("--r", type=int, default=16, help="rank (default: %(default)s)")
+    add("--tokens", type=values.several(values.count), default=[512, 2048, 8192], help="rows (default: 512,2048,8192)")
+    add("--r", type=values.rank, default=16, help="rank (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="bf16", help="of the weights (default: %(default)s)")
-    add("--dropout", type=_numbers(float, 0), default=[0.0, 0.1], help="probabilities (default: 0,0.1)")
+    add(
+        "--dropout",
+        type=values.several(values.real(0.0, below=1.0)),
+        default=[0.0, 0.1],
+        help="probabilities (default: 0,0.1)",
+    )
     add("--ops", type=_directions, default=["fwd", "bwd"], help="fwd,bwd or one of them (default: both)")
-    add("--budget", type=float, metavar="SECONDS", help="begin nothing new after so long; go on by the same command")
-    add("--out", type=Path, help="the table (default: this GPU's in the user's cache, which the planner reads)")
+    add(
+        "--budget",
+        type=values.seconds,
+        metavar="SECONDS",
+        help="begin nothing new after so long; go on by the same command",
+    )
+    add(
+        "--out",
+        type=values.replaced_file,
+        help="the table (default: this GPU's in the user's cache, which the planner reads)",
+    )
     add("--again", action="store_true", help="measure also what the table has already")
     add("--rehearse", action="store_true", help="all of it in Triton's interpreter on tiny shapes; proves no speed")
     add("--quiet", action="store_true", help="no progress bar")
@@ -47,8 +61,6 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures, writes the table, prints what was chosen; 0 even where the budget left something."""
-    if arguments.r < 1:
-        raise ConfigError(f"--r is {arguments.r}; a rank is at least 1")
     if arguments.rehearse:
         return _rehearse(arguments)
     if not torch.cuda.is_available():
@@ -146,16 +158,6 @@ def _bar(total: int, shown: bool) -> Iterator[Callable[[Progress], None]]:
 
         yield show
         bar.update(total - bar.n)
-
-
-def _numbers(kind: Callable[[str], Any], least: float) -> Callable[[str], list[Any]]:
-    def numbers(text: str) -> list[Any]:
-        values = [kind(part) for part in text.split(",") if part.strip()]
-        if not values or min(values) < least or (kind is float and max(values) >= 1):
-            raise ValueError(text)
-        return values
-
-    return numbers
 
 
 def _directions(text: str) -> list[str]:

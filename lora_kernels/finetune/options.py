@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,8 +47,8 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for name, least in (("accumulate", 1), ("keep", 1), ("checkpoint_every", 0), ("warmup", 0)):
             value = getattr(self, name)
-            if not value >= least:
-                raise ConfigError(f"{name} is {value}; it must be at least {least}")
+            if not least <= value < math.inf:
+                raise ConfigError(f"{name} is {value}; it must be at least {least}, and finite")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ConfigError(f"clip_norm is {self.clip_norm}; it must be above 0, or None for no clipping")
         if self.patience is not None and self.patience < 1:

@@ -30,6 +30,7 @@ from lora_kernels.finetune.plot import plot_history
 from lora_kernels.finetune.rng import seed_all
 from lora_kernels.finetune.tasks.base import Task
 from lora_kernels.finetune.trainer import Trainer
+from lora_kernels.finetune.values import MAX_FLOAT
 from lora_kernels.plan import use_backend
 
 Say = Callable[[str], None]
@@ -54,10 +55,16 @@ class Recipe:
     beside_peft: bool = False
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or not self.lr > 0 or not self.weight_decay >= 0:
+        ratio = 1.0 if self.loraplus is None else self.loraplus
+        if self.batch_size < 1 or not self.lr > 0 or not self.weight_decay >= 0 or not ratio >= 0:
             raise ConfigError(
-                f"batch_size is {self.batch_size}, lr {self.lr}, weight_decay {self.weight_decay}; "
-                "they must be at least 1, above 0 and at least 0"
+                f"batch_size is {self.batch_size}, lr {self.lr}, weight_decay {self.weight_decay}, loraplus "
+                f"{self.loraplus}; they must be at least 1, above 0, at least 0 and at least 0"
+            )
+        if not max(self.lr * ratio, self.lr * self.weight_decay, self.lr * ratio * self.weight_decay) < MAX_FLOAT:
+            raise ConfigError(
+                f"lr is {self.lr}, weight_decay {self.weight_decay}, loraplus {self.loraplus}: their products must "
+                f"stay below {MAX_FLOAT:g}; lower them"
             )
 
     def settings(self) -> dict[str, Any]:

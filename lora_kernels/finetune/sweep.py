@@ -20,6 +20,7 @@ from lora_kernels.finetune.advise import HEAD_ONLY
 from lora_kernels.finetune.digest import data_digest
 from lora_kernels.finetune.extras import require
 from lora_kernels.finetune.recipe import Recipe, Say
+from lora_kernels.finetune.sweep_study import storage, usable
 from lora_kernels.finetune.sweep_trial import FULL, LORA, Outcome, run_trial
 from lora_kernels.finetune.tasks.base import PARTS, Task
 
@@ -106,13 +107,18 @@ class Sweep:
         out.mkdir(parents=True, exist_ok=True)
         self.monitor = recipe_for(plan.first, plan.seed).options.monitor
         self.lower = self.monitor == "loss"
-        storage = self.optuna.storages.RDBStorage(f"sqlite:///{out / DATABASE}")
-        common = {"storage": storage, "direction": "minimize" if self.lower else "maximize", "load_if_exists": True}
+        self._file = out / DATABASE
         pruner = self.optuna.pruners.PercentilePruner(KEPT, n_startup_trials=JUDGED, n_warmup_steps=FIRST_RUNG)
-        self.search = self.optuna.create_study(study_name="search", pruner=pruner, **common)
-        self.beside = self.optuna.create_study(study_name="beside", **common)
-        self._begin()
-        self._searched, self._others = (self._read(study) for study in (self.search, self.beside))
+        with usable(self._file, KeyError, TypeError, ValueError):
+            common = {
+                "storage": storage(self._file),
+                "direction": "minimize" if self.lower else "maximize",
+                "load_if_exists": True,
+            }
+            self.search = self.optuna.create_study(study_name="search", pruner=pruner, **common)
+            self.beside = self.optuna.create_study(study_name="beside", **common)
+            self._begin()
+            self._searched, self._others = (self._read(study) for study in (self.search, self.beside))
 
     def _begin(self) -> None:
         facts, now = self.search.user_attrs.get("facts"), self._facts
@@ -148,6 +154,10 @@ class Sweep:
 
     def run(self, say: Say = print) -> None:
         """Trains until the budget or the number of trials is used up. What is finished is on the disk at once."""
+        with usable(self._file):
+            self._run(say)
+
+    def _run(self, say: Say) -> None:
         started, plan = time.monotonic(), self.plan
 
         def left() -> float:

@@ -1,3 +1,4 @@
+import contextlib
 import json
 
 import pytest
@@ -52,11 +53,7 @@ def test_the_task_that_an_architecture_is_for():
     ("words", "message"),
     [
         ("./missing", "there is no such file or folder"),
-        ("MODEL --r 0", "--r is 0"),
-        ("MODEL --memory 0", "--memory is 0.0; it must be above 0"),
-        ("MODEL --tokens -1", "--tokens is -1"),
         ("MODEL", "--tokens is 128; this model takes sequences of at most 32"),
-        ("MODEL --tokens 4 --r 2 --json /dev/null/rows", "Not a directory"),
     ],
 )
 def test_mistakes_are_one_clear_line(tiny_model, capsys, words, message):
@@ -64,6 +61,47 @@ def test_mistakes_are_one_clear_line(tiny_model, capsys, words, message):
     shown = capsys.readouterr().err
     assert message in shown
     assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--r 0", "argument --r: '0' was given"),
+        ("--r", "argument --r: expected at least one argument"),
+        ("--memory nan", "argument --memory: 'nan' was given"),
+        ("--tokens -1", "argument --tokens: '-1' was given"),
+        ("--batch 0", "argument --batch: '0' was given"),
+        ("--json /dev/null/rows", "argument --json: '/dev/null/rows' was given"),
+    ],
+)
+def test_values_are_refused_by_the_parser(tiny_model, capsys, change, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(["advise", str(tiny_model), *change.split()])
+    assert stopped.value.code == 2
+    assert f"lora-kernels advise: error: {message}" in capsys.readouterr().err
+
+
+BROKEN = [
+    '{"hidden_size": -1}', '{"hidden_size": 0}', '{"hidden_size": "abc"}', '{"num_attention_heads": 0}',
+    '{"num_attention_heads": 3}', '{"num_hidden_layers": 1000000000}', '{"vocab_size": 100000000000000000000}',
+    '{"vocab_size": 0}', '{"hidden_act": "nope"}', '{"model_type": 5}', '{"num_labels": 100000000}', '{"dtype": "f99"}',
+    '{"id2label": {"a": "b"}}', '{"hidden_dropout_prob": 7}', "[]", "null", "{", "{}", "1", '"x"', "[" * 100_000,
+    "\xff",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BROKEN, ids=range(len(BROKEN)))
+def test_a_broken_configuration_is_one_sentence(tiny_model, tmp_path, capsys, text):
+    """Wrong values in an otherwise right config.json, and files that hold no configuration."""
+    file = tmp_path / "config.json"
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(change := json.loads(text), dict) and change:
+            text = json.dumps(json.loads((tiny_model / "config.json").read_text()) | change)
+    file.write_text(text, encoding="latin-1")
+    for model in (file, tmp_path):
+        assert main(["advise", str(model), "--r", "2", "--tokens", "4"]) == 2
+        shown = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("[transformers]")]
+        assert [line.startswith(f"lora-kernels advise: '{model}'") for line in shown] == [True]
 
 
 def test_numbers_flush_right():

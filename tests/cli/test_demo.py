@@ -18,5 +18,6 @@ def test_the_demo_is_a_train_command(tiny_model, tiny_data, tmp_path, capsys):
 
 
 def test_a_mistake_is_one_clear_line(tiny_model, tmp_path, capsys):
-    assert main(["demo", "--model", str(tiny_model), "--data", "x.csv", "--out", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith("lora-kernels demo: x.csv")
+    (tmp_path / "x.csv").write_bytes(bytes(range(256)))
+    assert main(["demo", "--model", str(tiny_model), "--data", str(tmp_path / "x.csv"), "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"lora-kernels demo: {tmp_path}/x.csv")

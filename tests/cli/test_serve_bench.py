@@ -80,10 +80,7 @@ def test_what_ours_gets_wrong_is_told_and_ends_with_one(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (["--distribution", "zipf"], "accepted are distinct"),
-        (["--ranks", "0"], "accepted are 16"),
-        (["--tokens", "0"], "--tokens 0; at least 1"),
-        (["--sequence", "-1"], "--sequence -1"),
+        (["--ranks", "2147483647"], "give fewer --tokens, fewer --adapters or smaller --ranks"),
         (["--device", "cuda"], "no GPU here"),
         (["--model", "./no-such-folder"], "there is no such file"),
     ],
@@ -119,3 +116,23 @@ def test_on_a_gpu_a_decode_is_a_graph_and_peft_is_called_eagerly(monkeypatch, ca
     assert told.startswith("tiny on A GPU")
     assert "bfloat16 x2: decode, 5 adapters in the batch, replays of a CUDA graph, cold weights" in told
     assert "lora_kernels / peft" not in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--distribution", "zipf"], "argument --distribution: distribution 'zipf'; accepted are distinct"),
+        (["--ranks", "0"], "argument --ranks: ranks '0'; accepted are 16"),
+        (["--ranks", "9999999999"], "argument --ranks: ranks '9999999999'; accepted are ranks up to"),
+        (["--tokens", "0"], "argument --tokens: '0' was given"),
+        (["--tokens"], "argument --tokens: expected at least one argument"),
+        (["--sequence", "-1"], "argument --sequence: '-1' was given"),
+        (["--adapters", "999999999999"], "argument --adapters: '999999999999' was given"),
+        (["--out", "/dev/null/x.csv"], "argument --out: '/dev/null/x.csv' was given"),
+    ],
+)
+def test_values_are_refused_by_the_parser(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["serve-bench", "--model", "bert-base", *arguments])
+    assert stopped.value.code == 2
+    assert f"lora-kernels serve-bench: error: {message}" in capsys.readouterr().err

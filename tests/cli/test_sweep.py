@@ -111,19 +111,54 @@ def test_the_first_trial_is_what_train_does_by_default():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("--alpha 2x", "--alpha: '2x' is no number"),
-        ("--lr 1e-2:1e-3", "it must rise"),
-        ("--lr fast", "--lr: 'fast' is no number"),
-        ("--r 4 0", "r = 0: accepted is an integer of at least 1"),
-        ("--dropout 2", "lora_dropout"),
-        ("--budget 0", "nothing can be learnt"),
-        ("--monitor f1", "monitor is 'f1'"),
         ("--targets nothing", "no layer of BertForSequenceClassification matches"),
-        ("--data missing.csv", "missing.csv"),
+        ("--lr 1e-3 1e-4:1e-2", "give one LOW:HIGH alone, or learning rates"),
+        ("--alpha 3e38r", "lora_alpha = "),
     ],
 )
 def test_mistakes_are_one_clear_line(options, capsys, change, message):
     assert main([*options, "--trials", "1", "--repeats", "0", *change.split()]) == 2
     shown = capsys.readouterr().err
     assert message in shown
+    assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--alpha 2x", "argument --alpha: '2x' was given; accepted is a finite number, or a multiple of r such as 2r"),
+        ("--alpha nanr", "argument --alpha: 'nanr' was given"),
+        (
+            "--lr 1e-2:1e-3",
+            "argument --lr/--learning-rate: '1e-2:1e-3' was given; accepted is a number above 0, or LOW",
+        ),
+        ("--lr 1:2:3", "argument --lr/--learning-rate: '1:2:3' was given"),
+        ("--lr 0:1", "argument --lr/--learning-rate: '0:1' was given"),
+        ("--lr 1e-4:inf", "argument --lr/--learning-rate: '1e-4:inf' was given"),
+        ("--lr fast", "argument --lr/--learning-rate: 'fast' was given"),
+        ("--r 4 0", "argument --r: '0' was given"),
+        ("--dropout 2", "argument --dropout: '2' was given"),
+        ("--budget 0", "argument --budget: '0' was given"),
+        ("--budget nan", "argument --budget: 'nan' was given"),
+        ("--seed 4294967296", "argument --seed: '4294967296' was given"),
+        ("--threads 100000", "argument --threads: '100000' was given"),
+        ("--monitor f1", "argument --monitor: 'f1' was given"),
+        ("--data missing.csv", "argument --data: 'missing.csv' was given"),
+        ("--resume --overwrite", "argument --overwrite: not allowed with argument --resume"),
+    ],
+)
+def test_values_are_refused_by_the_parser(options, capsys, change, message):
+    with pytest.raises(SystemExit) as stopped:
+        main([*options, *change.split()])
+    assert stopped.value.code == 2
+    assert f"lora-kernels sweep: error: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"no database" * 100, b"SQLite format 3\0" + bytes(2000)])
+def test_a_damaged_study_is_one_sentence(options, tmp_path, capsys, content):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sweep.db").write_bytes(content)
+    assert main([*options, "--trials", "1", "--resume"]) == 2
+    shown = capsys.readouterr().err
+    assert "sweep.db cannot be used (DatabaseError: file is not a database)" in shown
     assert shown.count("\n") == 1

