@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from lora_kernels.adapters.pool_model import PooledModel, Targets
 from lora_kernels.adapters.pool_report import AdapterInfo, table
 from lora_kernels.adapters.pool_state import PoolState
 from lora_kernels.errors import AdapterBusyError, AdapterPoolError, ConfigError, ShapeError
+from lora_kernels.fork import fork_safe_rlock
 from lora_kernels.layers.pooled import Here, Rows
 
 Asked = Sequence[str | None] | Tensor
@@ -68,7 +68,7 @@ class AdapterPool:
         if max_rank > max_rank_total:
             raise ConfigError(f"max_rank = {max_rank}: no more than max_rank_total = {max_rank_total} can be held")
         self.capacity, self.max_rank_total, self.max_rank = capacity, max_rank_total, max_rank
-        self._here, self._lock, self._closed = Here(), threading.RLock(), False
+        self._here, self._lock, self._closed = Here(), fork_safe_rlock(), False
         self._pooled = PooledModel(model, target_modules, capacity, max_rank_total, max_rank, self._here, backend)
         self._state = PoolState(self._pooled, capacity, max_rank_total)
 
@@ -221,6 +221,11 @@ class AdapterPool:
         with self._lock:
             if self._closed:
                 raise AdapterPoolError("this pool is closed and its model is as it was; make a new AdapterPool")
+            if self._state.changing:  # by a thread that a fork left behind
+                raise AdapterPoolError(
+                    "this process was forked while another thread wrote an adapter into the pool, which is incomplete "
+                    "here; fork before or after that, or make the model and the pool in the child"
+                )
             yield self._state
 
     def _ids_tensor(self, slots: list[int]) -> Tensor:

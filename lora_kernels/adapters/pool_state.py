@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from lora_kernels.adapters.pool_files import Update
 from lora_kernels.adapters.pool_layout import Layout, victims
@@ -16,12 +17,13 @@ from lora_kernels.errors import AdapterBusyError, AdapterPoolError, PoolFullErro
 
 class PoolState:
     """``held``: the adapters, the least recently used first. ``users``: open batches of each slot. ``running``: all,
-    and loads."""
+    and loads. ``changing``: a thread is writing; seen by another only in the child of a fork, where that thread is not.
+    """
 
     def __init__(self, pooled: PooledModel, capacity: int, max_rank_total: int) -> None:
         self.pooled, self.capacity = pooled, capacity
         self.held = OrderedDict[str, AdapterInfo]()
-        self.users, self.running = Counter[int](), 0
+        self.users, self.running, self.changing = Counter[int](), 0, False
         self.layouts = {path: Layout(max_rank_total) for path in pooled.layers}
         self._order = LoadOrder(lambda: (layer.pool_slots.A.device for layer in pooled.layers.values()))
         self.converting = self._order.converting
@@ -73,16 +75,18 @@ class PoolState:
     def put(self, name: str, updates: Mapping[str, Update], pinned: bool) -> int:
         """Give the adapter its slot and rows, write it, and let those go whose place it takes; the slot."""
         slot, gone = self._room(name, updates)
-        self._change(slot, updates, gone)
-        for other in [entry.name for entry in self.held.values() if entry.slot in (*gone, slot)]:
-            del self.held[other]
-        self.held[name] = AdapterInfo(name, slot, {path: update.rank for path, update in updates.items()}, pinned)
+        with self._incomplete():
+            self._change(slot, updates, gone)
+            for other in [entry.name for entry in self.held.values() if entry.slot in (*gone, slot)]:
+                del self.held[other]
+            self.held[name] = AdapterInfo(name, slot, {path: update.rank for path, update in updates.items()}, pinned)
         return slot
 
     def remove(self, name: str) -> None:
         """Take the adapter out."""
-        self._change(self.held[name].slot, {}, [])
-        del self.held[name]
+        with self._incomplete():
+            self._change(self.held[name].slot, {}, [])
+            del self.held[name]
 
     def _room(self, name: str, updates: Mapping[str, Update]) -> tuple[int, list[int]]:
         """The slot for ``name`` and those that it takes the place of. Raises PoolFullError."""
@@ -95,6 +99,15 @@ class PoolState:
         if found is None:
             raise PoolFullError(why_full(name, ranks, self.capacity, self.layouts, self.entries()))
         return found
+
+    @contextmanager
+    def _incomplete(self) -> Iterator[None]:
+        """``changing`` inside of the block."""
+        self.changing = True
+        try:
+            yield
+        finally:
+            self.changing = False
 
     def _fixed(self) -> list[int]:
         """Slots that running batches read."""
