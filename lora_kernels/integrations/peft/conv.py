@@ -122,7 +122,8 @@ def _adapter(
         p = 0.0
     else:
         return f"its dropout is a {type(dropout).__name__}, in place or of another kind than nn.Dropout"
-    return A, B, conditions.weight_of(lora_B, "bias"), layer.scaling[name], p
+    scaling = conditions.scaling_of(layer, name)
+    return scaling if isinstance(scaling, str) else (A, B, conditions.weight_of(lora_B, "bias"), scaling, p)
 
 
 def _geometry_reason(base: Any, lora_A: Any, lora_B: Any) -> str | None:

@@ -62,7 +62,7 @@ def dora_forward(layer: Linear, adapter: str, x: Tensor) -> Tensor:
         B,
         m,
         conditions.weight_of(base, "bias"),
-        scaling=layer.scaling[adapter],
+        scaling=float(layer.scaling[adapter]),
         dropout_p=dropout.p if dropped else 0.0,
         norms=None if torch.compiler.is_compiling() else _norms_of(magnitude),
         trust=not layer.training and getattr(dora, "ENABLE_DORA_CACHING", False),  # since PEFT 0.19

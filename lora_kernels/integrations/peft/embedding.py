@@ -96,7 +96,8 @@ def _adapter(layer: Embedding, name: str) -> tuple[Tensor, Tensor, float] | str:
         return reason
     if A.dtype is not B.dtype:
         return f"lora_embedding_A is {A.dtype}, lora_embedding_B {B.dtype}"
-    return A, B, layer.scaling[name]
+    scaling = conditions.scaling_of(layer, name)
+    return scaling if isinstance(scaling, str) else (A, B, scaling)
 
 
 class FusedEmbedding(Told, Embedding):

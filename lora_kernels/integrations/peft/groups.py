@@ -39,10 +39,10 @@ def _state(layer: FusedLinear) -> State:
     active = layer._active_adapter
     weights = [modules["base_layer"]._parameters.get("weight")]
     state: State = [layer._disable_adapters, len(layer.merged_adapters), layer.training]
-    lora_A, lora_B, scaling = modules["lora_A"]._modules, modules["lora_B"]._modules, layer.scaling
+    lora_A, lora_B = modules["lora_A"]._modules, modules["lora_B"]._modules
     for name in (active,) if isinstance(active, str) else active:
         if name in lora_A:
-            state += name, scaling[name]
+            state += name, conditions.scaling_of(layer, name)  # a tensor may change in place
             weights += lora_A[name]._parameters.get("weight"), lora_B[name]._parameters.get("weight")
     for weight in filter(torch.is_tensor, weights):
         state += id(weight), 0 if weight.is_inference() else weight._version

@@ -138,7 +138,8 @@ def _adapter(layer: Linear, name: str, dtype: torch.dtype) -> tuple[Tensor, Tens
         reason = why_not_dora(layer, name)
         if reason is not None:
             return reason
-    return A, B, lora_B._parameters["bias"], layer.scaling[name], p
+    scaling = conditions.scaling_of(layer, name)
+    return scaling if isinstance(scaling, str) else (A, B, lora_B._parameters["bias"], scaling, p)
 
 
 def projection_of(layer: Linear, x: Tensor | None = None) -> tuple[Projection, float] | None:
@@ -235,5 +236,13 @@ def described(layer: Any, reason: str | None) -> tuple[str, str, str, str]:
     calls: dict[str, int] = layer.__dict__.get(CALLS, {})
     if reason is None and calls:
         runs += "; PEFT's own forward took " + ", ".join(f"{n} calls ({why})" for why, n in calls.items())
-    r, scaling = [str(layer.r[name]) for name in names], [f"{layer.scaling[name]:g}" for name in names]
+    r, scaling = [str(layer.r[name]) for name in names], [_shown(layer.scaling[name]) for name in names]
     return "-" if None in sizes else "x".join(map(str, sizes)), "+".join(r) or "-", "+".join(scaling) or "-", runs
+
+
+def _shown(scaling: Any) -> str:
+    """A scaling of any type in a few characters."""
+    try:
+        return f"{scaling.detach() if isinstance(scaling, Tensor) else scaling:g}"
+    except (TypeError, ValueError, RuntimeError):  # of several elements, on the meta device, or no number
+        return type(scaling).__name__

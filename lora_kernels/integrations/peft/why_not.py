@@ -7,8 +7,10 @@ a layer that reads their weights instead; the same goes for what torch does to t
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from torch.nn.parameter import Parameter
 from transformers.pytorch_utils import Conv1D
 
 FLOATS = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
+SCALINGS = FLOATS | {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8}
 PLAIN = frozenset((Tensor, Parameter))
 LINEAR = (nn.Linear, Conv1D)
 
@@ -70,6 +73,26 @@ def weight_reason(weight: Tensor | None, name: str) -> str | None:
     if weight.is_meta:
         return f"the weight of {name} is on the meta device"
     return None
+
+
+def scaling_of(layer: LoraLayer, name: str) -> float | str:
+    """The scaling of an adapter as a finite float, or why it is none: a product with it may need a gradient, another
+    shape, or the arithmetic of its own type. A number on a GPU stays there: reading it would wait for the GPU."""
+    scaling: Any = layer.scaling[name]
+    if type(scaling) is not float:
+        if isinstance(scaling, Tensor):
+            if type(scaling) not in PLAIN or scaling.dim() != 0:
+                return f"its scaling is a {type(scaling).__name__} of shape {tuple(scaling.shape)}"
+            if scaling.requires_grad:
+                return "its scaling requires a gradient"
+            if not scaling.is_cpu or torch.compiler.is_compiling():
+                return "its scaling is a tensor on a device, or in a graph: its number is not known on the host"
+            if scaling.dtype not in SCALINGS:
+                return f"its scaling is {str(scaling.dtype).removeprefix('torch.')}"
+        elif type(scaling) is not int and not isinstance(scaling, float | np.floating | np.integer):
+            return f"its scaling is a {type(scaling).__name__}"
+        scaling = float(scaling)
+    return scaling if math.isfinite(scaling) else f"its scaling is {scaling}"
 
 
 def call_reason() -> str | None:
