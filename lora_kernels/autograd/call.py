@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+
+from lora_kernels.errors import ConfigError, ShapeError
 
 _transforms_active = torch._C._are_functorch_transforms_active
 
@@ -32,6 +35,24 @@ def fold_scaling(A: Tensor, scaling: float) -> tuple[Tensor, float]:
     a product with a tensor is compiled a second time for the second value, and never again.
     """
     return A * scaling, 1.0
+
+
+def number_scaling(A: Tensor, scaling: Any) -> tuple[Tensor, float]:
+    """A and a scaling that is a number. A tensor of one element goes into A: its gradient flows through the product, and
+    no GPU is waited for.
+
+    Raises ShapeError for any other tensor, ConfigError for what is no real number.
+    """
+    if isinstance(scaling, Tensor):
+        if scaling.numel() != 1 or scaling.is_complex():
+            raise ShapeError(
+                f"scaling is a tensor {tuple(scaling.shape)} of {scaling.dtype}; accepted are a number and a real "
+                "tensor of one element"
+            )
+        return A * scaling.reshape(()), 1.0
+    if type(scaling) is not int and not isinstance(scaling, Real):
+        raise ConfigError(f"scaling = {scaling!r}; accepted are a real number and a tensor of one element")
+    return A, float(scaling)
 
 
 def in_shape(Y: Tensor, *shape: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_kernels.autograd.call import direct_apply, transformed
+from lora_kernels.autograd.call import direct_apply, number_scaling, transformed
 from lora_kernels.autograd.lora_linear import dropout_seed
 from lora_kernels.errors import ConfigError, FrozenWeightError, ShapeError
 from lora_kernels.reference.lora_conv import (
@@ -166,6 +166,9 @@ def lora_conv(
     kernel, dims = W.shape[2:], W.dim() - 2
     steps, holes = _each(stride, dims, "stride"), _each(dilation, dims, "dilation")
     geometry = Geometry(steps, _padding(padding, kernel, steps, holes), holes, groups)
+    if type(scaling) is not float:
+        factor, (A, scaling) = scaling, number_scaling(A, scaling)
+        lora_bias = lora_bias * factor.reshape(()) if lora_bias is not None and isinstance(factor, Tensor) else lora_bias
     traced = transformed()
     if traced:  # a graph takes a number for a constant and is compiled again for each
         B, lora_bias, scaling = B * scaling, None if lora_bias is None else lora_bias * scaling, 1.0

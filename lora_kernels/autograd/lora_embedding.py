@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_kernels.autograd.call import direct_apply, in_shape, transformed
+from lora_kernels.autograd.call import direct_apply, fold_scaling, in_shape, number_scaling, transformed
 from lora_kernels.errors import FrozenWeightError, ShapeError
 from lora_kernels.reference.lora_embedding import lora_embedding_bwd, lora_embedding_fwd
 
@@ -113,9 +113,11 @@ def lora_embedding(
     scalings: list[float] = []
     adapters: list[Tensor] = []
     for a, b, s in updates:
-        folded = traced or isinstance(s, Tensor)  # a graph takes a number for a constant: compiled again for each
-        adapters += [a, b * s if folded else b]
-        scalings.append(1.0 if isinstance(s, Tensor) or folded else s)
+        B, scaling = (b, s) if type(s) is float else number_scaling(b, s)
+        if traced:  # a graph takes a number for a constant: compiled again for each
+            B, scaling = fold_scaling(B, scaling)
+        adapters += [a, B]
+        scalings.append(scaling)
     if torch.is_grad_enabled():
         apply = _LoRAEmbedding.apply if traced else _apply
         return apply(ids, W, (base_scale, padding_idx), tuple(scalings), *adapters)

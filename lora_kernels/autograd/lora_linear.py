@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_kernels import ops
-from lora_kernels.autograd.call import direct_apply, fold_scaling, in_shape, transformed
+from lora_kernels.autograd.call import direct_apply, fold_scaling, in_shape, number_scaling, transformed
 from lora_kernels.errors import ConfigError, FrozenWeightError, ShapeError
 from lora_kernels.formats import format_of
 from lora_kernels.plan import resolve_backend
@@ -119,7 +119,8 @@ def lora_linear(
         A: (r, K), any float dtype; r from 1 up.
         B: (N, r), any float dtype.
         bias: (N,) in X's dtype, or None.
-        scaling: lora_alpha / r, or lora_alpha / sqrt(r); a run-time value, nothing is compiled for it.
+        scaling: lora_alpha / r, or lora_alpha / sqrt(r); a run-time value, nothing is compiled for it. A number,
+            or a tensor of one element, which may be trained.
         dropout_p: probability that an element of the adapter's input is zeroed while ``training``; the rest is scaled
             by 1/(1-p).
         seed: fixes the mask: an int, or an int64 tensor (2,) of seed and offset on X's device. None draws one from
@@ -136,7 +137,7 @@ def lora_linear(
         FrozenWeightError: W requires a gradient.
         ShapeError: operands that do not fit together.
         BackendUnavailableError: a backend asked for by name that cannot run here.
-        ConfigError: unknown backend or dropout_mask, or dropout_p outside [0, 1].
+        ConfigError: unknown backend or dropout_mask, dropout_p outside [0, 1], or a scaling that is no number.
 
     Source: Hu et al., LoRA, arXiv 2106.09685.
     """
@@ -166,6 +167,8 @@ def run(
     ``trusted`` operands were looked at when the layer was made. The reference leaves what has changed since to
     PyTorch's own checks, and explains what those refuse; kernels, which have none, look again.
     """
+    if type(scaling) is not float:
+        A, scaling = number_scaling(A, scaling)
     device_type = "cpu" if X.is_cpu else X.device.type  # making the string takes 0.3 us
     if torch.is_autocast_enabled(device_type) and X.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)

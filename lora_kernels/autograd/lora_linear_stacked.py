@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_kernels.autograd.call import direct_apply, fold_scaling, transformed
+from lora_kernels.autograd.call import direct_apply, fold_scaling, number_scaling, transformed
 from lora_kernels.autograd.lora_linear import _check, _rows, dropout_seed
 from lora_kernels.errors import ConfigError, ShapeError
 from lora_kernels.ops import lora_linear_stacked as ops
@@ -117,6 +117,9 @@ def prepare(X: Tensor, projections: Sequence[Projection], dropout_p: float) -> t
         projections = [
             q._replace(W=q.W.to(dtype), bias=None if q.bias is None else q.bias.to(dtype)) for q in projections
         ]
+    if any(type(q.scaling) is not float for q in projections):
+        numbers = [number_scaling(q.A, q.scaling) for q in projections]
+        projections = [q._replace(A=A, scaling=s) for q, (A, s) in zip(projections, numbers, strict=True)]
     first = projections[0]
     for W, A, B, bias, _ in projections:
         _check(X, W, A, B, bias)
