@@ -10,6 +10,7 @@ from torch import nn
 
 from lora_kernels.config import ALL_LINEAR, LoRAConfig
 from lora_kernels.errors import ConfigError
+from lora_kernels.fast_paths import switch_off, switch_on
 from lora_kernels.inject import FLOATS
 from lora_kernels.layers import LoRALinear
 from lora_kernels.layers.pooled import Here, _Pooled, into_pooled, out_of_pooled
@@ -112,7 +113,6 @@ class PooledModel:
         self.model = model
         self.layers = dict[str, _Pooled]()
         self._flags = [(p, p.requires_grad) for layer in chosen.values() for p in layer.parameters(recurse=False)]
-        self._switches = list[tuple[nn.Module, str, object]]()
         try:
             for path, layer in chosen.items():
                 self.layers[path] = into_pooled(layer, capacity, max_rank_total, max_rank, here, backend, path)
@@ -121,15 +121,7 @@ class PooledModel:
             raise
         for parameter, _ in self._flags:
             parameter.requires_grad_(False)
-        for module in model.modules():
-            if isinstance(module, nn.TransformerEncoderLayer):
-                self._switch(module, "activation_relu_or_gelu", 0)
-            elif isinstance(module, nn.TransformerEncoder):
-                self._switch(module, "use_nested_tensor", False)
-
-    def _switch(self, module: nn.Module, name: str, value: object) -> None:
-        self._switches.append((module, name, getattr(module, name)))
-        setattr(module, name, value)
+        switch_off(model, lambda module: isinstance(module, _Pooled))
 
     def restore(self) -> None:
         """Every layer of its own class again, without the pool's buffers; flags as they were."""
@@ -137,6 +129,5 @@ class PooledModel:
             out_of_pooled(layer)
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
-        for module, name, value in reversed(self._switches):
-            setattr(module, name, value)
+        switch_on(self.model)
         self.layers = {}

@@ -25,6 +25,7 @@ from lora_kernels.integrations.peft.mixed import mixed_forward
 
 ROOT = "_lora_root"  # in one layer's __dict__, where PEFT keeps no tuner with the model: see accelerate.Root
 CALLS = "_peft_forward_calls"  # in a layer's __dict__: reason -> how many calls PEFT's own forward took
+UNCALLED = "_lora_uncalled"  # in a layer's __dict__: why its owner never calls it
 BLOCK = "_lora_block"  # in a layer's __dict__: how the block it is part of runs in training, see mlp.py
 
 
@@ -164,7 +165,7 @@ class Told:
 
     def why_not(self) -> str | None:
         """Why the layer takes PEFT's own forward in its present state; None where it is fused."""
-        found = self.operands(self)
+        found = vars(self).get(UNCALLED) or self.operands(self)
         return found if isinstance(found, str) else None
 
     def describe(self) -> tuple[str, str, str, str]:
