@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 _locks: weakref.WeakSet[Any] = weakref.WeakSet()
+_callbacks: list[Callable[[], None]] = []
 
 
 def fork_safe_lock() -> threading.Lock:
@@ -24,6 +26,11 @@ def fork_safe_rlock() -> threading.RLock:
     return _kept(threading.RLock())
 
 
+def after_fork(function: Callable[[], None]) -> None:
+    """Have a function of a module called in every child, once the locks are free."""
+    _callbacks.append(function)
+
+
 def _kept(lock: Any) -> Any:
     _locks.add(lock)
     return lock
@@ -33,6 +40,8 @@ def _release_in_child() -> None:
     for lock in list(_locks):
         if not getattr(lock, "_is_owned", bool)():  # an RLock that the forking thread holds is the child's own
             lock._at_fork_reinit()
+    for function in _callbacks:
+        function()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
