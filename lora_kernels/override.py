@@ -2,7 +2,7 @@
 
 A block belongs to the context (contextvars) that entered it: other threads and tasks do not see it, a task that was
 made inside of it does until it ends. Two things cannot read a context, and take the block of the program that was
-entered last: a graph of torch.compile, which guards on a global, and a recomputation in a thread of the autograd engine.
+entered last: a graph of torch.compile, which guards on a global, and a recomputation in a thread of autograd's engine.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class Slots(NamedTuple):
         starts = [sum(rank_list[:slot]) for slot in range(len(rank_list))]
 
         def data(numbers: Sequence[float], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(numbers, dtype=dtype).to(A.device)
+            return torch.tensor(numbers, dtype=dtype, device="cpu").to(A.device)
 
         return cls(
             A,

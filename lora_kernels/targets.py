@@ -34,8 +34,8 @@ DEFAULT_TARGETS_BY_TYPE: dict[str, list[str] | str] = {
     "rwkv7": ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"],
 }
 MAMBA_TYPES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
-# Modules that give the weights of these children to a function and call none of them, as PyTorch, torchvision (Swin) and
-# transformers (WavLM) have them.
+# Modules that give the weights of these children to a function and call none of them: of PyTorch, torchvision (Swin),
+# transformers (WavLM).
 READ_BY = {
     "nn.MultiheadAttention": ("out_proj",),
     "ShiftedWindowAttention": ("qkv", "proj"),

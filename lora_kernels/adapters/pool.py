@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_kernels.adapters.pool_files import Source, check_ranks, convert_updates, read_updates
 from lora_kernels.adapters.pool_model import PooledModel, Targets
 from lora_kernels.adapters.pool_report import AdapterInfo, table
-from lora_kernels.adapters.pool_state import PoolState
+from lora_kernels.adapters.pool_state import TORN, PoolState
 from lora_kernels.errors import AdapterBusyError, AdapterPoolError, ConfigError, ShapeError
 from lora_kernels.fork import fork_safe_rlock
 from lora_kernels.layers.pooled import Here, Rows
@@ -168,7 +168,7 @@ class AdapterPool:
         if out is None:
             return self._ids_tensor(slots)
         with torch.no_grad():
-            return out.copy_(torch.tensor(slots + [-1] * (out.numel() - len(slots)), dtype=torch.int32))
+            return out.copy_(torch.tensor(slots + [-1] * (out.numel() - len(slots)), dtype=torch.int32, device="cpu"))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -222,16 +222,13 @@ class AdapterPool:
             if self._closed:
                 raise AdapterPoolError("this pool is closed and its model is as it was; make a new AdapterPool")
             if self._state.changing:  # by a thread that a fork left behind
-                raise AdapterPoolError(
-                    "this process was forked while another thread wrote an adapter into the pool, which is incomplete "
-                    "here; fork before or after that, or make the model and the pool in the child"
-                )
+                raise AdapterPoolError(TORN)
             yield self._state
 
     def _ids_tensor(self, slots: list[int]) -> Tensor:
         device = next(iter(self._pooled.layers.values())).pool_slots.A.device
         with torch.inference_mode(False):  # a tensor that counts its changes is looked at once
-            return torch.tensor(slots, dtype=torch.int32).to(device)
+            return torch.tensor(slots, dtype=torch.int32, device="cpu").to(device)
 
     def _open(self, adapters: Asked) -> tuple[Rows, set[int]]:
         with self._opened() as state:

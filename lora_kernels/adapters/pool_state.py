@@ -14,6 +14,11 @@ from lora_kernels.adapters.pool_streams import LoadOrder
 from lora_kernels.adapters.pool_write import plan_change, write
 from lora_kernels.errors import AdapterBusyError, AdapterPoolError, PoolFullError, UnknownAdapterError
 
+TORN = (
+    "this process was forked while another thread wrote an adapter into the pool, which is incomplete here; fork before "
+    "or after that, or make the model and the pool in the child"
+)
+
 
 class PoolState:
     """``held``: the adapters, the least recently used first. ``users``: open batches of each slot. ``running``: all,

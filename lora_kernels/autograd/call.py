@@ -38,8 +38,8 @@ def fold_scaling(A: Tensor, scaling: float) -> tuple[Tensor, float]:
 
 
 def number_scaling(A: Tensor, scaling: Any) -> tuple[Tensor, float]:
-    """A and a scaling that is a number. A tensor of one element goes into A: its gradient flows through the product, and
-    no GPU is waited for.
+    """A and a scaling that is a number. A tensor of one element goes into A: its gradient flows through the product,
+    and no GPU is waited for.
 
     Raises ShapeError for any other tensor, ConfigError for what is no real number.
     """
@@ -53,6 +53,19 @@ def number_scaling(A: Tensor, scaling: Any) -> tuple[Tensor, float]:
     if type(scaling) is not int and not isinstance(scaling, Real):
         raise ConfigError(f"scaling = {scaling!r}; accepted are a real number and a tensor of one element")
     return A, float(scaling)
+
+
+def check_dense(X: Tensor) -> None:
+    """Raise ShapeError for an input that is not one block of memory which strides describe."""
+    if X.is_nested or X.layout is not torch.strided:
+        given = "a nested tensor" if X.is_nested else f"of layout {X.layout}"
+        remedy = "to_padded_tensor, or call the layer on the values" if X.is_nested else "to_dense"
+        raise ShapeError(f"X is {given}; expected a dense tensor (torch.strided). Convert it ({remedy})")
+
+
+def kind_of(X: Tensor) -> str:
+    """The device type by which autocast and the backend are chosen: the CPU's for a tensor on the meta device."""
+    return "cpu" if X.is_meta else X.device.type
 
 
 def in_shape(Y: Tensor, *shape: int) -> Tensor:

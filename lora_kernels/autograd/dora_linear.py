@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_kernels.autograd.call import direct_apply, fold_scaling, in_shape, number_scaling, transformed
+from lora_kernels.autograd.call import direct_apply, fold_scaling, in_shape, kind_of, number_scaling, transformed
 from lora_kernels.autograd.lora_linear import _check, _rows, dropout_seed
 from lora_kernels.errors import ConfigError, ShapeError
 from lora_kernels.ops import dora_linear as ops
@@ -105,7 +105,7 @@ def dora_linear(
         raise ConfigError(f"dropout_p={dropout_p}; accepted is a probability from 0 to 1")
     if type(scaling) is not float:
         A, scaling = number_scaling(A, scaling)
-    stored, device_type = W, X.device.type
+    stored, device_type = W, kind_of(X)
     if torch.is_autocast_enabled(device_type) and X.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         X, W = X.to(dtype), W.to(dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_kernels.autograd.call import direct_apply, number_scaling, transformed
+from lora_kernels.autograd.call import check_dense, direct_apply, kind_of, number_scaling, transformed
 from lora_kernels.autograd.lora_linear import dropout_seed
 from lora_kernels.errors import ConfigError, FrozenWeightError, ShapeError
 from lora_kernels.reference.lora_conv import (
@@ -93,6 +93,7 @@ def _check(
             "W requires a gradient; this layer trains A and B over a frozen base. Call W.requires_grad_(False), or "
             "pass W.detach()"
         )
+    check_dense(X)
     N, r = W.shape[0], A.shape[0]
     C = W.shape[1] * groups
     fits = 3 <= X.dim() <= 5 and W.dim() == A.dim() == B.dim() == X.dim() and X.shape[1] == C and r >= 1
@@ -155,7 +156,7 @@ def lora_conv(
         ShapeError: operands that do not fit together.
         ConfigError: a dropout_p outside [0, 1], a stride, padding or dilation that does not fit.
     """
-    device_type = X.device.type
+    device_type = kind_of(X)
     if torch.is_autocast_enabled(device_type) and X.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         X, W = X.to(dtype), W.to(dtype)
@@ -168,7 +169,9 @@ def lora_conv(
     geometry = Geometry(steps, _padding(padding, kernel, steps, holes), holes, groups)
     if type(scaling) is not float:
         factor, (A, scaling) = scaling, number_scaling(A, scaling)
-        lora_bias = lora_bias * factor.reshape(()) if lora_bias is not None and isinstance(factor, Tensor) else lora_bias
+        lora_bias = (
+            lora_bias * factor.reshape(()) if lora_bias is not None and isinstance(factor, Tensor) else lora_bias
+        )
     traced = transformed()
     if traced:  # a graph takes a number for a constant and is compiled again for each
         B, lora_bias, scaling = B * scaling, None if lora_bias is None else lora_bias * scaling, 1.0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_kernels.autograd.call import direct_apply, fold_scaling, in_shape, number_scaling, transformed
+from lora_kernels.autograd.call import check_dense, direct_apply, fold_scaling, in_shape, number_scaling, transformed
 from lora_kernels.errors import FrozenWeightError, ShapeError
 from lora_kernels.reference.lora_embedding import lora_embedding_bwd, lora_embedding_fwd
 
@@ -52,6 +52,7 @@ def _check(ids: Tensor, W: Tensor, updates: Sequence[Update]) -> None:
             "W requires a gradient; this layer trains A and B over a frozen base. Call W.requires_grad_(False), or "
             "pass W.detach()"
         )
+    check_dense(ids)
     if ids.dtype not in (torch.int64, torch.int32):
         raise ShapeError(f"ids are {ids.dtype}; expected int64 or int32")
     if W.dim() != 2 or not W.dtype.is_floating_point:

@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_kernels import ops
-from lora_kernels.autograd.call import direct_apply, fold_scaling, in_shape, number_scaling, transformed
+from lora_kernels.autograd.call import (
+    check_dense,
+    direct_apply,
+    fold_scaling,
+    in_shape,
+    kind_of,
+    number_scaling,
+    transformed,
+)
 from lora_kernels.errors import ConfigError, FrozenWeightError, ShapeError
 from lora_kernels.formats import format_of
 from lora_kernels.plan import resolve_backend
@@ -64,6 +72,7 @@ def _check(X: Tensor, W: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> N
             "W requires a gradient; this layer trains A and B over a frozen base. Call W.requires_grad_(False), or "
             "pass W.detach()"
         )
+    check_dense(X)
     N, K = format_of(W).shape(W)
     dtype = X.dtype
     r = A.shape[0] if A.dim() == 2 else 0
@@ -169,7 +178,7 @@ def run(
     """
     if type(scaling) is not float:
         A, scaling = number_scaling(A, scaling)
-    device_type = "cpu" if X.is_cpu else X.device.type  # making the string takes 0.3 us
+    device_type = "cpu" if X.is_cpu else kind_of(X)  # making the string takes 0.3 us
     if torch.is_autocast_enabled(device_type) and X.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         X, W = X.to(dtype), W.to(dtype)
@@ -188,7 +197,7 @@ def run(
             return apply(X, W, A, B, bias, state, (scaling, p, backend, kept))
         X2 = X if X.dim() == 2 else _rows(X)
         Y = ops.lora_linear_fwd(X2, W, A, B, bias, scaling, p, state, backend)[0]
-    except RuntimeError:
+    except (RuntimeError, IndexError):
         _check(X, W, A, B, bias)
         raise
     return Y if X2 is X else Y.view(*X.shape[:-1], Y.shape[-1])

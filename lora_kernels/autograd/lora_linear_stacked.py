@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_kernels.autograd.call import direct_apply, fold_scaling, number_scaling, transformed
+from lora_kernels.autograd.call import direct_apply, fold_scaling, kind_of, number_scaling, transformed
 from lora_kernels.autograd.lora_linear import _check, _rows, dropout_seed
 from lora_kernels.errors import ConfigError, ShapeError
 from lora_kernels.ops import lora_linear_stacked as ops
@@ -110,7 +110,7 @@ def prepare(X: Tensor, projections: Sequence[Projection], dropout_p: float) -> t
     """
     if not projections:
         raise ShapeError("projections is empty; expected one Projection or more")
-    device_type = X.device.type
+    device_type = kind_of(X)
     if torch.is_autocast_enabled(device_type) and X.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         X = X.to(dtype)
@@ -189,7 +189,7 @@ def run_stacked(
     trusted: bool = True,
 ) -> tuple[Tensor, ...]:
     """lora_linear_stacked for layers, p 0 where nothing is dropped; ``trusted`` as in autograd.lora_linear.run."""
-    device_type = "cpu" if X.is_cpu else X.device.type
+    device_type = "cpu" if X.is_cpu else kind_of(X)
     checked = not trusted or torch.is_autocast_enabled(device_type)
     if checked:
         X, projections = prepare(X, projections, p)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_kernels.autograd.call import fold_scaling, in_shape
+from lora_kernels.autograd.call import fold_scaling, in_shape, kind_of
 from lora_kernels.autograd.lora_linear import _rows, dropout_seed
 from lora_kernels.autograd.lora_linear_stacked import Projection, check_mask, prepare
 from lora_kernels.errors import ShapeError
@@ -130,7 +130,7 @@ def lora_mlp(
     if down.A.dtype != gate.A.dtype:
         raise ShapeError(f"A and B of down are {down.A.dtype}, of gate {gate.A.dtype}; expected one dtype")
     check_mask(dropout_mask)
-    backend = resolve_backend(backend, X.device.type, X.dtype)
+    backend = resolve_backend(backend, kind_of(X), X.dtype)
     seeds = _two_seeds(seed, X.device) if training and dropout_p > 0.0 else None
     W, A, B, bias, scaling = zip(gate, up, down, strict=True)
     if torch.compiler.is_compiling():

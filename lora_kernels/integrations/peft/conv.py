@@ -46,7 +46,7 @@ def operands(layer: Any, x: Tensor | None = None) -> ConvOperands | str:
     names = conditions.active_in(layer, layer._modules["lora_A"]._modules)
     if not names:
         return "no adapter of it is active"
-    W = conditions.weight_of(base)
+    W = conditions.base_weight(base)
     reason = conditions.weight_reason(W, "base_layer")
     if reason is not None:
         return reason
@@ -114,6 +114,8 @@ def _adapter(
         return reason
     assert A is not None
     assert B is not None
+    if conditions.unsavable(A):
+        return conditions.UNSAVABLE
     if A.dtype is not dtype and not getattr(layer, "cast_input_dtype_enabled", True):
         return "casting its input to the adapter's dtype is switched off"
     if type(dropout) is nn.Dropout and not dropout.inplace:

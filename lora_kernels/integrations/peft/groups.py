@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ SEAT = "_lora_group"  # in a layer's __dict__: its Seat
 def _mode(x: Tensor) -> Mode:
     """What else an output depends on: gradients or none, autocast."""
     kind = "cpu" if x.is_cpu else x.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    autocast = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
     return torch.is_grad_enabled(), x.requires_grad, autocast
 
 

@@ -46,7 +46,7 @@ class Unclaimed(threading.local):
     """Per-thread cache of outputs computed for siblings that have not been called yet: those of one group.
 
     It is cleared by the call of the last sibling; by a call of a sibling with another input or in another mode; by the
-    next group that runs in the thread; by any call in inference mode; and at the end of the backward that recomputed it.
+    next group that runs in the thread; by any call in inference mode; and at the end of a backward that recomputed it.
     """
 
     made: Made | None = None
