@@ -15,8 +15,8 @@ from lora_kernels.adapters.pool_write import plan_change, write
 from lora_kernels.errors import AdapterBusyError, AdapterPoolError, PoolFullError, UnknownAdapterError
 
 TORN = (
-    "this process was forked while another thread wrote an adapter into the pool, which is incomplete here; fork before "
-    "or after that, or make the model and the pool in the child"
+    "this process was forked while another thread wrote an adapter into the pool, which is incomplete here; fork "
+    "before or after that, or make the model and the pool in the child"
 )
 
 

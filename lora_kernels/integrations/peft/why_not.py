@@ -115,7 +115,7 @@ def scaling_of(layer: LoraLayer, name: str) -> float | str:
         elif type(scaling) is not int and not isinstance(scaling, float | np.floating | np.integer):
             return f"its scaling is a {type(scaling).__name__}"
         scaling = float(scaling)
-    return scaling if math.isfinite(scaling) else f"its scaling is {scaling}"
+    return scaling if torch.compiler.is_compiling() or math.isfinite(scaling) else f"its scaling is {scaling}"
 
 
 def call_reason() -> str | None:

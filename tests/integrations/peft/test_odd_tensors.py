@@ -104,7 +104,7 @@ def result(model, kind, name, mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("kind", "name", "inference"), CASES)
 def test_the_result_is_pefts(kind, name, inference, mode):
-    """Where PEFT raises, the accelerated layer does so too, or it runs: the backward of PEFT cannot save the weights."""
+    """Where PEFT raises, the accelerated layer does so too, or runs: a backward of PEFT cannot save the weights."""
     plain, ours = model(kind, inference), lk.accelerate(model(kind, inference), verbose=False)
     for _ in range(3 if kind == "siblings" else 1):
         expected, got = (result(one, kind, name, mode) for one in (plain, ours))
