@@ -14,6 +14,7 @@ from torch import nn
 from lora_kernels.config import ALL_LINEAR, BASE_CHANGING_INITS, LoRAConfig
 from lora_kernels.embeddings import check_embeddings, kept_tied, trained_tokens
 from lora_kernels.errors import ConfigError
+from lora_kernels.fast_paths import switch_off
 from lora_kernels.layers import BiasedLoRALinear, DoRALinear, LoRALinear
 from lora_kernels.layers.replication import replicate_layers
 from lora_kernels.layers.tokens import DELTA, into_trained_rows
@@ -178,7 +179,7 @@ def inject(model: nn.Module, injection: Injection, layers: dict[str, LoRALinear]
     else:
         for layer in layers.values():
             layer.requires_grad_(False)
-    _keep_called(model)
+    switch_off(model, lambda module: isinstance(module, LoRALinear))
     setattr(model, REMEMBERED_AS, injection)
 
 
@@ -224,17 +225,6 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)].append(name)
     return owners
-
-
-def _keep_called(model: nn.Module) -> None:
-    """Switch off the inference path of nn.TransformerEncoderLayer around adapted layers: it reads linear1.weight and
-    linear2.weight and calls neither, so that the adapters would count in training only."""
-    for module in model.modules():
-        adapted = any(isinstance(child, LoRALinear) for child in module.children())
-        if adapted and isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
 
 
 def _untie(model: nn.Module, path: str) -> None:

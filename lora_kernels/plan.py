@@ -19,6 +19,7 @@ from types import ModuleType
 
 import torch
 
+from lora_kernels import override
 from lora_kernels.cost import Plan, Problem, seconds
 from lora_kernels.errors import BackendUnavailableError, ConfigError
 from lora_kernels.kernels.chip import CHIPS, Chip, chip_of
@@ -34,7 +35,6 @@ TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _NAMES: dict[str, tuple[str, str | None]] = {backend: (backend, None) for backend in BACKENDS}
 _NAMES |= {f"triton:{plan}": ("triton", plan) for plan in PLANS + OPT_IN + MULTI}
 
-_override = "auto"  # a plain global: torch.compile guards on it, and cannot trace a ContextVar
 _triton_installed = importlib.util.find_spec("triton") is not None
 _interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 _environment = os.environ.get("LORA_KERNELS_BACKEND", "auto")
@@ -53,18 +53,18 @@ def split_name(requested: str) -> tuple[str, str | None]:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every call in the program with backend ``name`` ("auto", "reference", "triton", "triton:PLAN") for a block.
+    """Run every call of a block with backend ``name`` ("auto", "reference", "triton", "triton:PLAN").
+
+    It counts in the thread or asyncio task that entered the block, and in tasks made inside; another thread starts with
+    the program's default. A graph of torch.compile takes the block of the program that was entered last.
 
     Raises:
-        ConfigError: unknown name.
+        ConfigError: unknown name; or, at its end, another block of this thread or task overlaps it without being
+            nested, as with two generators that take turns. Both blocks are ended then.
     """
-    global _override
     split_name(name)
-    before, _override = _override, name
-    try:
+    with override.block(name):
         yield
-    finally:
-        _override = before
 
 
 def triton_missing(device_type: str) -> str | None:
@@ -97,8 +97,8 @@ def backend_status() -> dict[str, str | None]:
 
 def requested_backend(backend: str = "auto") -> str:
     """What was asked for: the argument, else the enclosing use_backend, else LORA_KERNELS_BACKEND, else "auto"."""
-    if backend == "auto":
-        backend = _override
+    if backend == "auto" and override.latest is not None:
+        backend = override.requested()
     if backend == "auto":
         backend = _environment
     return backend

@@ -12,6 +12,7 @@ from torch import nn
 from lora_kernels.config import LoRAConfig
 from lora_kernels.cost import Plan, Problem
 from lora_kernels.errors import BackendUnavailableError, ConfigError
+from lora_kernels.fast_paths import KEPT, is_off
 from lora_kernels.kernels.chip import CHIPS, Chip
 from lora_kernels.layers import LoRALinear
 from lora_kernels.plan import (
@@ -118,6 +119,7 @@ def explain(model: nn.Module, tokens: int = 2048, layer: str | None = None, chip
     for (_, *told), paths in groups.items():
         rows.append([_together(paths) or type(model).__name__, str(len(paths)), *told])
     lines = _aligned(rows)
+    lines += _fast_paths(model, tuple(foreign))
     lines += [f"{path}: trained whole and saved with the adapter" for path in (injection.saved if injection else ())]
     for one in injection.tokens if injection else ():
         lines.append(f"{', '.join((one.path, *one.tied))}: {len(one.rows)} rows trained and saved with the adapter")
@@ -127,6 +129,19 @@ def explain(model: nn.Module, tokens: int = 2048, layer: str | None = None, chip
     if isinstance(model, LoRALinear):
         lines.append(_plans(model, tokens, asked))
     return "\n".join(lines)
+
+
+def _fast_paths(model: nn.Module, adapted: tuple[str, ...]) -> list[str]:
+    """A line for the modules whose inference path reads weights past their adapters, and for those where it is off."""
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for path, module in model.named_modules():
+        alike = re.sub(_NUMBER, "*", path)
+        inside = tuple(name for name in adapted if not path or name.startswith(f"{path}."))
+        if KEPT in vars(module) and isinstance(module, nn.TransformerEncoderLayer):
+            found[alike, "its inference path, which reads weights and calls no adapter, is off"].append(path)
+        elif inside and is_off(module) is False:
+            found[alike, "in eval mode its inference path ignores adapters; accelerate switches it off"].append(path)
+    return [f"{_together(paths) or type(model).__name__}: {line}" for (_, line), paths in found.items()]
 
 
 def _foreign(module: nn.Module) -> Columns | None:

@@ -67,6 +67,8 @@ class Slots(NamedTuple):
             )
         if isinstance(scalings, int | float):
             scalings = [scalings] * len(rank_list)
+        if any(isinstance(s, Tensor) and s.requires_grad for s in scalings):
+            raise ConfigError("a scaling requires a gradient, which mixed batches do not give; pass scaling.detach()")
         values = [float(s) for s in scalings]
         if len(values) != len(rank_list):
             raise ShapeError(f"{len(values)} scalings for {len(rank_list)} adapters; expected one each, or one number")
@@ -75,7 +77,7 @@ class Slots(NamedTuple):
         starts = [sum(rank_list[:slot]) for slot in range(len(rank_list))]
 
         def data(numbers: Sequence[float], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(numbers, dtype=dtype).to(A.device)
+            return torch.tensor(numbers, dtype=dtype, device="cpu").to(A.device)
 
         return cls(
             A,

@@ -36,6 +36,14 @@ DEFAULT_TARGETS_BY_TYPE: dict[str, list[str] | str] = {
     "rwkv7": ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"],
 }
 MAMBA_TYPES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+# Modules that give the weights of these children to a function and call none of them: of PyTorch, torchvision (Swin),
+# transformers (WavLM).
+READ_BY = {
+    "nn.MultiheadAttention": ("out_proj",),
+    "ShiftedWindowAttention": ("qkv", "proj"),
+    "ShiftedWindowAttentionV2": ("qkv", "proj"),
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+}
 # Heads that start from random weights and are therefore trained whole.
 TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -84,10 +92,9 @@ def uncalled(model: nn.Module) -> dict[str, str]:
     """{path: reason} of linear layers whose owner reads their weight and never calls them: LoRA there does nothing."""
     found = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            found[f"{path}.out_proj" if path else "out_proj"] = (
-                "nn.MultiheadAttention reads its weight and never calls it"
-            )
+        kind = "nn.MultiheadAttention" if isinstance(module, nn.MultiheadAttention) else type(module).__name__
+        for name in READ_BY.get(kind, ()):
+            found[f"{path}.{name}" if path else name] = f"{kind} reads its weight and never calls it"
     if model_type(model) in MAMBA_TYPES:
         reason = "Mamba's fused scan reads its weight and never calls it"
         found |= {

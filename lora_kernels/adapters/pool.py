@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,8 +16,9 @@ from lora_kernels.adapters.pool_model import PooledModel, Targets, check_sizes
 from lora_kernels.adapters.pool_probe import Probe
 from lora_kernels.adapters.pool_report import AdapterInfo, table
 from lora_kernels.adapters.pool_root import Root
-from lora_kernels.adapters.pool_state import PoolState
+from lora_kernels.adapters.pool_state import TORN, PoolState
 from lora_kernels.errors import AdapterBusyError, AdapterPoolError, ShapeError
+from lora_kernels.fork import fork_safe_rlock
 from lora_kernels.layers.pooled import Here
 from lora_kernels.layers.pooled_batch import OpenBatch
 
@@ -62,7 +62,7 @@ class AdapterPool:
     ) -> None:
         max_rank = check_sizes(capacity, max_rank_total, max_rank, batch_dim)
         self.capacity, self.max_rank_total, self.max_rank = capacity, max_rank_total, max_rank
-        self._here, self._lock, self._closed = Here(), threading.RLock(), False
+        self._here, self._lock, self._closed = Here(), fork_safe_rlock(), False
         self._pooled = PooledModel(model, target_modules, capacity, max_rank_total, max_rank, self._here, backend)
         self._state = PoolState(self._pooled, capacity, max_rank_total)
         self._probe = Probe(self._pooled, self._here, batch_dim)
@@ -178,7 +178,7 @@ class AdapterPool:
         if out is None:
             return ids_tensor(slots, self._pooled.device())
         with torch.no_grad():
-            return out.copy_(torch.tensor(slots + [-1] * (out.numel() - len(slots)), dtype=torch.int32))
+            return out.copy_(torch.tensor(slots + [-1] * (out.numel() - len(slots)), dtype=torch.int32, device="cpu"))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -231,6 +231,8 @@ class AdapterPool:
         with self._lock:
             if self._closed:
                 raise AdapterPoolError("this pool is closed and its model is as it was; make a new AdapterPool")
+            if self._state.changing:  # by a thread that a fork left behind
+                raise AdapterPoolError(TORN)
             yield self._state
 
     def _begin(self, adapters: Asked, image_ids: Asked | None) -> OpenBatch:

@@ -162,7 +162,7 @@ class Wanted:
 def ids_tensor(slots: list[int], device: torch.device) -> Tensor:
     """int32 (n,)."""
     with torch.inference_mode(False):  # a backward may be next
-        return torch.tensor(slots, dtype=torch.int32).to(device)
+        return torch.tensor(slots, dtype=torch.int32, device="cpu").to(device)
 
 
 def check_ids(ids: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 
 from lora_kernels.config import ALL_LINEAR, LoRAConfig
 from lora_kernels.errors import ConfigError
+from lora_kernels.fast_paths import switch_off, switch_on
 from lora_kernels.inject import FLOATS
 from lora_kernels.layers import LoRALinear
 from lora_kernels.layers.pooled import Here, _Pooled, into_pooled, out_of_pooled
@@ -138,18 +139,11 @@ class PooledModel:
                 for name, parameter in layer.named_parameters(recurse=False):
                     self._undo.callback(_set_flag, layer, name, parameter.requires_grad)
                     _set_flag(layer, name, False)
-            for module in model.modules():
-                if isinstance(module, nn.TransformerEncoderLayer):
-                    self._switch(module, "activation_relu_or_gelu", 0)
-                elif isinstance(module, nn.TransformerEncoder):
-                    self._switch(module, "use_nested_tensor", False)
+            self._undo.callback(switch_on, model)
+            switch_off(model, lambda module: isinstance(module, _Pooled))
         except BaseException:  # out of memory, as a rule
             self.restore()
             raise
-
-    def _switch(self, module: nn.Module, name: str, value: object) -> None:
-        self._undo.callback(setattr, module, name, getattr(module, name))
-        setattr(module, name, value)
 
     def device(self) -> torch.device:
         """Of the first layer."""

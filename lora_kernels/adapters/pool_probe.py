@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from lora_kernels.adapters.pool_content import is_content, is_extent, kept_value
 from lora_kernels.adapters.pool_isolation import NOTHING, At, Isolation, isolate
 from lora_kernels.adapters.pool_model import PooledModel
 from lora_kernels.errors import AdapterPoolError
+from lora_kernels.fork import fork_safe_rlock
 from lora_kernels.layers.pooled import Here
 from lora_kernels.layers.pooled_batch import OpenBatch
 from lora_kernels.layers.pooled_call import MEDIA, Call, Dims, len_of
@@ -34,7 +34,7 @@ class Probe:
         self.names = list(inspect.signature(model.forward).parameters)
         first = self._main if isinstance(self._main, str) else next(iter(self.names), "")
         self._reads_media = bool(MEDIA.search(first))
-        self._lock, self._made_up = threading.RLock(), False
+        self._lock, self._made_up = fork_safe_rlock(), False
         self._same: dict[object, RowLayout] = {}
         self._meant: set[int] | None = None
 

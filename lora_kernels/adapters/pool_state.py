@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from lora_kernels.adapters.pool_files import Update
 from lora_kernels.adapters.pool_layout import Layout, victims
@@ -13,15 +14,22 @@ from lora_kernels.adapters.pool_streams import LoadOrder
 from lora_kernels.adapters.pool_write import plan_change, write
 from lora_kernels.errors import AdapterBusyError, AdapterPoolError, PoolFullError, UnknownAdapterError
 
+TORN = (
+    "this process was forked while another thread wrote an adapter into the pool, which is incomplete here; fork "
+    "before or after that, or make the model and the pool in the child"
+)
+
 
 class PoolState:
     """``held``: the adapters, the least recently used first. ``users``: open batches of each slot. ``running``: all,
-    and loads. ``touched``: paths of the layers in which an adapter has weights now; the object stays."""
+    and loads. ``touched``: paths of the layers in which an adapter has weights now; the object stays. ``changing``: a
+    thread is writing; seen by another only in the child of a fork, where that thread is not.
+    """
 
     def __init__(self, pooled: PooledModel, capacity: int, max_rank_total: int) -> None:
         self.pooled, self.capacity = pooled, capacity
         self.held = OrderedDict[str, AdapterInfo]()
-        self.users, self.running = Counter[int](), 0
+        self.users, self.running, self.changing = Counter[int](), 0, False
         self.layouts = {path: Layout(max_rank_total) for path in pooled.layers}
         self.touched = set[str]()
         self._touched_by = dict[frozenset[int], frozenset[str]]()
@@ -82,18 +90,20 @@ class PoolState:
     def put(self, name: str, updates: Mapping[str, Update], pinned: bool) -> int:
         """Give the adapter its slot and rows, write it, and let those go whose place it takes; the slot."""
         slot, gone = self._room(name, updates)
-        self._change(slot, updates, gone)
-        for other in [entry.name for entry in self.held.values() if entry.slot in (*gone, slot)]:
-            del self.held[other]
         ranks = {path: update.rank for path, update in updates.items()}
         scaling = max(abs(update.scaling) for update in updates.values())
-        self.held[name] = AdapterInfo(name, slot, ranks, pinned, scaling=scaling)
+        with self._incomplete():
+            self._change(slot, updates, gone)
+            for other in [entry.name for entry in self.held.values() if entry.slot in (*gone, slot)]:
+                del self.held[other]
+            self.held[name] = AdapterInfo(name, slot, ranks, pinned, scaling=scaling)
         return slot
 
     def remove(self, name: str) -> None:
         """Take the adapter out."""
-        self._change(self.held[name].slot, {}, [])
-        del self.held[name]
+        with self._incomplete():
+            self._change(self.held[name].slot, {}, [])
+            del self.held[name]
 
     def _room(self, name: str, updates: Mapping[str, Update]) -> tuple[int, list[int]]:
         """The slot for ``name`` and those that it takes the place of. Raises PoolFullError."""
@@ -106,6 +116,15 @@ class PoolState:
         if found is None:
             raise PoolFullError(why_full(name, ranks, self.capacity, self.layouts, self.entries()))
         return found
+
+    @contextmanager
+    def _incomplete(self) -> Iterator[None]:
+        """``changing`` inside of the block."""
+        self.changing = True
+        try:
+            yield
+        finally:
+            self.changing = False
 
     def _fixed(self) -> list[int]:
         """Slots that running batches read."""

@@ -9,6 +9,7 @@ differentiation, an operator is evaluated by its composition of PyTorch's own op
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -17,13 +18,14 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from lora_kernels.dtypes import low_rank_dtype
-from lora_kernels.errors import FrozenWeightError
+from lora_kernels.errors import ConfigError, FrozenWeightError, ShapeError
 from lora_kernels.reference.transforms import batched, derived, no_autocast
 
 __all__ = [
     "again",
     "batched",
     "bias_of",
+    "check_dense",
     "check_frozen",
     "composed",
     "derived",
@@ -33,6 +35,8 @@ __all__ = [
     "is_compiling",
     "keep_inputs",
     "kept_inputs",
+    "kind_of",
+    "number_scaling",
     "transformed",
     "vjp",
 ]
@@ -140,6 +144,37 @@ def fold_scaling(A: Tensor, scaling: float) -> tuple[Tensor, float]:
     float32, whose range the product needs.
     """
     return A.to(low_rank_dtype(A.dtype)) * scaling, 1.0
+
+
+def number_scaling(A: Tensor, scaling: Any) -> tuple[Tensor, float]:
+    """A and a scaling that is a number. A tensor of one element goes into A: its gradient flows through the product,
+    and no GPU is waited for.
+
+    Raises ShapeError for any other tensor, ConfigError for what is no real number.
+    """
+    if isinstance(scaling, Tensor):
+        if scaling.numel() != 1 or scaling.is_complex():
+            raise ShapeError(
+                f"scaling is a tensor {tuple(scaling.shape)} of {scaling.dtype}; accepted are a number and a real "
+                "tensor of one element"
+            )
+        return A.to(low_rank_dtype(A.dtype)) * scaling.reshape(()), 1.0
+    if type(scaling) is not int and not isinstance(scaling, Real):
+        raise ConfigError(f"scaling = {scaling!r}; accepted are a real number and a tensor of one element")
+    return A, float(scaling)
+
+
+def check_dense(X: Tensor) -> None:
+    """Raise ShapeError for an input that is not one block of memory which strides describe."""
+    if X.is_nested or X.layout is not torch.strided:
+        given = "a nested tensor" if X.is_nested else f"of layout {X.layout}"
+        remedy = "to_padded_tensor, or call the layer on the values" if X.is_nested else "to_dense"
+        raise ShapeError(f"X is {given}; expected a dense tensor (torch.strided). Convert it ({remedy})")
+
+
+def kind_of(X: Tensor) -> str:
+    """The device type by which autocast and the backend are chosen: the CPU's for a tensor on the meta device."""
+    return "cpu" if X.is_meta else X.device.type
 
 
 def in_shape(Y: Tensor, *shape: int) -> Tensor:

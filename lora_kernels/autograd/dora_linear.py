@@ -16,6 +16,8 @@ from lora_kernels.autograd.call import (
     fold_scaling,
     in_shape,
     is_compiling,
+    kind_of,
+    number_scaling,
     vjp,
 )
 from lora_kernels.autograd.lora_linear import _check, _rows, dropout_seed
@@ -123,7 +125,9 @@ def dora_linear(
     """
     if not 0.0 <= dropout_p <= 1.0:
         raise ConfigError(f"dropout_p={dropout_p}; accepted is a probability from 0 to 1")
-    stored, device_type = W, X.device.type
+    if type(scaling) is not float:
+        A, scaling = number_scaling(A, scaling)
+    stored, device_type = W, kind_of(X)
     if torch.is_autocast_enabled(device_type) and X.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         X, W = X.to(dtype), W.to(dtype)

@@ -12,10 +12,13 @@ from lora_kernels.autograd.call import (
     again,
     batched,
     bias_of,
+    check_dense,
     check_frozen,
     composed,
     derived,
     direct_apply,
+    kind_of,
+    number_scaling,
     transformed,
     vjp,
 )
@@ -108,6 +111,7 @@ def _check(
     X: Tensor, W: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, lora_bias: Tensor | None, groups: int
 ) -> None:
     check_frozen(W)
+    check_dense(X)
     N, r = W.shape[0], A.shape[0]
     C = W.shape[1] * groups
     fits = 3 <= X.dim() <= 5 and W.dim() == A.dim() == B.dim() == X.dim() and X.shape[1] == C and r >= 1
@@ -170,7 +174,7 @@ def lora_conv(
         ShapeError: operands that do not fit together.
         ConfigError: a dropout_p outside [0, 1], a stride, padding or dilation that does not fit.
     """
-    device_type = X.device.type
+    device_type = kind_of(X)
     if torch.is_autocast_enabled(device_type) and X.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         X, W = X.to(dtype), W.to(dtype)
@@ -181,6 +185,11 @@ def lora_conv(
     kernel, dims = W.shape[2:], W.dim() - 2
     steps, holes = _each(stride, dims, "stride"), _each(dilation, dims, "dilation")
     geometry = Geometry(steps, _padding(padding, kernel, steps, holes), holes, groups)
+    if type(scaling) is not float:
+        factor, (A, scaling) = scaling, number_scaling(A, scaling)
+        lora_bias = (
+            lora_bias * factor.reshape(()) if lora_bias is not None and isinstance(factor, Tensor) else lora_bias
+        )
     traced = transformed()
     composes = traced and derived()
     if traced and not composes:  # a graph takes a number for a constant and is compiled again for each

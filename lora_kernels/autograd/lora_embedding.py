@@ -11,17 +11,19 @@ from torch import Tensor
 
 from lora_kernels.autograd.call import (
     again,
+    check_dense,
     check_frozen,
     composed,
     derived,
     direct_apply,
+    fold_scaling,
     in_shape,
     is_compiling,
     keep_inputs,
     kept_inputs,
+    number_scaling,
     vjp,
 )
-from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.errors import ShapeError
 from lora_kernels.reference import composition
 from lora_kernels.reference.lora_embedding import lora_embedding_bwd, lora_embedding_fwd
@@ -71,6 +73,7 @@ _apply = direct_apply(_LoRAEmbedding)
 
 def _check(ids: Tensor, W: Tensor, updates: Sequence[Update]) -> None:
     check_frozen(W)
+    check_dense(ids)
     if ids.dtype not in (torch.int64, torch.int32):
         raise ShapeError(f"ids are {ids.dtype}; expected int64 or int32")
     if W.dim() != 2 or not W.dtype.is_floating_point:
@@ -133,9 +136,11 @@ def lora_embedding(
     scalings: list[float] = []
     adapters: list[Tensor] = []
     for a, b, s in updates:
-        folded = traced or isinstance(s, Tensor)  # a graph takes a number for a constant: compiled again for each
-        adapters += [a, b.to(low_rank_dtype(b.dtype)) * s if folded else b]
-        scalings.append(1.0 if isinstance(s, Tensor) or folded else s)
+        b, scaling = (b, s) if type(s) is float else number_scaling(b, s)
+        if traced:  # a graph takes a number for a constant: compiled again for each
+            b, scaling = fold_scaling(b, scaling)
+        adapters += [a, b]
+        scalings.append(scaling)
     if composes:
         return composed(
             composition.lora_embedding, ids, W, adapters[::2], adapters[1::2], scalings, base_scale, padding_idx

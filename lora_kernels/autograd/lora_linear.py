@@ -12,12 +12,15 @@ from lora_kernels import ops
 from lora_kernels.autograd.call import (
     again,
     bias_of,
+    check_dense,
     check_frozen,
     composed,
     derived,
     direct_apply,
     fold_scaling,
     in_shape,
+    kind_of,
+    number_scaling,
     transformed,
     vjp,
 )
@@ -75,6 +78,7 @@ def _rows(X: Tensor) -> Tensor:
 def _check(X: Tensor, W: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
     """Raise where the operands do not fit together; costs some comparisons of integers."""
     check_frozen(W)
+    check_dense(X)
     N, K = format_of(W).shape(W)
     dtype = X.dtype
     r = A.shape[0] if A.dim() == 2 else 0
@@ -130,7 +134,8 @@ def lora_linear(
         A: (r, K), any float dtype, rounded to X's (to float32 for float16), as B is; r from 1 up.
         B: (N, r), any float dtype.
         bias: (N,) in X's dtype, or None.
-        scaling: lora_alpha / r, or lora_alpha / sqrt(r); a run-time value, nothing is compiled for it.
+        scaling: lora_alpha / r, or lora_alpha / sqrt(r); a run-time value, nothing is compiled for it. A number,
+            or a tensor of one element, which may be trained.
         dropout_p: probability that an element of the adapter's input is zeroed while ``training``; the rest is scaled
             by 1/(1-p).
         seed: fixes the mask: an int, or an int64 tensor (2,) of seed and offset on X's device. None draws one from
@@ -147,7 +152,7 @@ def lora_linear(
         FrozenWeightError: W requires a gradient.
         ShapeError: operands that do not fit together.
         BackendUnavailableError: a backend asked for by name that cannot run here.
-        ConfigError: unknown backend or dropout_mask, or dropout_p outside [0, 1].
+        ConfigError: unknown backend or dropout_mask, dropout_p outside [0, 1], or a scaling that is no number.
 
     Source: Hu et al., LoRA, arXiv 2106.09685.
     """
@@ -177,7 +182,9 @@ def run(
     ``trusted`` operands were looked at when the layer was made. The reference leaves what has changed since to
     PyTorch's own checks, and explains what those refuse; kernels, which have none, look again.
     """
-    device_type = "cpu" if X.is_cpu else X.device.type  # making the string takes 0.3 us
+    if type(scaling) is not float:
+        A, scaling = number_scaling(A, scaling)
+    device_type = "cpu" if X.is_cpu else kind_of(X)  # making the string takes 0.3 us
     if torch.is_autocast_enabled(device_type) and X.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         X, W = X.to(dtype), W.to(dtype)
@@ -199,7 +206,7 @@ def run(
             return apply(X, W, A, B, bias, state, (scaling, p, backend, kept))
         X2 = X if X.dim() == 2 else _rows(X)
         Y = ops.lora_linear_fwd(X2, W, A, B, bias, scaling, p, state, backend)[0]
-    except RuntimeError:
+    except (RuntimeError, IndexError):
         _check(X, W, A, B, bias)
         raise
     return Y if X2 is X else Y.view(*X.shape[:-1], Y.shape[-1])

@@ -15,6 +15,8 @@ from lora_kernels.autograd.call import (
     derived,
     direct_apply,
     fold_scaling,
+    kind_of,
+    number_scaling,
     transformed,
     vjp,
 )
@@ -149,13 +151,16 @@ def prepare(X: Tensor, projections: Sequence[Projection], dropout_p: float) -> t
     """
     if not projections:
         raise ShapeError("projections is empty; expected one Projection or more")
-    device_type = X.device.type
+    device_type = kind_of(X)
     if torch.is_autocast_enabled(device_type) and X.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         X = X.to(dtype)
         projections = [
             q._replace(W=q.W.to(dtype), bias=None if q.bias is None else q.bias.to(dtype)) for q in projections
         ]
+    if any(type(q.scaling) is not float for q in projections):
+        numbers = [number_scaling(q.A, q.scaling) for q in projections]
+        projections = [q._replace(A=A, scaling=s) for q, (A, s) in zip(projections, numbers, strict=True)]
     first = projections[0]
     for W, A, B, bias, _ in projections:
         _check(X, W, A, B, bias)
@@ -225,7 +230,7 @@ def run_stacked(
     trusted: bool = True,
 ) -> tuple[Tensor, ...]:
     """lora_linear_stacked for layers, p 0 where nothing is dropped; ``trusted`` as in autograd.lora_linear.run."""
-    device_type = "cpu" if X.is_cpu else X.device.type
+    device_type = "cpu" if X.is_cpu else kind_of(X)
     checked = not trusted or torch.is_autocast_enabled(device_type)
     if checked:
         X, projections = prepare(X, projections, p)

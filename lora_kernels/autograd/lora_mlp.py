@@ -17,6 +17,7 @@ from lora_kernels.autograd.call import (
     in_shape,
     keep_inputs,
     kept_inputs,
+    kind_of,
     transformed,
     vjp,
 )
@@ -161,7 +162,7 @@ def lora_mlp(
     if down.A.dtype != gate.A.dtype:
         raise ShapeError(f"A and B of down are {down.A.dtype}, of gate {gate.A.dtype}; expected one dtype")
     check_mask(dropout_mask)
-    backend = resolve_backend(backend, X.device.type, X.dtype)
+    backend = resolve_backend(backend, kind_of(X), X.dtype)
     seeds = _two_seeds(seed, X.device) if training and dropout_p > 0.0 else None
     operands: Any = zip(gate, up, down, strict=True)
     W, A, B, bias, scaling = operands

@@ -28,7 +28,7 @@ def put_side_by_side(W: Sequence[nn.Parameter]) -> None:
     """
     if any(type(w) is not nn.Parameter for w in W) or len({id(w) for w in W}) < len(W) or as_one(W) is not None:
         return
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         buffer = torch.cat([w.detach() for w in W])
         for w, part in zip(W, buffer.split([w.shape[0] for w in W]), strict=True):
             w.data = part

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ import triton
 from torch import Tensor
 
 from lora_kernels.dtypes import low_rank_dtype
+from lora_kernels.fork import fork_safe_lock
 
 
 class Workspace(NamedTuple):
@@ -23,7 +23,7 @@ class Workspace(NamedTuple):
 
 _workspaces: dict[tuple[torch.device, int, torch.dtype], Workspace] = {}
 _spare: dict[torch.device, Tensor] = {}  # zeros from which captured launches take their counters
-_spare_lock = threading.Lock()
+_spare_lock = fork_safe_lock()
 SPARE = 1 << 20  # of them, on a device
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora_kernels.autograd.lora_linear import run
 from lora_kernels.config import LoRAConfig
 from lora_kernels.errors import ConfigError, MergeError
+from lora_kernels.formats.inference import savable
 from lora_kernels.layers.init import Init, init_lora_weights
 
 
@@ -115,14 +116,19 @@ class LoRALinear(nn.Module):
         self.backend, self.dropout_mask = backend, "bits"
         self._base_weight: Tensor | None = None
         base.requires_grad_(False)
-        self.weight = base.weight
-        self.register_parameter("bias", base.bias)  # also None: what forward reads lies in one place
+        weight, bias = base.weight, base.bias
+        if weight.is_inference():  # shares its memory, not the Parameter: no backward can save that
+            weight = nn.Parameter(savable(weight), requires_grad=False)
+            bias = None if bias is None else nn.Parameter(savable(bias), requires_grad=False)
+        self.weight = weight
+        self.register_parameter("bias", bias)  # also None: what forward reads lies in one place
         if adapter_dtype is None:
             adapter_dtype = torch.float32 if self.weight.dtype.itemsize == 2 else self.weight.dtype
         like: dict[str, Any] = {"device": self.weight.device, "dtype": adapter_dtype}
-        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **like))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **like))
-        self.reset_lora_parameters(init)
+        with torch.inference_mode(False):  # they are to be trained, wherever the layer is made
+            self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **like))
+            self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **like))
+            self.reset_lora_parameters(init)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_base_weight":  # a Parameter kept aside must not be registered: it is not part of the state_dict

@@ -60,7 +60,7 @@ def generator_keep_mask(seed: Tensor, p: float, M: int, K: int, dtype: torch.dty
     first, second = seed.tolist()
     mixed = (first * 0x9E3779B97F4A7C15 + second * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
     generator = torch.Generator().manual_seed(mixed >> 32)  # the CPU generator looks at 32 bits of its seed
-    draws = torch.randint(-(2**63), 2**63 - 1, (M, (K + 3) // 4), generator=generator)
+    draws = torch.randint(-(2**63), 2**63 - 1, (M, (K + 3) // 4), generator=generator, device="cpu")
     lanes = draws.view(torch.int16) if K % 4 == 0 else draws.view(torch.int16)[:, :K]
     keep = lanes.float().ge_(drop_threshold(p) - 32768)
     return keep if dtype == torch.float32 else keep.to(dtype)

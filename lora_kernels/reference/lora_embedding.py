@@ -82,7 +82,7 @@ def lora_embedding_bwd(
         dYB = wide_mm(dY, _scaled(B, scaling, dY.dtype))
         wide = torch.promote_types(dY.dtype, torch.float32)
         if dY.device.type == "cpu":
-            dA = torch.zeros(XA.shape[0], vocab, dtype=wide).index_add_(1, ids, dYB.t().to(wide))
+            dA = torch.zeros(XA.shape[0], vocab, dtype=wide, device=dY.device).index_add_(1, ids, dYB.t().to(wide))
             if padding_idx is not None:
                 dA[:, padding_idx] = 0
         else:

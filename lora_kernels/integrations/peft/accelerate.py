@@ -17,15 +17,17 @@ import peft
 from peft.tuners.lora import model as lora
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 from peft.tuners.mixed import model as mixed
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lora_kernels.errors import ConfigError
+from lora_kernels.fast_paths import switch_off, switch_on
 from lora_kernels.integrations.peft.conv import FusedConv1d, FusedConv2d, FusedConv3d
 from lora_kernels.integrations.peft.embedding import FusedEmbedding
 from lora_kernels.integrations.peft.groups import dissolve, form_groups
-from lora_kernels.integrations.peft.linear import CALLS, ROOT, FusedLinear
+from lora_kernels.integrations.peft.linear import CALLS, ROOT, UNCALLED, FusedLinear
 from lora_kernels.integrations.peft.mlp import dissolve_mlps, form_mlps, mlps_of
-from lora_kernels.integrations.peft.report import report, row
+from lora_kernels.integrations.peft.report import mark_uncalled, report, row
 from lora_kernels.report import DESCRIBERS, Columns, unwrap
 
 SWITCH = "LORA_KERNELS_ACCELERATE"
@@ -109,6 +111,7 @@ def accelerate(model: nn.Module, *, strict: bool = False, group: bool = True, ve
     if strict and (told.others or not told.layers):
         for module in changed:
             module.__class__ = _restored(type(module))
+            module.__dict__.pop(UNCALLED, None)
         raise ConfigError(f"strict=True, and {told}")
     (form_groups if group else dissolve)(model)
     if group:
@@ -116,6 +119,7 @@ def accelerate(model: nn.Module, *, strict: bool = False, group: bool = True, ve
     else:
         dissolve_mlps(model)
     _remember(unwrap(model), group)
+    switch_off(model, lambda module: isinstance(module, BaseTunerLayer))
     if verbose:
         print(f"lora_kernels: {told}")
         for runs, count in Counter(names.describe() for names in mlps_of(model).values()).items():
@@ -131,14 +135,17 @@ def decelerate(model: nn.Module) -> nn.Module:
         kind = _restored(type(module))
         if kind is not type(module):
             module.__class__ = kind
-        for name in (CALLS, ROOT, GROUP):
+        for name in (CALLS, ROOT, GROUP, UNCALLED):
             module.__dict__.pop(name, None)
+    switch_on(model)
     return model
 
 
 def refresh(model: nn.Module, group: bool = True) -> None:
     """Fuse the layers that are new in an accelerated model."""
-    if swap(model) and group:
+    new = swap(model)
+    switch_off(model, lambda module: isinstance(module, BaseTunerLayer))
+    if new and group:
         form_groups(model)
         form_mlps(model)
 
@@ -151,6 +158,7 @@ def swap(model: nn.Module) -> list[nn.Module]:
         if fused is not None:
             module.__class__ = fused
             changed.append(module)
+    mark_uncalled(model)
     return changed
 
 

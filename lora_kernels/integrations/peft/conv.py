@@ -47,7 +47,7 @@ def operands(layer: Any, x: Tensor | None = None) -> ConvOperands | str:
     names = conditions.active_in(layer, layer._modules["lora_A"]._modules)
     if not names:
         return "no adapter of it is active"
-    W = conditions.weight_of(base)
+    W = conditions.base_weight(base)
     reason = conditions.weight_reason(W, "base_layer")
     if reason is not None:
         return reason
@@ -115,6 +115,8 @@ def _adapter(
         return reason
     assert A is not None
     assert B is not None
+    if conditions.unsavable(A):
+        return conditions.UNSAVABLE
     if A.dtype is not dtype and not getattr(layer, "cast_input_dtype_enabled", True):
         return "casting its input to the adapter's dtype is switched off"
     if type(dropout) is nn.Dropout and not dropout.inplace:
@@ -123,7 +125,8 @@ def _adapter(
         p = 0.0
     else:
         return f"its dropout is a {type(dropout).__name__}, in place or of another kind than nn.Dropout"
-    return A, B, conditions.weight_of(lora_B, "bias"), layer.scaling[name], p
+    scaling = conditions.scaling_of(layer, name)
+    return scaling if isinstance(scaling, str) else (A, B, conditions.weight_of(lora_B, "bias"), scaling, p)
 
 
 def _geometry_reason(base: Any, lora_A: Any, lora_B: Any) -> str | None:

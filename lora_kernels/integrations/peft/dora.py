@@ -50,7 +50,7 @@ def dora_forward(layer: Linear, adapter: str, x: Tensor) -> Tensor:
         modules["lora_magnitude_vector"]._modules[adapter],
         modules["lora_dropout"]._modules[adapter],
     )
-    W: Any = conditions.weight_of(base)
+    W: Any = conditions.base_weight(base)
     A: Any = conditions.weight_of(modules["lora_A"]._modules[adapter])
     B: Any = conditions.weight_of(modules["lora_B"]._modules[adapter])
     m: Any = conditions.weight_of(magnitude)
@@ -62,7 +62,7 @@ def dora_forward(layer: Linear, adapter: str, x: Tensor) -> Tensor:
         B,
         m,
         conditions.weight_of(base, "bias"),
-        scaling=layer.scaling[adapter],
+        scaling=float(layer.scaling[adapter]),
         dropout_p=dropout.p if dropped else 0.0,
         norms=None if torch.compiler.is_compiling() else _norms_of(magnitude),
         trust=not layer.training and getattr(dora, "ENABLE_DORA_CACHING", False),  # since PEFT 0.19

@@ -52,7 +52,7 @@ def operands(layer: Embedding, ids: Tensor | None = None) -> EmbeddingOperands |
     if ids is not None:
         if type(ids) is not Tensor or ids.dtype not in (torch.int64, torch.int32):
             return f"its input is a {type(ids).__name__} of {str(ids.dtype).removeprefix('torch.')}"
-        reason = conditions.call_reason()
+        reason = conditions.storage_reason(ids, "its input") or conditions.call_reason()
         if reason is not None:
             return reason
     scale: float | Tensor | None = getattr(base, "embed_scale", None)
@@ -94,9 +94,12 @@ def _adapter(layer: Embedding, name: str) -> tuple[Tensor, Tensor, float] | str:
     reason = conditions.weight_reason(A, "lora_embedding_A") or conditions.weight_reason(B, "lora_embedding_B")
     if reason is not None:
         return reason
+    if conditions.unsavable(A):
+        return conditions.UNSAVABLE
     if A.dtype is not B.dtype:
         return f"lora_embedding_A is {A.dtype}, lora_embedding_B {B.dtype}"
-    return A, B, layer.scaling[name]
+    scaling = conditions.scaling_of(layer, name)
+    return scaling if isinstance(scaling, str) else (A, B, scaling)
 
 
 class FusedEmbedding(Told, Embedding):

@@ -1,6 +1,6 @@
 """LoRA layers that read one input (q, k, v; gate, up), run as one: found by structure, learned by the input's identity.
 
-    first sibling called:  Y_1, Y_2, ... = lora_linear_stacked(X, ...); Y_1 is returned, the others are set aside
+    first sibling called:  Y_1, Y_2, ... = lora_linear_stacked(X, ...); Y_1 is returned, the others are cached
     the others:            asked for the same X in the same state, each hands out its Y_p
 
 The model's source stays as it is: attention still calls its q, k and v one by one. Candidates are fused layers of one
@@ -9,10 +9,9 @@ parent with equal in_features; who really reads one tensor is learned in the fir
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections import defaultdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,49 +19,18 @@ from torch import Tensor, nn
 from lora_kernels.autograd.lora_linear_stacked import Projection, run_stacked
 from lora_kernels.integrations.peft import why_not as conditions
 from lora_kernels.integrations.peft.linear import FusedLinear, drops, projection_of
-from lora_kernels.integrations.peft.reads import Partners, Reads, in_backward
+from lora_kernels.integrations.peft.reads import Partners, Reads
+from lora_kernels.integrations.peft.unclaimed import Made, Mode, State, discard_unclaimed
+from lora_kernels.integrations.peft.unclaimed import unclaimed as _aside
 from lora_kernels.reference.transforms import derived
 
 SEAT = "_lora_group"  # in a layer's __dict__: its Seat
-Mode = tuple[bool, bool, torch.dtype | None]
-State = list[Any]
-
-
-class _Made(NamedTuple):
-    """Outputs that nobody has asked for yet, by seat, each with the state of its layer; and what they were made of."""
-
-    group: Group
-    partners: Partners
-    x: Tensor
-    version: int
-    mode: Mode
-    recomputed: bool
-    outputs: dict[int, tuple[Tensor, State]]
-
-    def holds_for(self, group: Group, x: Tensor, mode: Mode) -> bool:
-        return self.group is group and self.x is x and self.version == x._version and self.mode == mode
-
-
-class _Aside(threading.local):
-    """What a thread has set aside. One for all groups: what is left of siblings not called goes as the next begins."""
-
-    made: _Made | None = None
-
-
-_aside = _Aside()
-
-
-def _leave() -> None:
-    """Let go of what nobody asked for."""
-    made, _aside.made = _aside.made, None
-    if made is not None and not made.recomputed:  # which may stop as soon as it has what it needs
-        made.group.reads.miss(made.partners)
 
 
 def _mode(x: Tensor) -> Mode:
     """What else an output depends on: gradients or none, autocast."""
     kind = "cpu" if x.is_cpu else x.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    autocast = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
     return torch.is_grad_enabled(), x.requires_grad, autocast
 
 
@@ -72,10 +40,10 @@ def _state(layer: FusedLinear) -> State:
     active = layer._active_adapter
     weights = [modules["base_layer"]._parameters.get("weight")]
     state: State = [layer._disable_adapters, len(layer.merged_adapters), layer.training]
-    lora_A, lora_B, scaling = modules["lora_A"]._modules, modules["lora_B"]._modules, layer.scaling
+    lora_A, lora_B = modules["lora_A"]._modules, modules["lora_B"]._modules
     for name in (active,) if isinstance(active, str) else active:
         if name in lora_A:
-            state += name, scaling[name]
+            state += name, conditions.scaling_of(layer, name)  # a tensor may change in place
             weights += lora_A[name]._parameters.get("weight"), lora_B[name]._parameters.get("weight")
     for weight in filter(torch.is_tensor, weights):
         state += id(weight), 0 if weight.is_inference() else weight._version
@@ -89,7 +57,7 @@ class Group:
         self.path, self.names = path, names
         self.reads = Reads(len(names), partners)
         self.layers: list[weakref.ref[FusedLinear] | None] = [None] * len(names)
-        self.traced: tuple[Tensor, Mode, dict[int, Tensor]] | None = None  # what _Aside is, in a graph being traced
+        self.traced: tuple[Tensor, Mode, dict[int, Tensor]] | None = None  # what Unclaimed is, in a graph being traced
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Group, (self.path, self.names, self.reads.partners)
@@ -107,10 +75,11 @@ class Group:
         runs = "; ".join(" + ".join(run) for run in self.together())
         return f"{self.path}: {runs} in one call" if runs else f"{self.path}: {names} read inputs apart"
 
-    def start(self, seat: int, seats: tuple[int, ...], x: Tensor) -> dict[int, tuple[Tensor, FusedLinear]] | None:
+    def start(self, seat: int, partners: Partners, x: Tensor) -> dict[int, tuple[Tensor, FusedLinear]] | None:
         """The outputs of all layers that can run with the one in ``seat`` now; None: it runs alone."""
+        compiling = torch.compiler.is_compiling()
         found: dict[int, tuple[FusedLinear, Projection, float]] = {}
-        for i in seats:
+        for i in partners[seat] if compiling else self.reads.pending(seat, partners[seat], x):
             ref = self.layers[i]
             layer = None if ref is None else ref()
             if layer is None or conditions.module_reason(layer, "it") is not None:
@@ -129,9 +98,9 @@ class Group:
         }
         if seat not in found or len(found) < 2:
             return None
+        if not compiling and not self.reads.begin(partners, p > 0.0):
+            return None
         made = run_stacked(x, [q for _, q, _ in found.values()], p)
-        if not torch.compiler.is_compiling():
-            self.reads.ran(p > 0.0)
         return {i: (y, layer) for (i, (layer, _, _)), y in zip(found.items(), made, strict=True)}
 
 
@@ -153,35 +122,43 @@ class Seat:
         """The layer's output for x (..., K) out of a call for the whole group; None: the layer has to run alone."""
         if torch.compiler.is_compiling():
             return self._traced(x)
-        if x.is_inference() or self.layer() is not layer:  # no version to see changes by; a replica
+        made = _aside.made
+        if x.is_inference():  # no version to see changes by
+            if made is not None:
+                discard_unclaimed()
+            return None
+        if self.layer() is not layer:  # a replica
             return None
         if derived():  # x and its version do not show the tangents and transforms that an output belongs to
             return None
         group, mode = self.group, _mode(x)
-        partners, made = group.reads.partners, _aside.made
+        partners = group.reads.partners
+        if made is not None and made.group is group:  # whatever another thread has learned or forgotten since
+            if made.holds_for(x, mode):
+                y, state = made.outputs.pop(self.index, (None, None))
+                if not made.outputs:
+                    _aside.made = made.x = None
+                    group.reads.complete()
+                return y if state == _state(layer) else None  # a layer that was left out, or has changed, runs alone
+            if partners is None:
+                discard_unclaimed()
         if partners is not None:
             if not partners[self.index]:
                 return None
-            if made is not None and made.holds_for(group, x, mode):
-                y, state = made.outputs.pop(self.index, (None, None))
-                if not made.outputs:
-                    _aside.made = None
-                    group.reads.complete()
-                return y if state == _state(layer) else None  # a layer that was left out, or has changed, runs alone
-            _leave()
+            discard_unclaimed()
             partners = group.reads.partners  # which a miss may have shown to be wrong
         if partners is None:
             partners = group.reads.observe(self.index, x, drops(layer))
             if partners is None or not partners[self.index]:
                 return None
-            _leave()
+            discard_unclaimed()
         pays = mode[0] or not x.is_cpu or drops(layer)  # else nothing is saved that is worth a group's own host work
-        started = group.start(self.index, partners[self.index], x) if pays else None
+        started = group.start(self.index, partners, x) if pays else None
         if started is None:
             return None
         y, _ = started.pop(self.index)
         outputs = {i: (other, _state(sibling)) for i, (other, sibling) in started.items()}
-        _aside.made = _Made(group, partners, x, x._version, mode, in_backward(), outputs)
+        _aside.made = Made(group, partners, x, mode, outputs)
         return y
 
     def _traced(self, x: Tensor) -> Tensor | None:
@@ -193,7 +170,7 @@ class Seat:
         if ready is not None and ready[0] is x and ready[1] == mode and self.index in ready[2]:
             left = dict(ready[2])
         else:
-            started = group.start(self.index, partners[self.index], x)
+            started = group.start(self.index, partners, x)
             if started is None:
                 return None
             left = {i: made for i, (made, _) in started.items()}

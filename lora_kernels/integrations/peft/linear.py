@@ -23,9 +23,11 @@ from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.integrations.peft import why_not as conditions
 from lora_kernels.integrations.peft.dora import dora_forward, is_dora, why_not_dora
 from lora_kernels.integrations.peft.mixed import mixed_forward
+from lora_kernels.integrations.peft.why_not import FLOATS, PLAIN
 
 ROOT = "_lora_root"  # in one layer's __dict__, where PEFT keeps no tuner with the model: see accelerate.Root
 CALLS = "_peft_forward_calls"  # in a layer's __dict__: reason -> how many calls PEFT's own forward took
+UNCALLED = "_lora_uncalled"  # in a layer's __dict__: why its owner never calls it
 BLOCK = "_lora_block"  # in a layer's __dict__: how the block it is part of runs in training, see mlp.py
 
 
@@ -51,7 +53,7 @@ def _base(layer: Linear, x: Tensor | None) -> tuple[Tensor, Tensor | None] | str
     reason = conditions.linear_reason(base) or conditions.module_reason(base, "base_layer")
     if reason is not None:
         return reason
-    W = conditions.weight_of(base)
+    W = conditions.base_weight(base)
     reason = conditions.weight_reason(W, "base_layer")
     if reason is not None:
         return reason
@@ -89,6 +91,8 @@ def operands(layer: Linear, x: Tensor | None = None) -> Operands | str:
     if len(parts) == 1:
         A, B, lora_bias, scaling, dropout_p = parts[0]
         if layer.lora_variant and names[0] in layer.lora_variant:
+            if x is not None and x.dim() == 1:
+                return "DoRA of a vector: PEFT makes a row of it"
             return Operands(W, A, B, bias, scaling, dropout_p, names[0])
     elif any(p > 0.0 for *_, p in parts):
         return "several adapters are active with a dropout each"
@@ -120,27 +124,25 @@ def _adapter(layer: Linear, name: str, dtype: torch.dtype) -> tuple[Tensor, Tens
             return reason
     if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear or lora_A._parameters["bias"] is not None:
         return f"lora_A is a {type(lora_A).__name__}, lora_B a {type(lora_B).__name__}; plain are nn.Linear"
-    A, B = conditions.weight_of(lora_A), conditions.weight_of(lora_B)
-    reason = conditions.weight_reason(A, "lora_A") or conditions.weight_reason(B, "lora_B")
-    if reason is not None:
-        return reason
-    assert A is not None
-    assert B is not None
-    if A.dtype is not dtype and not getattr(layer, "cast_input_dtype_enabled", True):
-        return "casting its input to the adapter's dtype is switched off"
-    if type(dropout) is nn.Dropout:
-        if dropout.inplace:
-            return "its dropout works in place"
-        p = dropout.p if dropout.training else 0.0
-    elif type(dropout) is Identity:
-        p = 0.0
-    else:
-        return f"its dropout is a {type(dropout).__name__}"
-    if name in layer.lora_variant:
-        reason = why_not_dora(layer, name)
+    A: Any = conditions.weight_of(lora_A)
+    B: Any = conditions.weight_of(lora_B)
+    if type(A) not in PLAIN or type(B) not in PLAIN or A.dtype not in FLOATS or B.dtype not in FLOATS or A.is_meta:
+        reason = conditions.weight_reason(A, "lora_A") or conditions.weight_reason(B, "lora_B")
         if reason is not None:
             return reason
-    return A, B, lora_B._parameters["bias"], layer.scaling[name], p
+    if conditions.unsavable(A):
+        return conditions.UNSAVABLE
+    if A.dtype is not dtype and not getattr(layer, "cast_input_dtype_enabled", True):
+        return "casting its input to the adapter's dtype is switched off"
+    if type(dropout) is not nn.Dropout and type(dropout) is not Identity:
+        return f"its dropout is a {type(dropout).__name__}"
+    if type(dropout) is nn.Dropout and dropout.inplace:
+        return "its dropout works in place"
+    p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+    if name in layer.lora_variant:
+        reason = why_not_dora(layer, name)
+    scaling = conditions.scaling_of(layer, name) if reason is None else reason
+    return scaling if isinstance(scaling, str) else (A, B, lora_B._parameters["bias"], scaling, p)
 
 
 def projection_of(layer: Linear, x: Tensor | None = None) -> tuple[Projection, float] | None:
@@ -170,7 +172,7 @@ class Told:
 
     def why_not(self) -> str | None:
         """Why the layer takes PEFT's own forward in its present state; None where it is fused."""
-        found = self.operands(self)
+        found = vars(self).get(UNCALLED) or self.operands(self)
         return found if isinstance(found, str) else None
 
     def describe(self) -> tuple[str, str, str, str]:
@@ -242,5 +244,13 @@ def described(layer: Any, reason: str | None) -> tuple[str, str, str, str]:
     calls: dict[str, int] = layer.__dict__.get(CALLS, {})
     if reason is None and calls:
         runs += "; PEFT's own forward took " + ", ".join(f"{n} calls ({why})" for why, n in calls.items())
-    r, scaling = [str(layer.r[name]) for name in names], [f"{layer.scaling[name]:g}" for name in names]
+    r, scaling = [str(layer.r[name]) for name in names], [_shown(layer.scaling[name]) for name in names]
     return "-" if None in sizes else "x".join(map(str, sizes)), "+".join(r) or "-", "+".join(scaling) or "-", runs
+
+
+def _shown(scaling: Any) -> str:
+    """A scaling of any type in a few characters."""
+    try:
+        return f"{scaling.detach() if isinstance(scaling, Tensor) else scaling:g}"
+    except (TypeError, ValueError, RuntimeError):  # of several elements, on the meta device, or no number
+        return type(scaling).__name__

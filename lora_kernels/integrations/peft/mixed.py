@@ -68,5 +68,5 @@ def _ids_of(names: Sequence[str], there: list[str], x: Tensor) -> Tensor:
 
 def _made(names: Sequence[str], there: list[str], x: Tensor) -> Tensor:
     slot = {name: number for number, name in enumerate(there)}
-    ids = torch.tensor([slot.get(name, -1) for name in names], dtype=torch.int32).to(x.device)
+    ids = torch.tensor([slot.get(name, -1) for name in names], dtype=torch.int32, device="cpu").to(x.device)
     return ids.view(-1, *(1,) * (x.dim() - 2)).expand(x.shape[:-1]).reshape(-1)

@@ -200,8 +200,9 @@ def _tried(block: nn.Module, ways: tuple[Names, ...]) -> Names | None:
     W: Any = conditions.weight_of(block._modules[one].base_layer)  # type: ignore[union-attr, arg-type]
     generator = torch.Generator().manual_seed(0)
     K, F = 6, 10
-    weights = [torch.randn(*shape, generator=generator) for shape in ((F, K), (F, K), (K, F))]
-    rows = torch.randn(1, len(SIZES), K, generator=generator) * torch.tensor(SIZES)[:, None]
+    weights = [torch.randn(*shape, generator=generator, device="cpu") for shape in ((F, K), (F, K), (K, F))]
+    rows = torch.randn(1, len(SIZES), K, generator=generator, device="cpu")
+    rows *= torch.tensor(SIZES, device="cpu")[:, None]
     agree = [True, True]
     with torch.inference_mode(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
         for dtype in {torch.float64, W.dtype} & conditions.FLOATS:

@@ -19,12 +19,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lora_kernels.fork import fork_safe_lock
+
 Partners = tuple[tuple[int, ...], ...]
 """For each seat the seats, itself included, that read what it reads; empty where it reads alone."""
 
 PATIENCE = 3  # rounds in which no two layers read one tensor, before nobody looks any more
 MISSES = 2  # rounds running in which an output made ahead was not asked for, before what was learned is forgotten
 
+_lock = fork_safe_lock()  # of what is learned, for all siblings of the program: it is held for a few microseconds
 _top_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks  # type: ignore[attr-defined]
 
 
@@ -40,7 +43,11 @@ class _Call(NamedTuple):
 
 
 class _Round(threading.local):
-    """One thread's calls since each layer was last called, by seat; and the seats that read one tensor twice."""
+    """One thread's calls since each layer was last called, by seat; and the seats that read one tensor twice.
+
+    Calls are noted only while partners are unknown. What another thread learns in the midst of this thread's round
+    leaves the calls of that round here, see Reads.pending.
+    """
 
     def __init__(self) -> None:
         self.calls: dict[int, _Call] = {}
@@ -72,20 +79,32 @@ class Reads:
 
     def observe(self, seat: int, x: Tensor, dropout: bool) -> Partners | None:
         """Note a call; what was learned, from the call on that begins a new round."""
-        seen = self._round
-        if not in_backward() and not x.is_inference():
-            version = x._version
-            before = seen.calls.get(seat)
-            if before is not None and seen.last == seat and before.reads(x, version):
-                seen.twice.add(seat)  # made once for all, its output would be gone at the second call
-            elif before is not None:
-                self._close(seen)
+        with _lock:  # no thread learns between another's note that a call runs alone and that call
+            seen = self._round
+            if not in_backward() and not x.is_inference():
+                version = x._version
+                before = seen.calls.get(seat)
+                if before is not None and seen.last == seat and before.reads(x, version):
+                    seen.twice.add(seat)  # made once for all, its output would be gone at the second call
+                elif before is not None:
+                    self._close(seen)
+                if self.partners is None:
+                    first = next((call.first for call in seen.calls.values() if call.reads(x, version)), seat)
+                    seen.calls[seat], seen.last = _Call(weakref.ref(x), version, first), seat
             if self.partners is None:
-                first = next((call.first for call in seen.calls.values() if call.reads(x, version)), seat)
-                seen.calls[seat], seen.last = _Call(weakref.ref(x), version, first), seat
-        if self.partners is None:
-            self.ran(dropout)
-        return self.partners
+                self._ran(dropout)
+            return self.partners
+
+    def pending(self, seat: int, seats: tuple[int, ...], x: Tensor) -> tuple[int, ...]:
+        """Those of ``seats`` that this thread has not called with ``x`` yet: all, unless another thread learned them in
+        the midst of this thread's round. An output made for a layer that was called already would never be used."""
+        calls = self._round.calls
+        if not calls:
+            return seats
+        if seat in calls:  # a new round
+            self._round.clear()
+            return seats
+        return tuple(i for i in seats if i not in calls or not calls[i].reads(x, x._version))
 
     def _close(self, seen: _Round) -> None:
         """A layer is called again: of the round before it is known who read what."""
@@ -100,10 +119,18 @@ class Reads:
         seen.clear()
         if not any(found):
             self.rounds += 1
-        if (any(found) or self.rounds >= PATIENCE) and self._settled():
+        if self.partners is None and (any(found) or self.rounds >= PATIENCE) and self._settled():
             self.partners = tuple(found)
 
-    def ran(self, dropout: bool) -> None:
+    def begin(self, partners: Partners, dropout: bool) -> bool:
+        """Note that a call for ``partners`` runs now; False where another thread has forgotten them meanwhile."""
+        with _lock:
+            if self.partners is partners:
+                self._ran(dropout)
+                return True
+            return False
+
+    def _ran(self, dropout: bool) -> None:
         """Note that a call runs now, in the way known now, which may have to be repeated."""
         hooks = _top_hooks(False)
         if in_backward():
@@ -122,13 +149,14 @@ class Reads:
 
     def miss(self, partners: Partners) -> None:
         """Note that outputs of a round made for ``partners`` were not; twice running, and they are forgotten."""
-        if self.partners is not partners:
-            return
-        self.misses += 1
-        if self.misses >= MISSES and self._settled():
-            self.misses = 0
-            self.rounds += 1
-            self.partners = None if self.rounds < PATIENCE else ((),) * self.count
+        with _lock:
+            if self.partners is not partners:
+                return
+            self.misses += 1
+            if self.misses >= MISSES and self._settled():
+                self.misses = 0
+                self.rounds += 1
+                self.partners = None if self.rounds < PATIENCE else ((),) * self.count
 
     def _settled(self) -> bool:
         """Whether nothing that ran before can be recomputed."""

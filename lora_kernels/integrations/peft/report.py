@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from lora_kernels.integrations.peft.linear import described
+from lora_kernels.integrations.peft.linear import UNCALLED, described
+from lora_kernels.targets import uncalled
 
 SHOWN = 3  # paths named for one reason
 
@@ -50,6 +51,8 @@ class Report:
 
 def why_not(module: LoraLayer, fused: Mapping[type, type]) -> str | None:
     """None for a fused layer in a state that is fused, else the reason; ``fused``: PEFT's classes and ours for them."""
+    if UNCALLED in module.__dict__:
+        return module.__dict__[UNCALLED]
     if "forward" in module.__dict__:
         return "its forward is patched"
     asked = getattr(module, "why_not", None)
@@ -62,6 +65,16 @@ def why_not(module: LoraLayer, fused: Mapping[type, type]) -> str | None:
         return f"its class was changed to {kind.__module__}.{kind.__name__}: call accelerate before that"
     base = type(getattr(module, "base_layer", module))
     return f"{kind.__module__}.{kind.__name__} over {base.__module__}.{base.__name__} has no fused path"
+
+
+def mark_uncalled(model: nn.Module) -> None:
+    """Note on each LoRA layer that its owner reads its weight and never calls it: such an adapter has no effect."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, reason in uncalled(model).items():
+        layer, owner = modules.get(path), modules.get(path.rpartition(".base_layer.")[0])
+        if isinstance(layer, LoraLayer):
+            merged = f"PEFT's {type(owner).__name__} merges it into the weight at each call"
+            vars(layer)[UNCALLED] = merged if isinstance(owner, LoraLayer) else f"its adapter has no effect: {reason}"
 
 
 def report(model: nn.Module, fused: Mapping[type, type]) -> Report:

@@ -7,8 +7,10 @@ a layer that reads their weights instead; the same goes for what torch does to t
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
@@ -17,9 +19,13 @@ from torch.nn.modules import module as any_module
 from torch.nn.parameter import Parameter
 from transformers.pytorch_utils import Conv1D
 
+from lora_kernels.formats.inference import savable
+
 FLOATS = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
+SCALINGS = FLOATS | {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8}
 PLAIN = frozenset((Tensor, Parameter))
 LINEAR = (nn.Linear, Conv1D)
+UNSAVABLE = "its adapter was created in inference mode, and no backward can save it"
 
 _transforms_active, _tracing_state = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
 
@@ -31,6 +37,11 @@ def state_reason(layer: LoraLayer) -> str | None:
     if layer.merged_adapters:
         return "its adapters are merged: the base layer alone runs"
     return None
+
+
+def unsavable(A: Tensor) -> bool:
+    """Whether no backward can save an adapter's weights: they were created in inference mode."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and A.is_inference()
 
 
 def active_in(layer: LoraLayer, held: dict[str, Any]) -> list[str]:
@@ -59,6 +70,14 @@ def weight_of(module: nn.Module, name: str = "weight") -> Tensor | None:
     return getattr(module, name, None) if weight is None else weight
 
 
+def base_weight(module: nn.Module) -> Tensor | None:
+    """The frozen weight of a base layer, for a backward to save."""
+    W = weight_of(module)
+    if W is None or not torch.is_grad_enabled() or torch.compiler.is_compiling() or not W.is_inference():
+        return W
+    return savable(W) if type(W) in PLAIN and W.layout is torch.strided and not W.requires_grad else W
+
+
 def weight_reason(weight: Tensor | None, name: str) -> str | None:
     """Why a weight is none that the kernels can read."""
     if weight is None:
@@ -67,9 +86,36 @@ def weight_reason(weight: Tensor | None, name: str) -> str | None:
         return f"the weight of {name} is a {type(weight).__name__}"
     if weight.dtype not in FLOATS:
         return f"the weight of {name} is {str(weight.dtype).removeprefix('torch.')}"
-    if weight.is_meta:
-        return f"the weight of {name} is on the meta device"
-    return None
+    return storage_reason(weight, f"the weight of {name}")
+
+
+def storage_reason(tensor: Tensor, name: str) -> str | None:
+    """Why a tensor is not one block of memory that strides describe."""
+    if tensor.is_nested:
+        return f"{name} is a nested tensor"
+    if tensor.layout is not torch.strided:
+        return f"{name} is {str(tensor.layout).removeprefix('torch.').strip('_')}"
+    return f"{name} is on the meta device" if tensor.is_meta else None
+
+
+def scaling_of(layer: LoraLayer, name: str) -> float | str:
+    """The scaling of an adapter as a finite float, or why it is none: a product with it may need a gradient, another
+    shape, or the arithmetic of its own type. A number on a GPU stays there: reading it would wait for the GPU."""
+    scaling: Any = layer.scaling[name]
+    if type(scaling) is not float:
+        if isinstance(scaling, Tensor):
+            if type(scaling) not in PLAIN or scaling.dim() != 0:
+                return f"its scaling is a {type(scaling).__name__} of shape {tuple(scaling.shape)}"
+            if scaling.requires_grad:
+                return "its scaling requires a gradient"
+            if not scaling.is_cpu or torch.compiler.is_compiling():
+                return "its scaling is a tensor on a device, or in a graph: its number is not known on the host"
+            if scaling.dtype not in SCALINGS:
+                return f"its scaling is {str(scaling.dtype).removeprefix('torch.')}"
+        elif type(scaling) is not int and not isinstance(scaling, float | np.floating | np.integer):
+            return f"its scaling is a {type(scaling).__name__}"
+        scaling = float(scaling)
+    return scaling if torch.compiler.is_compiling() or math.isfinite(scaling) else f"its scaling is {scaling}"
 
 
 def call_reason() -> str | None:
@@ -91,6 +137,10 @@ def input_reason(x: Tensor, weight: Tensor) -> str | None:
     """Why the input cannot go with a base weight: the cases in which lora_linear and nn.Linear would not agree."""
     if type(x) not in PLAIN:
         return f"its input is a {type(x).__name__}"
+    if x.is_nested or x.layout is not torch.strided or x.is_meta:
+        return storage_reason(x, "its input")
+    if x.dim() == 0:
+        return "its input has no dimensions"
     if x.dtype is not weight.dtype:
         float64 = x.dtype is torch.float64 or weight.dtype is torch.float64
         if float64 or not x.is_floating_point() or not torch.is_autocast_enabled(x.device.type):

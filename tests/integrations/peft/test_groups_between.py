@@ -1,15 +1,20 @@
 """Siblings that run together, whatever happens between their calls."""
 
+import gc
+import sys
 import threading
 import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lora_kernels.integrations.peft import groups
 from lora_kernels.integrations.peft.groups import groups_of
+from lora_kernels.integrations.peft.reads import MISSES
 from tests.integrations.peft.siblings import (
+    K,
     adapted,
     adapter,
     attention,
@@ -134,25 +139,154 @@ def test_gradients_on_and_off_and_autocast_between_siblings():
 
 
 def test_two_threads_on_one_model():
-    model = adapted().eval()
-    twin = adapted(group=False).eval()
-    wrong = []
+    """Threads are switched between as many calls as can be: every order of learning and calling comes up."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(5):
+            model = adapted().eval()
+            twin = adapted(group=False).eval()
+            wrong, left = [], []
 
-    def work(seed):
-        for i in range(30):
-            x = example(seed + 2 * i)
-            y = model(x)
-            y.sum().backward(inputs=[x])
-            if not torch.allclose(y, twin(x), atol=1e-5) or groups._aside.made is not None:
-                wrong.append(seed)
+            def work(seed, model=model, twin=twin, wrong=wrong, left=left):
+                for i in range(30):
+                    x = example(seed + 2 * i)
+                    y = model(x)
+                    y.sum().backward(inputs=[x])
+                    if not torch.allclose(y, twin(x), atol=1e-5):
+                        wrong.append((seed, i))
+                    if groups._aside.made is not None:
+                        left.append((seed, i))
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
+            threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert (wrong, left) == ([], [])
+            assert groups_of(model)[0].together() == (("q", "k", "v"),)
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def paused(model, between):
+    """The gradients of a forward in a thread that stops between the first block's siblings and lets ``between`` run;
+    what is cached in it at the end; and the calls it made, as ``counted`` sees them."""
+    block, stopped, go_on, result = attention(model), threading.Event(), threading.Event(), {}
+
+    def stop(x):
+        block.between = lambda x: None
+        stopped.set()
+        assert go_on.wait(600)
+
+    def work():
+        result["gradients"] = gradients(model, example(3))
+        result["cached"] = groups._aside.made
+
+    block.between = stop
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        assert stopped.wait(600)
+        between()
+    finally:
+        go_on.set()
         thread.join()
-    assert not wrong
-    assert groups_of(model)[0].together() == (("q", "k", "v"),)
+    return result
+
+
+@pytest.mark.parametrize("order", ["qkv", "kvq", "vqk"])
+def test_another_thread_learns_in_the_midst_of_a_round(counted, order):
+    """Only siblings that are yet to be called are computed together: no call would come for the others' outputs."""
+    model, twin = adapted(), adapted(group=False)
+    for block in (attention(model), attention(twin)):
+        block.order = order
+    expected = gradients(twin, example(3))
+
+    def learn():
+        for _ in range(2):
+            with torch.no_grad():
+                model(example())
+        assert groups_of(model)[0].together() == (("q", "k", "v"),)
+        counted.clear()
+
+    result = paused(model, learn)
+    assert result["cached"] is None
+    same(result["gradients"], expected)
+    assert counted == [2, 1, 3, 1]  # the first of the first block ran before the pause
+    counted.clear()
+    same(gradients(model, example(3)), expected)
+    assert counted.count(3) == 2
+
+
+def test_another_thread_forgets_in_the_midst_of_a_round(counted):
+    """What was computed ahead is used, and nothing of it stays."""
+    model = learned(adapted())
+    expected = gradients(model, example(3))
+
+    def forget():
+        block = attention(model)
+        for _ in range(MISSES + 1):
+            block.q(example())
+        groups._aside.made = None
+        assert groups_of(model)[0].reads.partners is None
+        counted.clear()
+
+    result = paused(model, forget)
+    assert result["cached"] is None
+    same(result["gradients"], expected)
+    assert counted == [1, 3, 1]  # o; the second block: k and v of the first were there
+
+
+def test_an_inference_call_drops_what_was_not_claimed():
+    model = learned(adapted())
+    x = example()
+    attention(model).q(x)
+    assert groups._aside.made.x is x
+    with torch.inference_mode():
+        model(example())
+    assert groups._aside.made is None
+
+
+def test_a_sibling_called_with_another_input_drops_what_was_forgotten():
+    model = learned(adapted())
+    block = attention(model)
+    block.q(example())
+    groups_of(model)[0].reads.partners = None
+    block.k(example())
+    assert groups._aside.made is None
+
+
+class Pair(nn.Module):
+    """Two siblings; backward needs nothing that is computed after the first one's sine."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = nn.Linear(K, 8), nn.Linear(K, 8)
+        self.reentrant, self.seen = None, []
+
+    def body(self, x):
+        x = x.tanh()
+        self.seen.append(weakref.ref(x))
+        return self.q(x).sin() + self.k(x)
+
+    def forward(self, x):
+        return self.body(x) if self.reentrant is None else checkpoint(self.body, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_backward_that_recomputes_leaves_nothing(counted, reentrant):
+    """A recomputation that stops early has called the first sibling only."""
+    model = learned(adapted(Pair()))
+    pair = model.base_model.model
+    pair.reentrant = reentrant
+    pair.seen.clear()
+    counted.clear()
+    model(example()).sum().backward()
+    assert counted == ([1, 1, 2] if reentrant else [2, 2])  # without gradients and dropout a CPU runs them one by one
+    assert len(pair.seen) == 2
+    gc.collect()
+    assert [ref() for ref in pair.seen] == [None, None]
 
 
 def test_a_thread_between_the_siblings_of_another(counted):
