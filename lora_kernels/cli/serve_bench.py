@@ -118,11 +118,10 @@ def _cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[tupl
 
 
 def _check_memory(case: ServingCase, device: torch.device) -> None:
-    """ConfigError for operands that the device has no room for; a system that swaps ends processes without a word."""
+    """ConfigError for operands that the machine has no room for: a system ends such a process without a word."""
     if device.type == "cuda":
-        there = torch.cuda.mem_get_info(device)[1]
-    else:
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return  # torch raises an error there
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     pool = case.dtype.itemsize * sum(case.ranks) * (case.N + case.K)
     if (needed := pool + case.dtype.itemsize * (case.M * (case.N + case.K) + case.N * case.K)) > there:
         raise ConfigError(

@@ -116,10 +116,8 @@ def configuration(source: str) -> Any:
 
 def _check_sizes(source: str, values: Any) -> None:
     """ConfigError for sizes of no model: it would take hours to build, or overflow."""
-    if not isinstance(values, dict) or not values:
-        raise ConfigError(
-            f"{source!r}: a configuration is a JSON object with a model_type, not {type(values).__name__}"
-        )
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise ConfigError(f"{source!r} gives no model: a configuration is a JSON object with a model_type")
     for name, value in values.items():
         most = MAX_LAYERS if name.endswith(("layers", "n_layer", "num_labels")) else 2**31 - 1
         if isinstance(value, int) and abs(value) > most:

@@ -44,7 +44,7 @@ def add_parser(subparsers: Any) -> None:
     add("--ops", type=_directions, default=["fwd", "bwd"], help="fwd,bwd or one of them (default: both)")
     add(
         "--budget",
-        type=values.seconds,
+        type=values.real(0.0, values.MAX_SECONDS),
         metavar="SECONDS",
         help="begin nothing new after so long; go on by the same command",
     )

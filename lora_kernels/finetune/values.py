@@ -49,8 +49,7 @@ def real(
 ) -> Callable[[str], float]:
     """A finite number from ``least``, or ``above`` a number, to ``most``, or ``below`` a number."""
     low = f"from {least:g}" if above is None else f"above {above:g}"
-    high = f"to {most:g}" if below is None else f"below {below:g}"
-    accepted = f"a number {low} {high}" if above is None or below is None else f"a number {low} and {high}"
+    accepted = f"a number {low} to {most:g}" if below is None else f"a number {low} and below {below:g}"
 
     def read(text: str) -> float:
         try:

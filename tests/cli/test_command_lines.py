@@ -22,7 +22,8 @@ NEEDED = {
 }  # fmt: skip
 NUMBERS = {
     "train": "--timeout --threads --r --alpha --dropout --epochs --batch-size --accumulate --lr --loraplus --seed "
-    "--weight-decay --warmup --clip-norm --patience --checkpoint-every --neutral --limit --max-length --held-out --split-seed",
+    "--weight-decay --warmup --clip-norm --patience --checkpoint-every --neutral --limit --max-length "
+    "--held-out --split-seed",
     "sweep": "--threads --r --alpha --dropout --lr --loraplus --budget --trials --repeats --full-lr --head-lr --seed",
     "demo": "--limit",
     "advise": "--r --tokens --batch --memory",
@@ -138,8 +139,9 @@ def test_any_value_is_refused_or_a_number_of_use(module, parsed, capsys):
     "line",
     [
         "", "nope", "train --r", "train --r 1 2", "train --task", "train extra", "train --speed 3", "doctor x",
-        "advise", "merge", "merge --adapter .", "check", "check --compile --archs", "check --compile --archs sm_1", "tune",
-        "sweep --lr", "serve-bench --tokens", "train --resume --overwrite", "sweep --resume --overwrite", "-x", "--",
+        "advise", "merge", "merge --adapter .", "check", "check --compile --archs", "check --compile --archs sm_1",
+        "tune", "sweep --lr", "serve-bench --tokens", "train --resume --overwrite", "sweep --resume --overwrite",
+        "-x", "--",
         "advise bert-base bert-base", "train --task translation --neutral 1", "train --task causal-lm --split-seed 1",
     ],
 )  # fmt: skip
@@ -149,6 +151,18 @@ def test_lines_that_are_no_command(line, parsed, capsys):
     assert stopped.value.code == 2
     assert parsed == []
     assert ": error: " in capsys.readouterr().err
+
+
+def test_under_torchrun_one_process_reports(parsed, monkeypatch, capsys):
+    shown = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as stopped:
+            main(["train", "--r", "0"])
+        assert stopped.value.code == 2
+        shown.append(capsys.readouterr().err)
+    assert "argument --r: '0' was given" in shown[0]
+    assert shown[1] == ""
 
 
 def test_the_last_of_two_counts(parsed):

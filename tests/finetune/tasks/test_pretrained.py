@@ -73,7 +73,7 @@ def test_a_mistyped_name_asks_the_hub_once(monkeypatch):
 @pytest.mark.parametrize("name", ["", "a/b/c", "owner/../x", "x y", "-"])
 def test_no_hub_id_is_not_looked_for(name, monkeypatch):
     monkeypatch.setattr(pretrained, "hub_unreachable", None)
-    with pytest.raises(ConfigError, match="is neither a folder nor a hub id|is a folder|cannot be loaded"):
+    with pytest.raises(ConfigError, match=r"is neither a folder nor a hub id|is a folder|cannot be loaded"):
         load_pretrained("AutoModel", name)
 
 
