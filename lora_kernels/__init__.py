@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         PoolFullError,
         ShapeError,
         UnknownAdapterError,
+        UnknownRowsError,
         UnservableAdapterError,
     )
     from lora_kernels.finetune import LoRA, Trainer
@@ -78,6 +79,7 @@ _HOME = {
     "PoolFullError": "lora_kernels.errors",
     "AdapterBusyError": "lora_kernels.errors",
     "UnknownAdapterError": "lora_kernels.errors",
+    "UnknownRowsError": "lora_kernels.errors",
     "UnservableAdapterError": "lora_kernels.errors",
 }
 
@@ -104,6 +106,7 @@ __all__ = [
     "Slots",
     "Trainer",
     "UnknownAdapterError",
+    "UnknownRowsError",
     "UnservableAdapterError",
     "accelerate",
     "apply_lora",
