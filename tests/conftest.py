@@ -31,6 +31,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse a test whose name holds an address: each process of pytest-xdist would collect other tests."""
+    changing = [item.nodeid for item in items if " at 0x" in item.nodeid]
+    if changing:
+        raise pytest.UsageError(f"{len(changing)} tests have an address in their name, such as {changing[0]}")
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     return DEVICE

@@ -114,6 +114,13 @@ CASES: list[tuple[Callable[[], nn.Module], dict[str, Any]]] = [
     (llama, {"target_modules": BOTH, "init_lora_weights": "mica"}),
     (llama, {"target_modules": BOTH, "fan_in_fan_out": True}),
 ]
+
+
+def named(value: Any) -> str:
+    """A part of a test's name: of a function its name, which is the same in each process."""
+    return getattr(value, "__name__", None) or str(value)[:40]
+
+
 IDENTITIES = [f"{make.__name__}-{config}" for make, config in CASES]
 
 
@@ -142,7 +149,7 @@ def test_we_compute_what_peft_computes_and_it_reads_ours_back(make: Any, config:
     assert torch.equal(outputs(unmerge_lora(ours), IDS), before)
 
 
-@pytest.mark.parametrize(("make", "config"), [c for c in CASES if "mica" not in c[1].values()], ids=str)
+@pytest.mark.parametrize(("make", "config"), [c for c in CASES if "mica" not in c[1].values()], ids=named)
 def test_what_is_trained_further_is_what_peft_trains(make: Any, config: Any, tmp_path: Path) -> None:
     theirs_of(make, config, tmp_path)
     theirs = peft.PeftModel.from_pretrained(make(), str(tmp_path), is_trainable=True).eval()
@@ -210,7 +217,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "config", "says"), REFUSED, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(("make", "config", "says"), REFUSED, ids=named)
 def test_what_is_refused_leaves_the_model_as_it_was(make: Any, config: Any, says: str, tmp_path: Path) -> None:
     save_adapter(apply_lora(make(), LoRAConfig(target_modules=config["target_modules"])), tmp_path)
     text = (tmp_path / "adapter_config.json").read_text()
