@@ -82,7 +82,8 @@ def test_what_a_machine_allows(with_cuda, cuda, usable, capability, why, monkeyp
 
 def test_dtypes_and_widths_that_are_taken():
     assert csrc.refusal(torch.bfloat16, 64) is None
-    assert csrc.refusal(torch.float16, 8) is None
+    assert csrc.refusal(torch.bfloat16, 8) is None
+    assert "XA may leave float16's range" in csrc.refusal(torch.float16, 8)
     assert "float32" in csrc.refusal(torch.float32, 64)
     assert "K = 60" in csrc.refusal(torch.bfloat16, 60)
     assert "K = 0" in csrc.refusal(torch.bfloat16, 0)

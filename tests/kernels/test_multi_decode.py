@@ -98,6 +98,7 @@ def test_a_rows_bits_do_not_depend_on_the_others(dtype, device):
     assert torch.equal(alone[0], whole[5])
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy's, which interprets
 def test_what_is_not_finite_stays_with_its_rows(device):
     q = make_multi_problem(mix_ids("half", 24, 3, device=device), 40, 80, [8, 16, 20], torch.float16, bias=False)
     right = run(q)
