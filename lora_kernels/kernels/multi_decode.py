@@ -26,8 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.kernels.common import precision_of
 from lora_kernels.kernels.decode_workspace import workspace_of
-from lora_kernels.kernels.multi_shrink import load_ids, low_rank_dot, low_rank_precision, slot_rows
+from lora_kernels.kernels.multi_shrink import load_ids, low_rank_dot, slot_rows
 from lora_kernels.kernels.tuning import SHRINK_K, SHRINK_RANKS, DecodeConfig
 from lora_kernels.slots import Slots
 
@@ -368,7 +369,7 @@ def multi_decode(
         adapter_programs=sizes.adapter_programs,
         HAS_BIAS=bias is not None,
         EVEN_K=K % config.BLOCK_K == 0,
-        PRECISION=low_rank_precision(dtype),
+        PRECISION=precision_of(dtype),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lora_kernels.kernels.common import accumulate, precision_of, tile_order
 from lora_kernels.kernels.multi_config import extend_rank_tile
-from lora_kernels.kernels.multi_shrink import load_ids, low_rank_dot, low_rank_precision, next_slot, slot_rows
+from lora_kernels.kernels.multi_shrink import load_ids, low_rank_dot, next_slot, slot_rows
 from lora_kernels.kernels.tuning import GemmConfig
 from lora_kernels.slots import Slots
 
@@ -104,7 +104,6 @@ def _multi_extend_kernel(
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    LOW_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -120,7 +119,7 @@ def _multi_extend_kernel(
     ids = load_ids(ids_ptr, offs_m, mask_m)
     acc = multi_low_rank(
         XA_ptr, B_ptr, ids, starts_ptr, ranks_ptr, next_slot(ids, -1, L), offs_m, offs_n, mask_n, R, L, max_rank,
-        stride_sm, stride_bn, stride_br, BLOCK_M, BLOCK_N, BLOCK_R, LOW_PRECISION,
+        stride_sm, stride_bn, stride_br, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
     )  # fmt: skip
     acc = accumulate(
         acc, X_ptr, W_ptr, offs_m, offs_n, mask_m, mask_n, K, stride_xm, stride_xk, stride_wn, stride_wk, BLOCK_K,
@@ -217,7 +216,6 @@ def multi_extend(
         HAS_BIAS=bias is not None,
         EVEN_K=K % config.BLOCK_K == 0,
         PRECISION=precision_of(X.dtype),
-        LOW_PRECISION=low_rank_precision(X.dtype),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,
@@ -253,7 +251,7 @@ def multi_expand_add_(Y: Tensor, XA: Tensor, B: Tensor, slots: Slots, ids: Tenso
         stride_sm=XA.stride(0),
         stride_bn=B.stride(0),
         stride_br=B.stride(1),
-        PRECISION=low_rank_precision(Y.dtype),
+        PRECISION=precision_of(Y.dtype),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_R=extend_rank_tile(slots.max_rank, Y.dtype),

@@ -20,8 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.kernels.common import precision_of
 from lora_kernels.kernels.multi_config import grads_rank_tile
-from lora_kernels.kernels.multi_shrink import low_rank_dot, low_rank_precision, slot_rows
+from lora_kernels.kernels.multi_shrink import low_rank_dot, slot_rows
 from lora_kernels.kernels.tuning import SplitConfig
 from lora_kernels.slots import Slots
 
@@ -299,7 +300,7 @@ def multi_grads(
         **made,
         EVEN_K=K % config.BLOCK_N == 0,
         EVEN_N=N % config.BLOCK_N == 0,
-        PRECISION=low_rank_precision(X.dtype),
+        PRECISION=precision_of(X.dtype),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_R=BLOCK_R,

@@ -13,11 +13,9 @@ A row takes nothing from another slot's turn, so what is not finite in one adapt
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.target_info import is_hip
 
 from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.kernels.common import precision_of
@@ -25,21 +23,15 @@ from lora_kernels.kernels.tuning import ShrinkConfig, rank_tile
 from lora_kernels.slots import Slots
 
 
-def low_rank_precision(dtype: torch.dtype) -> str:
-    """The PRECISION of low_rank_dot in a layer of ``dtype``."""
-    return "tf32x3" if dtype is torch.float16 else precision_of(dtype)
-
-
 @triton.jit
 def low_rank_dot(p, q, acc, PRECISION: tl.constexpr):
     """acc + p q for q in p's dtype; both in float32 where a float16 p meets a wider q, which float16 cannot hold.
 
-    Such products are float32's in three TF32 ones, on AMD in one of float32.
+    PRECISION: precision_of the layer's dtype.
     """
-    EXACT: tl.constexpr = "ieee" if PRECISION == "tf32x3" and is_hip() else PRECISION
     if p.dtype == tl.float16 and q.dtype != tl.float16:
         p = p.to(tl.float32)
-    return tl.dot(p, q.to(p.dtype), acc, input_precision=EXACT)
+    return tl.dot(p, q.to(p.dtype), acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -157,7 +149,7 @@ def multi_shrink(P: Tensor, Q: Tensor, slots: Slots, ids: Tensor, config: Shrink
         stride_qc=Q.stride(1),
         stride_sm=S.stride(0),
         EVEN_C=C % config.BLOCK_K == 0,
-        PRECISION=low_rank_precision(dtype),
+        PRECISION=precision_of(dtype),
         BLOCK_M=config.BLOCK_M,
         BLOCK_K=config.BLOCK_K,
         BLOCK_R=BLOCK_R,
