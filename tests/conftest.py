@@ -38,6 +38,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         raise pytest.UsageError(f"{len(changing)} tests have an address in their name, such as {changing[0]}")
 
 
+def _modes() -> dict[str, object]:
+    """What a test must leave as it was: later tests of the same process would fail, or pass without a reason."""
+    return {
+        "gradients": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def _modes_are_left_as_they_were() -> Iterator[None]:
+    before = _modes()
+    yield
+    after = _modes()
+    torch.set_grad_enabled(bool(before["gradients"]))
+    assert after == before
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     return DEVICE
