@@ -39,6 +39,7 @@ class AdapterPool:
         target_modules: which layers, as in LoRAConfig; all linear ones but the output head if None.
         backend: as multi_lora_linear takes it.
         batch_dim: the dimension of the model's inputs that its sequences are on; found by a probe if None.
+        lora_bias: also serve adapters with a bias on lora_B (PEFT's lora_bias); one more addition in every layer.
 
     Buffers are allocated here, (max_rank_total, K) and (max_rank_total, N) for a layer W (N, K), and never again: a
     captured CUDA graph stays valid whatever is loaded or evicted. All methods may be called from any thread; a batch
@@ -59,11 +60,13 @@ class AdapterPool:
         target_modules: Targets = None,
         backend: str = "auto",
         batch_dim: int | None = None,
+        lora_bias: bool = False,
     ) -> None:
         max_rank = check_sizes(capacity, max_rank_total, max_rank, batch_dim)
         self.capacity, self.max_rank_total, self.max_rank = capacity, max_rank_total, max_rank
         self._here, self._lock, self._closed = Here(), fork_safe_rlock(), False
-        self._pooled = PooledModel(model, target_modules, capacity, max_rank_total, max_rank, self._here, backend)
+        sizes = capacity, max_rank_total, max_rank
+        self._pooled = PooledModel(model, target_modules, *sizes, self._here, backend, lora_bias)
         self._state = PoolState(self._pooled, capacity, max_rank_total)
         self._probe = Probe(self._pooled, self._here, batch_dim)
         self._root = Root(model, self._here)

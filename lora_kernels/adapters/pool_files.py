@@ -30,11 +30,12 @@ TOLD = 4  # names in a message
 
 
 class Update(NamedTuple):
-    """What an adapter adds to one layer: A (r, K) and B (N, r), and s in s B A."""
+    """What an adapter adds to one layer: A (r, K), B (N, r) and s in s B A; with lora_bias also s times bias (N,)."""
 
     A: Tensor
     B: Tensor
     scaling: float
+    bias: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -75,10 +76,10 @@ def read_updates(
     _check_keys(model, settings, list(scaled), tensors)
     updates = {}
     for path, scaling in scaled.items():
-        keys = [f"{PREFIX}{path}.lora_{letter}.weight" for letter in "AB"]
+        A, B, *bias = keys = _keys(path, settings)
         for key in keys:
             _check_values(key, tensors[key])
-        updates[path] = Update(tensors[keys[0]], tensors[keys[1]], scaling)
+        updates[path] = Update(tensors[A], tensors[B], scaling, tensors[bias[0]] if bias else None)
     return updates
 
 
@@ -92,7 +93,7 @@ def _fitted(
 ) -> tuple[LoRAConfig, dict[str, float]]:
     """The configuration and {path: scaling} of the targets; the keys, shapes and dtypes of ``tensors`` are as they say,
     the values of none were looked at."""
-    settings = _served(model, raw)
+    settings = _served(model, raw, any(layer.pool_bias is not None for layer in layers.values()))
     try:
         settings = resolve(model, settings, (nn.Linear,))
         matcher = Matcher(settings)
@@ -110,11 +111,16 @@ def _fitted(
     for path in targets:
         rank, alpha = matcher.rank_and_alpha(path)
         N, K = layers[path].base_weight().shape
-        for letter, shape in (("A", (rank, K)), ("B", (N, rank))):
-            key = f"{PREFIX}{path}.lora_{letter}.weight"
+        for key, shape in zip(_keys(path, settings), ((rank, K), (N, rank), (N,)), strict=False):
             _check_shape(key, tensors[key], shape)
         scaled[path] = settings.scaling(rank, alpha)
     return settings, scaled
+
+
+def _keys(path: str, config: LoRAConfig) -> list[str]:
+    """PEFT's keys of one layer: A, B, and with lora_bias the bias of B."""
+    ends = ("lora_A.weight", "lora_B.weight", *(["lora_B.bias"] if config.lora_bias else []))
+    return [f"{PREFIX}{path}.{end}" for end in ends]
 
 
 def _plain(config: Any) -> Any:
@@ -129,7 +135,7 @@ def _plain(config: Any) -> Any:
     return to_dict()
 
 
-def _served(model: nn.Module, raw: Any) -> LoRAConfig:
+def _served(model: nn.Module, raw: Any, lora_bias: bool) -> LoRAConfig:
     """The configuration, if a pool over this model serves adapters of its kind."""
     try:
         config = _parse_config(raw)
@@ -140,8 +146,8 @@ def _served(model: nn.Module, raw: Any) -> LoRAConfig:
         wrong = "use_dora: a magnitude that scales the adapted weight, for each adapter another"
     elif config.init_lora_weights in BASE_CHANGING_INITS:
         wrong = f"init_lora_weights={config.init_lora_weights!r} has changed the base weights, which all adapters share"
-    elif config.lora_bias:
-        wrong = "lora_bias: a bias on lora_B, for each adapter another"
+    elif config.lora_bias and not lora_bias:
+        wrong = "lora_bias: a bias on lora_B, which a pool made by AdapterPool(..., lora_bias=True) serves"
     elif config.trainable_token_indices is not None:
         wrong = "trainable_token_indices: trained rows of an embedding that all adapters share"
     elif config.layer_replication and getattr(model, REPLICATED_AS, None) != config.layer_replication:
@@ -172,7 +178,7 @@ def _check_targets(
 
 
 def _check_keys(model: nn.Module, config: LoRAConfig, targets: list[str], tensors: Mapping[str, Tensor]) -> None:
-    expected = {f"{PREFIX}{path}.lora_{letter}.weight" for path in targets for letter in "AB"}
+    expected = {key for path in targets for key in _keys(path, config)}
     extra = sorted(tensors.keys() - expected)
     state = model.state_dict() if extra else {}
     extra = [key for key in extra if not is_base_tensor(key, tensors[key], state)]
@@ -206,7 +212,7 @@ def _kind(model: nn.Module, name: str, config: LoRAConfig) -> str | None:
     return None
 
 
-def _check_shape(key: str, tensor: Tensor, shape: tuple[int, int]) -> None:
+def _check_shape(key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
         raise AdapterFormatError(f"{key} has shape {tuple(tensor.shape)}, expected {shape}")
     if not tensor.is_floating_point():
@@ -237,8 +243,9 @@ def convert_updates(updates: Mapping[str, Update], layers: Mapping[str, _Pooled]
             _converted(f"{path}.lora_A", A, layers[path].pool_A),
             _converted(f"{path}.lora_B", B, layers[path].pool_Bt),
             scaling,
+            None if bias is None else _converted(f"{path}.lora_B.bias", bias, layers[path].pool_scalings),
         )
-        for path, (A, B, scaling) in updates.items()
+        for path, (A, B, scaling, bias) in updates.items()
     }
 
 

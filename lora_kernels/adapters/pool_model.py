@@ -124,6 +124,7 @@ class PooledModel:
         max_rank: int,
         here: Here,
         backend: str,
+        lora_bias: bool = False,
     ) -> None:
         chosen, self.left_out = choose_layers(model, target_modules)
         for weight in (layer.get_parameter("weight") for layer in chosen.values()):
@@ -133,7 +134,8 @@ class PooledModel:
         self._undo = ExitStack()
         try:
             for path, layer in chosen.items():
-                self.layers[path] = into_pooled(layer, capacity, max_rank_total, max_rank, here, backend, path)
+                sizes = capacity, max_rank_total, max_rank
+                self.layers[path] = into_pooled(layer, *sizes, here, backend, path, lora_bias)
                 self._undo.callback(out_of_pooled, self.layers[path])
             for layer in chosen.values():
                 for name, parameter in layer.named_parameters(recurse=False):

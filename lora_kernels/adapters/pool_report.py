@@ -45,7 +45,7 @@ def table(
     if not pooled.layers:
         return f"AdapterPool({kind}, closed)"
     layers = list(pooled.layers.values())
-    buffers = [getattr(layer, name) for layer in layers for name in BUFFERS]
+    buffers = [buffer for layer in layers for buffer in map(layer._buffers.get, BUFFERS) if buffer is not None]
     where = sorted({f"{str(layer.pool_A.dtype).removeprefix('torch.')} on {layer.pool_A.device}" for layer in layers})
     used, total = max((layout.used(), layout.total) for layout in layouts.values())
     lines = [

@@ -56,12 +56,14 @@ def write(layers: Sequence[_Pooled], changes: Sequence[Change]) -> None:
                     put(buffer[new : new + rank], buffer[old : old + rank].clone())  # the two may overlap
                 put(layer.pool_starts[slot], new)
             if change.update is not None:
-                A, B, scaling = change.update
+                A, B, scaling, bias = change.update
                 rows = slice(change.start, change.start + len(A))
                 put(layer.pool_A[rows], A)
                 put(layer.pool_Bt[rows], B.t())
                 put(layer.pool_starts[change.slot], change.start)
                 put(layer.pool_scalings[change.slot], scaling)
+                if layer.pool_bias is not None:
+                    put(layer.pool_bias[change.slot], 0.0 if bias is None else bias)
         for layer, change in pairs:
             for slot, _, _, rank in change.moves:
                 put(layer.pool_ranks[slot], rank)

@@ -19,7 +19,7 @@ from lora_kernels.layers.pooled_ids import with_factors
 from lora_kernels.layers.pooled_rows import RowLayout
 from lora_kernels.slots import Slots
 
-BUFFERS = ("pool_A", "pool_Bt", "pool_starts", "pool_ranks", "pool_scalings")
+BUFFERS = ("pool_A", "pool_Bt", "pool_starts", "pool_ranks", "pool_scalings", "pool_bias")
 HOST = ("pool_slots", "pool_here", "pool_backend", "pool_path", "pool_rows")
 
 
@@ -33,6 +33,7 @@ class _Pooled(nn.Module):
     pool_starts: Tensor
     pool_ranks: Tensor
     pool_scalings: Tensor
+    pool_bias: Tensor | None
     pool_slots: Slots
     pool_here: Here
     pool_backend: str
@@ -60,8 +61,11 @@ class _Pooled(nn.Module):
         W, bias, slots = self.base_weight(), self.bias, batch.slots(self)
         fits = x.dtype == W.dtype and x.device == W.device and x.shape[-1] == slots.A.shape[1]
         if fits and not W.requires_grad and not torch.is_autocast_enabled(x.device.type):
-            return run(x, W, slots, ids, bias, self.pool_backend)
-        return multi_lora_linear(x, W, slots, ids.view(x.shape[:-1]), bias, backend=self.pool_backend)
+            y = run(x, W, slots, ids, bias, self.pool_backend)
+        else:
+            y = multi_lora_linear(x, W, slots, ids.view(x.shape[:-1]), bias, backend=self.pool_backend)
+        biases = self._buffers["pool_bias"]
+        return y if biases is None else _with_bias(y, biases, ids, slots, batch.virtual)
 
     def _traced(self, x: Tensor) -> Tensor:
         batch: OpenBatch | None = self.pool_here.thread.batch
@@ -69,21 +73,24 @@ class _Pooled(nn.Module):
         if batch is None or ids is None:
             return super().forward(x)  # type: ignore[misc]
         slots = self._slots_now() if batch.virtual is None else with_factors(self._slots_now(), *batch.virtual)
-        W, ids = self.base_weight(), ids.view(x.shape[:-1])
-        return multi_lora_linear(x, W, slots, ids, self.bias, backend=self.pool_backend)
+        W, shape = self.base_weight(), x.shape[:-1]
+        y = multi_lora_linear(x, W, slots, ids.view(shape), self.bias, backend=self.pool_backend)
+        biases = self._buffers["pool_bias"]
+        return y if biases is None else _with_bias(y, biases, ids, slots, batch.virtual)
 
     def _slots_now(self) -> Slots:
         """The buffers; a traced graph reads them so, and not as ``pool_slots``: the shape of a buffer stays."""
-        A, Bt, starts, ranks, scalings = (self._buffers[name] for name in BUFFERS)
+        A, Bt, starts, ranks, scalings = (self._buffers[name] for name in BUFFERS[:5])
         return Slots(A, Bt.t(), starts, ranks, scalings, self.pool_slots.max_rank)  # type: ignore[arg-type,union-attr]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Pooled:
-        A, Bt, scalings = self.pool_A, self.pool_Bt, self.pool_scalings
+        A, Bt, scalings, biases = self.pool_A, self.pool_Bt, self.pool_scalings, self.pool_bias
         super()._apply(fn, recurse)
         device = self.pool_A.device
         if self.pool_A.dtype == torch.float16:
             self.pool_A, self.pool_Bt = (T.to(device, low_rank_dtype(torch.float16)) for T in (A, Bt))
         self.pool_scalings = scalings.to(device)  # float32 whatever the weight is: an alpha may be 1e6
+        self.pool_bias = None if biases is None else biases.to(device)
         self.pool_slots = self._slots_now()
         return self
 
@@ -101,24 +108,43 @@ class _Pooled(nn.Module):
         )
 
 
+def _with_bias(y: Tensor, biases: Tensor, ids: Tensor, slots: Slots, virtual: tuple[Tensor, Tensor] | None) -> Tensor:
+    """y (..., N) plus s_l b_l in each row whose id in ``ids`` (M,) is a slot l with an adapter; the others stay."""
+    own = ids.clamp(0, slots.ranks.shape[0] - 1)
+    wanted = (ids == own) & (slots.ranks[own] > 0)
+    scalings = slots.scalings[own]
+    if virtual is not None:  # their slots come after the pool's, and have the biases of those
+        own = torch.cat([torch.arange(biases.shape[0], device=own.device), virtual[0].to(own.device)])[own]
+    update = (biases.index_select(0, own) * scalings[:, None]).masked_fill(~wanted[:, None], 0.0)
+    return (y + update.view(y.shape)).to(y.dtype)
+
+
 def _captured(batch: OpenBatch, x: Tensor) -> bool:
     """Whether a CUDA graph is captured, which stays when adapters are loaded that have weights here."""
     return x.is_cuda and batch.mixed and torch.cuda.is_current_stream_capturing()
 
 
 class PooledLinear(_Pooled, nn.Linear):  # type: ignore[misc]  # mypy: a bias that may be None here and there
-    """y[m] = x[m] W^T + bias + s_l x[m] A_l^T B_l^T, l the slot of row m in the batch that is open in this thread.
+    """y[m] = x[m] W^T + bias + s_l (x[m] A_l^T B_l^T + b_l), l the slot of row m in the batch that is open here.
 
     An nn.Linear whose class was exchanged by ``into_pooled``: the object, its weight, bias, hooks and state_dict stay.
     The adapters lie in buffers that state_dict leaves out and that are changed in place: ``pool_A`` (max_rank_total, K)
     and ``pool_Bt`` (max_rank_total, N) in low_rank_dtype of the weight's dtype: float32 for float16, which has no place
     for a small B or a large A; ``pool_starts``, ``pool_ranks`` int32 and ``pool_scalings`` float32 (capacity,). ``to``
-    and ``half`` move and convert them.
+    and ``half`` move and convert them. ``pool_bias`` float32 (capacity, N) holds b, PEFT's lora_bias; None where the
+    pool was made without.
     """
 
 
 def into_pooled(
-    linear: nn.Module, capacity: int, max_rank_total: int, max_rank: int, here: Here, backend: str, path: str
+    linear: nn.Module,
+    capacity: int,
+    max_rank_total: int,
+    max_rank: int,
+    here: Here,
+    backend: str,
+    path: str,
+    lora_bias: bool = False,
 ) -> _Pooled:
     """The same object as a pooled layer with empty slots. ``linear``: an nn.Linear, or transformers' Conv1D."""
     weight = linear.weight
@@ -132,15 +158,15 @@ def into_pooled(
 
         starts, ranks = zeros(capacity, dtype=torch.int32), zeros(capacity, dtype=torch.int32)
         scalings = zeros(capacity, dtype=torch.float32)
-        adapters = (zeros(max_rank_total, width, dtype=low_rank_dtype(weight.dtype)) for width in (K, N))
-        made = *adapters, starts, ranks, scalings
+        A, Bt = (zeros(max_rank_total, width, dtype=low_rank_dtype(weight.dtype)) for width in (K, N))
+        made = A, Bt, starts, ranks, scalings, zeros(capacity, N, dtype=torch.float32) if lora_bias else None
     for name, buffer in zip(BUFFERS, made, strict=True):
         linear.register_buffer(name, buffer, persistent=False)
     linear.__class__ = kind
     assert isinstance(linear, _Pooled)
     linear.pool_here, linear.pool_backend, linear.pool_path = here, backend, path
     linear.pool_rows = {}
-    linear.pool_slots = Slots(made[0], made[1].t(), starts, ranks, scalings, max_rank)
+    linear.pool_slots = Slots(A, Bt.t(), starts, ranks, scalings, max_rank)
     return linear
 
 

@@ -125,7 +125,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "a-list": (lambda one: (one.tensors, [1]), AdapterFormatError, "need the configuration they belong to"),
     "dora": (replaced(use_dora=True), UnservableAdapterError, "use_dora: a magnitude that scales"),
     "pissa": (replaced(init_lora_weights="pissa"), UnservableAdapterError, "has changed the base weights"),
-    "lora-bias": (replaced(lora_bias=True), UnservableAdapterError, "has lora_bias: a bias on lora_B.*load_adapter"),
+    "lora-bias": (replaced(lora_bias=True), UnservableAdapterError, "lora_bias=True.*load_adapter"),
     "lora-bias-alone": (with_tensors(blocks__0__q__lora_B__bias=ONE), UnservableAdapterError, "has a bias on lora_B"),
     "rows": (replaced(trainable_token_indices=[1]), UnservableAdapterError, "has trainable_token_indices"),
     "replicas": (replaced(layer_replication=[[0, 1]]), UnservableAdapterError, "replicate_layers.model, layer_repl"),
