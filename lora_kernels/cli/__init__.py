@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from lora_kernels.cli.boundary import guarded, interruptible
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,12 +20,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     # demo: beside another busy process 0.4 to 0.5 s instead of 1.3 to 2.6 s, with the cores to itself 0.28 s instead of
     # 0.23 s. OpenMP reads this once, when torch loads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:  # so early that what reports it was not there
+        sys.stderr.write("\ninterrupted\n")
+        return 130
+
+
+def _main(arguments: list[str]) -> int:
+    boundary = importlib.import_module("lora_kernels.cli.boundary")
     command = next((word for word in arguments if not word.startswith("-")), "")
 
     def run() -> int:
-        with interruptible():
+        with boundary.interruptible():
             commands = importlib.import_module("lora_kernels.cli.commands")
         return commands.main(arguments)
 
-    return guarded(f"lora-kernels {command}".strip(), run)
+    return boundary.guarded(f"lora-kernels {command}".strip(), run)

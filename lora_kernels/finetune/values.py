@@ -38,7 +38,7 @@ def whole(least: int = 0, most: int = MAX_COUNT, but: str = "") -> Callable[[str
         except ValueError:
             value = least - 1
         if not least <= value <= most:
-            raise refused(text, f"a whole number from {least} to {most}{but}")
+            raise refused(text, f"a whole number of at least {least} and at most {most}{but}")
         return value
 
     return read

@@ -109,7 +109,10 @@ RAISE, SIGNAL = "raise KeyboardInterrupt", "import os, signal; os.kill(os.getpid
 
 
 @pytest.mark.parametrize("action", [RAISE, SIGNAL], ids=["raised", "signalled"])
-@pytest.mark.parametrize("module", ["torch", "torch.nn", "lora_kernels.cli.commands", "lora_kernels.finetune.values"])
+@pytest.mark.parametrize(
+    "module",
+    ["lora_kernels.cli.boundary", "torch", "torch.nn", "lora_kernels.cli.commands", "lora_kernels.finetune.values"],
+)
 def test_ctrl_c_during_the_imports_ends_with_130(tmp_path, module, action):
     (tmp_path / "sitecustomize.py").write_text(STOP.format(module=module, action=action))
     path = os.pathsep.join(filter(None, [str(tmp_path), os.getcwd(), os.environ.get("PYTHONPATH")]))
