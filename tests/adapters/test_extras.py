@@ -262,5 +262,5 @@ def test_a_failure_after_the_injection_undoes_rows_and_replicas(tmp_path: Path) 
 
 def test_mica_is_read_but_not_trained_on(tmp_path: Path) -> None:
     theirs_of(llama, {"target_modules": BOTH, "init_lora_weights": "mica"}, tmp_path)
-    with pytest.raises(ConfigError, match="MiCA trains lora_A alone"):
+    with pytest.raises(ConfigError, match="'mica', which trains lora_A only"):
         load_adapter(llama(), tmp_path, trainable=True)

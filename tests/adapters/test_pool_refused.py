@@ -146,7 +146,7 @@ def test_rows_that_do_not_fit_and_ids_that_name_no_slot(model: nn.Module, pool: 
         ({"capacity": True}, lk.ConfigError, "capacity = True"),
         ({"max_rank_total": 2.5}, lk.ConfigError, "max_rank_total = 2.5"),
         ({"max_rank_total": "12"}, lk.ConfigError, "max_rank_total = '12'"),
-        ({"max_rank": 13}, lk.ConfigError, "max_rank = 13: no more than max_rank_total = 12"),
+        ({"max_rank": 13}, lk.ConfigError, "max_rank = 13: accepted are ranks up to max_rank_total = 12"),
         ({"target_modules": ["nothing"]}, lk.ConfigError, "no linear layer to pool"),
         ({"backend": "fast"}, lk.ConfigError, "fast"),
         ({"backend": "cuda"}, lk.BackendUnavailableError, "cuda"),

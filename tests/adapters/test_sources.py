@@ -63,7 +63,7 @@ def test_which_of_several_files_is_meant(tmp_path: Path) -> None:
     ("settings", "says"),
     [
         ("{", "is not JSON"),
-        ("[]", "is no JSON object"),
+        ("[]", "is not a JSON object"),
         ('{"unet.r": "two"}', "lora_adapter_metadata: r = 'two'"),
         ('{"unet.use_qalora": true}', "use_qalora = True is a feature of PEFT's"),
         ('{"unet.lora_alpha": 1, "unet.lora_alpha": 2}', "a name occurs twice"),
@@ -81,7 +81,7 @@ def test_a_configuration_beside_another_layout_is_refused(tmp_path: Path) -> Non
     theirs.save_pretrained(str(tmp_path))
     assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"] == 3
     save_file(diffusers("unet.", parts(theirs), "lora"), tmp_path / "adapter_model.safetensors")
-    with pytest.raises(AdapterFormatError, match=r"come without a configuration, which is derived from the tensors"):
+    with pytest.raises(AdapterFormatError, match=r"Kohya's layout, whose configuration is derived from the tensors"):
         load_adapter(made(UNet), tmp_path)
 
 
