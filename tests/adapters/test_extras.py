@@ -208,7 +208,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
     (llama, {"target_modules": BOTH, ROWS: {"norm": [1]}}, r"rows of nn\.Embedding and nn\.Linear"),
     (bert, {"target_modules": ["query"], ROWS: {"pooler.dense": [1]}}, "has a bias, which PEFT leaves out"),
     (llama, {"target_modules": BOTH, "layer_replication": [[0, 3]]}, "has 2 layers"),
-    (t5, {"target_modules": ["q"], "layer_replication": [[0, 1]]}, "has no list of layers where Llama"),
+    (t5, {"target_modules": ["q"], "layer_replication": [[0, 1]]}, "has no list of layers at the path of Llama"),
     (
         tied,
         {"target_modules": BOTH, ROWS: {"embed_tokens": [1], "lm_head": [2]}, "ensure_weight_tying": True},

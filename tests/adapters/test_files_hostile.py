@@ -57,7 +57,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "number of 5000 digits": (file_of(b'{"a": ' + b"9" * 5000 + b"}"), "is not JSON"),
     "entry no object": (file_of({"a": 3}), "'a' is not described by a JSON object"),
     "no dtype": (file_of({"a": {"shape": [2], "data_offsets": [0, 8]}}, b"\0" * 8), "dtype"),
-    "unknown dtype": (file_of({"a": entry(dtype="F4")}, b"\0" * 8), "'a' has dtype 'F4'; known are BOOL"),
+    "unknown dtype": (file_of({"a": entry(dtype="F4")}, b"\0" * 8), "'a' has dtype 'F4'; accepted are BOOL"),
     "dtype no string": (file_of({"a": entry(dtype=["F32"])}, b"\0" * 8), "dtype"),
     "negative shape": (file_of({"a": entry((-2, -1))}, b"\0" * 8), "'a' has shape"),
     "float shape": (file_of({"a": entry((2.0,))}, b"\0" * 8), "'a' has shape"),

@@ -52,7 +52,9 @@ def test_which_of_several_files_is_meant(tmp_path: Path) -> None:
     theirs = trained(made(UNet), UNET_TARGETS, lora_alpha=2)
     for name in ("a", "b"):
         save_file(diffusers("unet.", parts(theirs)), tmp_path / f"{name}.safetensors")
-    with pytest.raises(AdapterFormatError, match=r"2 .safetensors files \(a.safetensors, b.safetensors\); name one"):
+    with pytest.raises(
+        AdapterFormatError, match=r"2 .safetensors files \(a.safetensors, b.safetensors\); give the path of one"
+    ):
         load_adapter(made(UNet), tmp_path)
     assert_same(load_adapter(made(UNet), tmp_path / "b.safetensors"), theirs, made(UNet), X)
     (tmp_path / "a.safetensors").rename(tmp_path / "pytorch_lora_weights.safetensors")
