@@ -36,7 +36,7 @@ class LoRAConfig:
         two move the principal part of the base weight into the adapter and leave the rest in the base weight.
     lora_bias: lora_B gets a bias that is scaled and trained with it.
     trainable_token_indices: rows of the input embedding that are trained and saved, or {name of a module: rows}.
-    layer_replication: [[start, end], ...]: the model's layers are replaced by these runs of them, which share weights.
+    layer_replication: [[start, end], ...]: copies of these runs replace the model's layers; copies share weights.
     ensure_weight_tying: a module that shares the input embedding's weight is trained with it, not beside it.
     task_type, base_model_name_or_path, revision, auto_mapping: PEFT's bookkeeping. inference_mode: a frozen adapter.
 
@@ -231,7 +231,9 @@ def _check_regex(name: str, value: str, pattern: str, check: Callable[[str], Non
     try:
         check(pattern)
     except ValueError as error:
-        raise ConfigError(f"{name}: {reprlib.repr(value)} is no regular expression to match with ({error})") from None
+        raise ConfigError(
+            f"{name}: {reprlib.repr(value)} is not a regular expression that can be matched ({error})"
+        ) from None
 
 
 def _check_amount(name: str, values: Collection[str]) -> None:

@@ -90,7 +90,7 @@ def unsuited(X: Tensor, W: Tensor, slots: Slots) -> str | None:
 def multi_lora_decode(X: Tensor, W: Tensor, slots: Slots, ids: Tensor, bias: Tensor | None) -> Tensor:
     """Y (M, N) for X (M, K), W (N, K), ids int32 (M,), bias (N,) or None, M <= 64, in one launch.
 
-    Everything in bfloat16. B is read fastest as a pool holds it, a transposed (R, N). An id
+    All operands are bfloat16. B is read fastest if it is a transposed (R, N), as in a pool. An id
     that names no slot, and a slot whose rows are not all in A, give their rows the base alone.
 
     Raises:

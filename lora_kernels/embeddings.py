@@ -1,4 +1,4 @@
-"""Token embeddings beside LoRA: which of their rows are trained, and what shares their weight. PEFT's semantics."""
+"""Token embeddings of an adapted model, as in PEFT: the rows that are trained, and modules that share the weight."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ EMBEDDING_NAMES = ("embed_tokens", "lm_head")  # the names under which PEFT look
 
 
 def input_embedding(model: nn.Module) -> str | None:
-    """The path of the module that get_input_embeddings() of a transformers model gives; None for other models."""
+    """The path of the module that get_input_embeddings() of a transformers model returns; None for other models."""
     get = getattr(model, "get_input_embeddings", None)
     found = get() if callable(get) else None
     return next((path for path, module in model.named_modules() if path and module is found), None)
 
 
 def embeddings(model: nn.Module) -> list[str]:
-    """The paths of the input embedding and of the output head of a transformers model, where it has them."""
+    """The paths of the input embedding and of the output head of a transformers model, as far as it has them."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     paths = [path for path, module in model.named_modules() if path and head is not None and module is head]
@@ -41,7 +41,8 @@ def tied_to_embedding(model: nn.Module) -> tuple[str, ...]:
 
 
 def trained_tokens(model: nn.Module, config: LoRAConfig) -> tuple[TrainedTokens, ...]:
-    """The modules of which config.trainable_token_indices trains rows. ConfigError for what cannot be trained so."""
+    """The modules with rows that config.trainable_token_indices trains. ConfigError for a module whose rows cannot be
+    trained."""
     wanted, path = config.trainable_token_indices, input_embedding(model)
     if wanted is None:
         return ()
@@ -55,7 +56,7 @@ def trained_tokens(model: nn.Module, config: LoRAConfig) -> tuple[TrainedTokens,
         for one in paths:
             _check_module(one, model.get_submodule(one), rows)
             if found.setdefault(one, tuple(rows)) != tuple(rows):
-                raise ConfigError(f"trainable_token_indices gives {one} two lists of rows; name its whole path")
+                raise ConfigError(f"trainable_token_indices gives two lists of rows for {one}; give its whole path")
     tied = tied_to_embedding(model) if path in found else ()
     other = next((one for one in tied if found.get(one, found[path or ""]) != found[path or ""]), None)
     if other is not None:
@@ -83,8 +84,8 @@ def _check_module(path: str, module: nn.Module, rows: list[int] | tuple[int, ...
 
 
 def check_embeddings(model: nn.Module, injection: Injection) -> Injection:
-    """The injection with all that ensure_weight_tying trains whole. ConfigError where two settings train one weight,
-    and for an adapter on a tied weight, which PEFT puts on the embedding as well."""
+    """The injection, with the modules added that ensure_weight_tying trains whole. ConfigError if two settings train
+    one weight, and for an adapter on a tied weight, which PEFT would put on the embedding as well."""
     config = injection.config
     for one in injection.tokens:
         for path in (one.path, *one.tied):
@@ -112,12 +113,12 @@ def check_embeddings(model: nn.Module, injection: Injection) -> Injection:
 
 
 def kept_tied(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
-    """The modules that are trained whole as one weight."""
+    """The paths of the modules that are trained whole and share one weight."""
     return tied_group(model, config) if _saves_embeddings(config) else ()
 
 
 def tied_group(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
-    """The input embedding and what shares its weight, where ensure_weight_tying is set and something does."""
+    """Paths of the input embedding and of modules that share its weight, if ensure_weight_tying is set; else ()."""
     tied, path = tied_to_embedding(model) if config.ensure_weight_tying else (), input_embedding(model)
     return (path, *tied) if tied and path is not None else ()
 

@@ -50,4 +50,4 @@ class UnservableAdapterError(AdapterPoolError, ValueError):
 
 
 class UnknownRowsError(AdapterPoolError, ShapeError):
-    """Rows of a layer's input of which it is not known to which request of a batch they belong."""
+    """The pool does not know to which request of a batch the rows of a layer's input belong."""

@@ -1,5 +1,8 @@
-"""PyTorch's inference path of nn.TransformerEncoderLayer: one operator that reads the weights of linear1, linear2 and
-self_attn and calls none of them, so that adapters on them count in training only. It is off around adapted layers."""
+"""Switches off PyTorch's inference path of nn.TransformerEncoderLayer around adapted layers.
+
+The path is one operator that reads the weights of linear1, linear2 and self_attn and does not call these modules, so
+adapters on them would have an effect in training only.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-KEPT = "_lora_fast_path"  # in the __dict__ of a module whose path is off: the value that the attribute had
+KEPT = "_lora_fast_path"  # in the __dict__ of a module whose path is off: the old value of the attribute
 SWITCHES = (
     (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
     (nn.TransformerEncoder, "use_nested_tensor", False),
@@ -15,7 +18,7 @@ SWITCHES = (
 
 
 def switch_off(model: nn.Module, adapted: Callable[[nn.Module], bool]) -> None:
-    """Switch the path off in every module of the model that holds an adapted one."""
+    """Switch the path off in every module of the model that contains an adapted module."""
     for module in model.modules():
         name, off = _switch(module)
         if name and KEPT not in vars(module) and any(map(adapted, module.modules())):
@@ -24,7 +27,7 @@ def switch_off(model: nn.Module, adapted: Callable[[nn.Module], bool]) -> None:
 
 
 def switch_on(model: nn.Module) -> None:
-    """Give every module of the model the value that switch_off found."""
+    """Restore in every module of the model the value that switch_off replaced."""
     for module in model.modules():
         if KEPT in vars(module):
             setattr(module, _switch(module)[0], vars(module).pop(KEPT))

@@ -1,7 +1,8 @@
 """Locks that a child of os.fork can take.
 
-A fork copies the memory and one thread. A lock that another thread held is held in the child for ever, by a thread that
-is not there. So every lock of the package is made here, and is a free one in a child.
+A fork copies the memory and one thread. A lock that another thread held at that moment would stay locked in the child
+forever, since the child does not have that thread. Therefore every lock of the package is made here and is free in a
+child.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def fork_safe_rlock() -> threading.RLock:
 
 
 def after_fork(function: Callable[[], None]) -> None:
-    """Have a function of a module called in every child, once the locks are free."""
+    """Call ``function`` in every child process, after the locks are freed."""
     _callbacks.append(function)
 
 

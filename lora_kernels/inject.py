@@ -142,7 +142,7 @@ def build_layers(model: nn.Module, injection: Injection) -> dict[str, LoRALinear
                 f"init_lora_weights={init!r} would change {elsewhere[0]}, tied to {path}.weight; exclude that or "
                 "untie the two first"
             )
-        if elsewhere and not injection.config.layer_replication:  # whose copies share weights
+        if elsewhere and not injection.config.layer_replication:  # replicated layers share weights
             warnings.warn(f"{path}.weight is tied to {elsewhere[0]}; only {path} is adapted", stacklevel=4)
         try:
             made[path] = kind.from_linear(linear, injection.config, r=layer.r, lora_alpha=layer.lora_alpha)
@@ -185,7 +185,9 @@ def inject(model: nn.Module, injection: Injection, layers: dict[str, LoRALinear]
 
 def _train(name: str, parameter: nn.Parameter) -> None:
     if parameter.is_inference():
-        raise ConfigError(f"{name} was created in torch.inference_mode and cannot be trained; build the model outside")
+        raise ConfigError(
+            f"{name} was created in torch.inference_mode and cannot be trained; build the model outside of it"
+        )
     parameter.requires_grad_(True)
 
 

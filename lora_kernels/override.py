@@ -1,8 +1,9 @@
-"""Which backend the blocks of ``use_backend`` ask for: the innermost open one of the thread or task that calls.
+"""Finds the backend that ``use_backend`` blocks request: that of the calling thread's or task's innermost one.
 
-A block belongs to the context (contextvars) that entered it: other threads and tasks do not see it, a task that was
-made inside of it does until it ends. Two things cannot read a context, and take the block of the program that was
-entered last: a graph of torch.compile, which guards on a global, and a recomputation in a thread of autograd's engine.
+A block belongs to the context (contextvars) that entered it. It has no effect in other threads and tasks, except in
+tasks that are created inside of it, until it ends. Two callers cannot read a context and use the block that was entered
+last in the whole program: a graph of torch.compile, which guards on a global variable, and a recomputation in a thread
+of autograd's engine.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ class _Block:
         self.name, self.outer, self.open, self.cut = name, outer, True, False
 
 
-latest: str | None = None  # the name of the open block entered last; None where none is open in the program
+latest: str | None = None  # the name of the open block that was entered last; None if no block is open in the program
 _open: list[_Block] = []
 _lock = fork_safe_lock()
 _current: ContextVar[_Block | None] = ContextVar("lora_kernels_backend", default=None)
 
 
 def requested() -> str:
-    """The name that the enclosing block gives, "auto" outside of any."""
+    """The backend of the enclosing block; "auto" outside of any block."""
     if latest is None:
         return "auto"
     if is_compiling():
@@ -46,8 +47,8 @@ def requested() -> str:
 
 @contextmanager
 def block(name: str) -> Iterator[None]:
-    """A block with this backend. Raises ConfigError at the end if blocks of one context overlap without being nested:
-    all of them are ended then."""
+    """Run a block with this backend. Raises ConfigError at its end if blocks of one context overlap without being
+    nested; then all of them are ended."""
     global latest
     if is_compiling():
         before, latest = latest, name
@@ -79,7 +80,7 @@ def _leave(me: _Block) -> None:
     while found is not None and found is not me:
         inner.append(found)
         found = found.outer
-    if found is me:  # else it is left in another context than it was entered in
+    if found is me:  # otherwise the block was entered in another context
         _current.set(me.outer)
     else:
         inner.clear()
@@ -90,8 +91,8 @@ def _leave(me: _Block) -> None:
     _change(left=(*inner, me))
     if inner or me.cut:
         raise ConfigError(
-            f"two blocks of use_backend overlap in one thread or task (two generators?), {me.name!r} among them: they "
-            "must be nested. Both were ended; name the backend in each call, or run them in tasks or threads"
+            f"two blocks of use_backend, {me.name!r} among them, overlap in one thread or task (two generators?); "
+            "blocks must be nested. Both were ended. Pass backend= in each call, or use separate tasks or threads"
         )
 
 
@@ -105,14 +106,14 @@ def _change(entered: _Block | None = None, left: tuple[_Block, ...] = ()) -> Non
 
 
 def _in_engine_thread() -> bool:
-    """Whether a backward runs this in a thread that Python did not start."""
+    """Whether this code runs in a backward, in a thread that Python did not start."""
     if torch._C._current_graph_task_id() == -1:
         return False
     return isinstance(threading.current_thread(), threading._DummyThread)
 
 
 def _forget_other_threads() -> None:
-    """In the child of a fork: only the blocks of the thread that forked go on."""
+    """In the child of a fork, end the blocks of all threads but the one that forked."""
     mine = set[_Block]()
     found = _innermost()
     while found is not None:

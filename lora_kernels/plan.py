@@ -55,12 +55,12 @@ def split_name(requested: str) -> tuple[str, str | None]:
 def use_backend(name: str) -> Iterator[None]:
     """Run every call of a block with backend ``name`` ("auto", "reference", "triton", "triton:PLAN").
 
-    It counts in the thread or asyncio task that entered the block, and in tasks made inside; another thread starts with
-    the program's default. A graph of torch.compile takes the block of the program that was entered last.
+    It applies to the thread or asyncio task that entered the block, and to tasks created inside; another thread starts
+    with the program's default. A graph of torch.compile uses the block that was entered last in the whole program.
 
     Raises:
-        ConfigError: unknown name; or, at its end, another block of this thread or task overlaps it without being
-            nested, as with two generators that take turns. Both blocks are ended then.
+        ConfigError: unknown name; or, at the end of the block, another block of this thread or task overlaps it
+            without being nested, as in two generators that run in turn. Then both blocks are ended.
     """
     split_name(name)
     with override.block(name):

@@ -45,7 +45,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class TrainedTokens:
-    """The rows of the weight at `path` that are trained, and the modules whose weight has the same rows with it."""
+    """The trained rows of the weight at `path`, and the tied modules, whose weights have the same trained rows."""
 
     path: str
     rows: tuple[int, ...]
@@ -61,7 +61,7 @@ class Injection:
     layers: tuple[LayerPlan, ...]
     saved: tuple[str, ...]
     tokens: tuple[TrainedTokens, ...] = ()
-    replaced: tuple[str, ...] = ()  # weights of embeddings that load_adapter exchanged, as PEFT does
+    replaced: tuple[str, ...] = ()  # weights of embeddings that load_adapter replaced, as PEFT does
 
     @property
     def adapted(self) -> dict[str, LayerPlan]:
@@ -132,7 +132,7 @@ def explain(model: nn.Module, tokens: int = 2048, layer: str | None = None, chip
 
 
 def _fast_paths(model: nn.Module, adapted: tuple[str, ...]) -> list[str]:
-    """A line for the modules whose inference path reads weights past their adapters, and for those where it is off."""
+    """A line for the modules whose inference path ignores their adapters, and one for those where it is off."""
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for path, module in model.named_modules():
         alike = re.sub(_NUMBER, "*", path)

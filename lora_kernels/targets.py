@@ -36,8 +36,8 @@ DEFAULT_TARGETS_BY_TYPE: dict[str, list[str] | str] = {
     "rwkv7": ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"],
 }
 MAMBA_TYPES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
-# Modules that give the weights of these children to a function and call none of them: of PyTorch, torchvision (Swin),
-# transformers (WavLM).
+# {class: names of children}: the class passes the weights of these children to a function and does not call them. From
+# PyTorch, torchvision (Swin) and transformers (WavLM).
 READ_BY = {
     "nn.MultiheadAttention": ("out_proj",),
     "ShiftedWindowAttention": ("qkv", "proj"),
@@ -139,7 +139,7 @@ def _default_targets(model: nn.Module, linear: tuple[type[nn.Module], ...]) -> l
 class Matcher:
     """Answers, for one resolved configuration, which paths are adapted and with which rank.
 
-    Its methods raise ConfigError where the patterns of the configuration take too many steps (patterns.Budget).
+    Its methods raise ConfigError if the patterns of the configuration take too many steps (patterns.Budget).
     """
 
     def __init__(self, config: LoRAConfig) -> None:
@@ -175,7 +175,7 @@ class Matcher:
         return None if not self._indices or self._index(text) in self._indices else "not in layers_to_transform"
 
     def _index(self, text: Text) -> int | None:
-        """The index of the path's layer in a module list that layers_pattern names; of the outermost list."""
+        """The index of the path's layer in the outermost module list that layers_pattern names."""
         path = text.value
         if not self._layers:
             match = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", path)
@@ -228,8 +228,8 @@ class Matcher:
 
 
 class _PlainEnd:
-    """A key of rank_pattern or alpha_pattern made of names and dots, in which re cannot lose its way: there may be one
-    for every layer, as in an adapter whose ranks were chosen layer by layer."""
+    """A key of rank_pattern or alpha_pattern that has only names and dots, so that re matches it quickly. There may be
+    one for every layer, if the ranks were chosen layer by layer."""
 
     def __init__(self, key: str) -> None:
         self._last, self._regex = key.rpartition(".")[2], re.compile(ends_in(key))

@@ -57,7 +57,7 @@ def test_trained_rows(tie: bool, rows: object, expected: list[TrainedTokens]) ->
 
 
 def test_one_module_by_two_names_with_other_rows_is_refused() -> None:
-    with pytest.raises(ConfigError, match="embed_tokens two lists of rows"):
+    with pytest.raises(ConfigError, match="two lists of rows for embed_tokens"):
         trained_tokens(Model(True), LoRAConfig(trainable_token_indices={"tokens": [1], "embed_tokens": [2]}))
 
 

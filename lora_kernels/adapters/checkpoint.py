@@ -78,9 +78,10 @@ def load_adapter(
 ) -> nn.Module:
     """Load the adapter in `folder`, written by save_adapter or by PEFT, into `model`, in place; returns the model.
 
-    `folder` may also be a .safetensors file, or hold one, in diffusers' or Kohya's layout, whose configuration is
-    derived from the tensors. `key_mapping`: {found prefix: wanted prefix} for keys that another program or version
-    wrote; the longest prefix that fits counts, "" fits every key, and None leaves the keys out.
+    `folder` may also be a .safetensors file in diffusers' or Kohya's layout, or a folder with such a file; then the
+    configuration is derived from the tensors. `key_mapping`: {found prefix: wanted prefix} for keys that another
+    program or version wrote; the longest prefix that fits is used, "" fits every key, and None as the wanted prefix
+    leaves the keys out.
 
     A model without LoRA layers gets them by the file's configuration, frozen unless `trainable` (PEFT's is_trainable);
     one that has them must have those the file describes, and keeps what it trains. Tensors of any float dtype are
@@ -105,7 +106,8 @@ def load_adapter(
             config = replace(_parse_config(source.config), inference_mode=not trainable)
             if trainable and str(source.config.get("init_lora_weights")).lower() == "mica":
                 raise ConfigError(
-                    "MiCA trains lora_A alone, which lora_kernels does not do; load it with trainable=False"
+                    "the adapter has init_lora_weights='mica', which trains lora_A only; lora_kernels cannot "
+                    "train it. Load it with trainable=False"
                 )
             try:
                 if config.layer_replication:
@@ -118,7 +120,7 @@ def load_adapter(
             injection, names = with_replaced(inner, injection, keys_of(inner, injection), source.described)
             if present is not None:
                 check_same(inner, present, injection)
-            check_tensors(inner, injection, names, source.described)  # nothing is read that has no place in the model
+            check_tensors(inner, injection, names, source.described)  # before the tensors are read
             tensors = source.read()
         injection, names = with_replaced(inner, injection, keys_of(inner, injection), tensors)
         check_tensors(inner, injection, names, tensors)

@@ -1,9 +1,10 @@
 """The two files of an adapter on disk: written so that a crash loses nothing, read so that no file can do harm.
 
-adapter_config.json counts, as in PEFT. Two files cannot be replaced in one step, so a save replaces
-adapter_model.safetensors first, with a copy of the new configuration in its metadata and the fingerprint of the
-adapter_config.json that will be replaced next. Where a reader finds that old file, the save was interrupted between the
-two, and the copy counts. A process killed at any moment leaves the old or the new adapter, whole.
+The configuration in adapter_config.json is used, as in PEFT. Two files cannot be replaced in one step, so a save
+replaces adapter_model.safetensors first; the metadata of the new file holds a copy of the new configuration and the
+fingerprint (SHA-256) of the adapter_config.json that is replaced next. If a reader finds the file with this
+fingerprint, the save was interrupted between the two steps, and the reader uses the copy. If the process is killed at
+any moment, the folder holds the old or the new adapter, complete.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ except ImportError:  # not a POSIX system: writers to one folder are then not ke
 
 WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
 CONFIG_METADATA, REPLACED_METADATA = "adapter_config", "adapter_config_replaced"
-# Fingerprints of an adapter_config.json that is not there, and of one that cannot be read (equal to no other).
+# Fingerprints of a missing adapter_config.json, and of one that cannot be read (different from every SHA-256).
 NO_FILE, UNREADABLE = "0" * 64, "?"
 MAX_CONFIG_BYTES, MAX_ATTEMPTS = 4 << 20, 20
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -40,8 +41,8 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 def write_adapter(folder: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], config: dict[str, Any]) -> None:
     """Publish `tensors` and `config` as the adapter in `folder`, which is created where missing.
 
-    Writers to one folder wait for each other. Raises OSError (disk full, no permission): the old adapter is intact,
-    or, where the message says so, the weights are the new ones and adapter_config.json the old one.
+    Writers to one folder wait for each other. Raises OSError (disk full, no permission). Then the old adapter is
+    intact; or, if the message says so, the weights are the new ones and adapter_config.json is the old one.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +53,9 @@ def write_adapter(folder: str | os.PathLike[str], tensors: Mapping[str, torch.Te
         for leftover in folder.glob(".adapter_*.tmp"):  # of a writer that was killed
             leftover.unlink(missing_ok=True)
         if (folder / CONFIG_NAME).is_dir():
-            raise IsADirectoryError(f"{folder / CONFIG_NAME} is a folder; nothing was written. Remove it")
+            raise IsADirectoryError(
+                f"{folder / CONFIG_NAME} is a folder, expected a file; nothing was written. Remove it"
+            )
         _, before = _read_config(folder / CONFIG_NAME, follow_symlinks=False)
         replaced = (
             NO_FILE if before == _digest(text) else before.ljust(64)
@@ -71,7 +74,7 @@ def write_adapter(folder: str | os.PathLike[str], tensors: Mapping[str, torch.Te
                 error.errno,
                 f"{error.strerror}: {folder / WEIGHTS_NAME} was replaced and {CONFIG_NAME} was not. lora_kernels reads "
                 "the folder as the new adapter, by the configuration inside the weights; PEFT would read the new "
-                "weights with the old configuration. Mend the cause and save again",
+                "weights with the old configuration. Remove the cause and save again",
             ) from error
 
 
@@ -80,9 +83,9 @@ def _inode(path: Path) -> int | None:
 
 
 class AdapterFiles:
-    """An adapter's configuration, parsed, and its tensors, described by the header of the weights.
+    """An adapter's parsed configuration, and its tensors as the header of the weights describes them.
 
-    config: what JSON gave, not yet checked. described: {key: tensor on the meta device}. read(): the tensors.
+    config: the parsed JSON, not yet checked. described: {key: tensor on the meta device}. read() returns the tensors.
     """
 
     def __init__(self, config: Any, stored: StoredTensors) -> None:
@@ -93,15 +96,15 @@ class AdapterFiles:
 def open_adapter(
     folder: str | os.PathLike[str], follow_symlinks: bool = False, limits: Limits | None = None
 ) -> Iterator[AdapterFiles]:
-    """The adapter in `folder`, open while the block runs; AdapterFiles.read reads the tensors, nothing else does.
+    """Open the adapter in `folder` while the block runs; only AdapterFiles.read reads the tensors.
 
-    Raises AdapterFormatError for anything that is not a whole safetensors file, within `limits`, with a JSON
+    Raises AdapterFormatError unless the folder holds a complete safetensors file within `limits` and a JSON
     configuration.
     """
     folder = Path(folder)
     _refuse_pickles(folder)
     for _ in range(MAX_ATTEMPTS):
-        found, fingerprint = _read_config(folder / CONFIG_NAME, follow_symlinks)  # first: a save replaces it last
+        found, fingerprint = _read_config(folder / CONFIG_NAME, follow_symlinks)  # a save replaces it last
         with open_stored(folder / WEIGHTS_NAME, follow_symlinks, limits) as stored:
             copy = stored.metadata.get(CONFIG_METADATA)
             text, name = found, CONFIG_NAME
@@ -112,12 +115,15 @@ def open_adapter(
                     continue  # replaced since it was read: the weights may be those of a later save
                 if isinstance(found, AdapterFormatError):
                     raise found
-                if REPLACED_METADATA not in stored.metadata:  # of a release in which the copy counted
-                    warnings.warn(f"{folder / CONFIG_NAME} differs from the copy in {WEIGHTS_NAME}", stacklevel=4)
+                if REPLACED_METADATA not in stored.metadata:  # an earlier release used the copy
+                    warnings.warn(
+                        f"{folder / CONFIG_NAME} differs from the copy in {WEIGHTS_NAME}; the file is used",
+                        stacklevel=4,
+                    )
             yield AdapterFiles(parse_json(text, name), stored)
             return
     raise AdapterFormatError(
-        f"{folder} was replaced {MAX_ATTEMPTS} times while it was read; read it when it is at rest"
+        f"{folder} was replaced {MAX_ATTEMPTS} times while it was read; read it when no program writes to it"
     )
 
 
@@ -128,7 +134,7 @@ def read_adapter(folder: str | os.PathLike[str], follow_symlinks: bool = False) 
 
 
 def _read_config(path: Path, follow_symlinks: bool) -> tuple[str | bytes | AdapterFormatError, str]:
-    """What adapter_config.json holds, or why it cannot be read; and its fingerprint."""
+    """The bytes of adapter_config.json, or the error why it cannot be read; and its fingerprint."""
     content: bytes | AdapterFormatError
     try:
         with open_plain(path, MAX_CONFIG_BYTES, follow_symlinks) as (file, _):
@@ -148,7 +154,7 @@ def _digest(data: bytes) -> str:
 
 def _refuse_pickles(folder: Path) -> None:
     if folder.is_file():
-        wrong = PICKLE if folder.suffix in PICKLE_SUFFIXES else f"a file; name the folder that holds {WEIGHTS_NAME}"
+        wrong = PICKLE if folder.suffix in PICKLE_SUFFIXES else f"a file; give the folder that holds {WEIGHTS_NAME}"
         raise AdapterFormatError(f"{folder} is {wrong}")
     if os.path.lexists(folder / WEIGHTS_NAME) or not folder.is_dir():
         return

@@ -1,4 +1,4 @@
-"""The configuration of an adapter that comes without one: ranks from its matrices, alphas from numbers beside them."""
+"""Derives the configuration of an adapter without one: ranks from its matrices, alphas from its alpha tensors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def number(key: str, tensor: Tensor) -> float:
 
 
 def settings_of(metadata: Mapping[str, Any], names: tuple[str, ...]) -> LoRAConfig | None:
-    """PEFT's settings for the component of one of these names ("unet.lora_alpha"), or for all; None without any."""
+    """PEFT's settings for the component with one of these names ("unet.lora_alpha"), else the settings for all
+    components ("lora_alpha"); None if there are none."""
     mine = {
         field.removeprefix(f"{name}."): value
         for name in names
@@ -51,7 +52,9 @@ def implied_config(
             ranks[path] = tensor.shape[0 if kind == "A" else 1]
     alone = alphas.keys() - ranks.keys()
     if alone or not ranks:
-        raise AdapterFormatError(f"{min(alone, default='the file')} has an alpha at most and no lora_A and lora_B")
+        raise AdapterFormatError(
+            f"{min(alone, default='the file')} has no lora_A and lora_B (only an alpha, or nothing); expected both"
+        )
     scaled = dict[str, float]()
     for path, rank in ranks.items():
         config = settings.get(path)
@@ -71,8 +74,8 @@ def implied_config(
 
 
 def _patterns(values: Mapping[str, Any], usual: float) -> dict[str, Any]:
-    """{pattern: value} for the paths whose value is not the usual one. The path itself is matched at less cost; where
-    it finds other paths too, the pattern is for the path alone."""
+    """{pattern: value} for the paths whose value differs from ``usual``. The pattern is the path itself, which is
+    cheaper to match; if a path also matches other paths, each pattern is anchored to match one path only."""
     others = {path: value for path, value in values.items() if not math.isclose(value, usual, rel_tol=1e-12)}
     matcher = Matcher(LoRAConfig(lora_alpha=usual, alpha_pattern=others))
     if all(matcher.rank_and_alpha(path)[1] == others.get(path, usual) for path in values):

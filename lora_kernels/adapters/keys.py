@@ -1,4 +1,4 @@
-"""The keys of an adapter's tensors: renamed by a prefix map, brought to PEFT's form, compared with those expected."""
+"""Keys of an adapter's tensors: renames prefixes, converts keys to PEFT's form, reports keys that do not fit."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from lora_kernels.errors import AdapterFormatError
 
 PREFIX = "base_model.model."
 KeyMapping = Mapping[str, str | None]
-COMPARED = 10_000  # keys that are looked at for the nearest one
-# What a state_dict of a PEFT model has between the name of a module and the end of a key: the adapter's name.
+COMPARED = 10_000  # at most so many keys are compared to find the nearest one
+# Keys of a PEFT model's state_dict, which hold the adapter's name (group 2) between lora_A, ... and the end.
 NAMED = re.compile(
     r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)\.([^.]+)(\.weight|\.bias|)$"
 )
 
 
 def renamed(tensors: Mapping[str, Tensor], key_mapping: KeyMapping | None) -> dict[str, Tensor]:
-    """The tensors with the prefixes of their keys exchanged.
+    """The tensors with the prefixes of their keys replaced.
 
-    key_mapping: {found prefix: wanted prefix}, plain strings. Of several that fit a key the longest counts, once; ""
-    fits every key. A prefix that starts with "base_model.model." also fits keys that lack those words. None in place
-    of a wanted prefix leaves the keys out.
-    Raises AdapterFormatError for a map of something else, a prefix that no key has, and two keys that become one.
+    key_mapping: {found prefix: wanted prefix}, plain strings. If several prefixes fit a key, the longest is used, once;
+    "" fits every key. A prefix that starts with "base_model.model." also fits keys without "base_model.model.". None
+    as the wanted prefix leaves the keys out.
+    Raises AdapterFormatError for a map of another type, a prefix that no key starts with, and two keys that become the
+    same key.
     """
     if key_mapping is None:
         return dict(tensors)
@@ -52,7 +53,9 @@ def renamed(tensors: Mapping[str, Tensor], key_mapping: KeyMapping | None) -> di
         if new is None:
             continue
         if new in result:
-            raise AdapterFormatError(f"key_mapping gives two tensors the key {shown(new)}; each needs one of its own")
+            raise AdapterFormatError(
+                f"key_mapping gives two tensors the key {shown(new)}; every tensor needs its own key"
+            )
         result[new] = tensor
     if unused:
         raise AdapterFormatError(
@@ -62,10 +65,11 @@ def renamed(tensors: Mapping[str, Tensor], key_mapping: KeyMapping | None) -> di
 
 
 def to_peft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by the keys of PEFT's files: with "base_model.model." before and without the adapter's name.
+    """The tensors with the keys of PEFT's files: with the prefix "base_model.model." and without the adapter's name.
 
-    That name, usually "default", is in the keys of state_dict() of a PEFT model and in files of old PEFT:
-    "q.lora_A.default.weight". Raises AdapterFormatError for tensors of several adapters and for keys that become one.
+    The adapter's name, usually "default", is in the keys of a PEFT model's state_dict() and of files of old PEFT:
+    "q.lora_A.default.weight". Raises AdapterFormatError for tensors of several adapters and for two keys that become
+    the same key.
     """
     named = {key: match for key in tensors if (match := NAMED.search(key)) and match[2] not in ("weight", "bias")}
     names = {match[2] for match in named.values()}
@@ -82,11 +86,13 @@ def to_peft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if key in named:
                 end = named[key][3]
                 new = new.removesuffix(f".{name}{end}") + ("" if "lora_magnitude_vector" in named[key][1] else end)
-            elif ".original_module." in new:  # what the trained copy beside it replaces
+            elif ".original_module." in new:  # the trained copy beside it is used instead
                 continue
             new = new.replace(f".modules_to_save.{name}.", ".").removesuffix(f".{name}")
         if new in result:
-            raise AdapterFormatError(f"two keys stand for {shown(new)}, one of them {shown(key)}")
+            raise AdapterFormatError(
+                f"two keys become {shown(new)}, one of them {shown(key)}; every tensor needs its own key"
+            )
         result[new] = tensor
     return result
 
@@ -98,8 +104,9 @@ def without_name(key: str) -> str:
 
 
 def is_base_tensor(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> bool:
-    """Whether this tensor is the base model's own, bit for bit: PEFT writes the weight of an adapted output head, and
-    state_dict() everything. Of a tensor on the meta device, of which shape and dtype are known, whether it may be."""
+    """Whether this tensor equals the base model's own, bit for bit. Files can hold such tensors: PEFT writes the weight
+    of an adapted output head, and state_dict() holds all tensors. For a tensor on the meta device only shape and dtype
+    are compared."""
     own = state.get(key.removeprefix(PREFIX).replace(".token_adapter.", ".").replace(".base_layer.", "."))
     if own is None or own.shape != tensor.shape or own.dtype != tensor.dtype:
         return False
@@ -107,7 +114,7 @@ def is_base_tensor(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> boo
 
 
 def mismatch(expected: Collection[str], missing: Collection[str], extra: Collection[str]) -> str:
-    """The sentence about keys that do not fit: the first, how many, and of both sides the two that are most alike."""
+    """The error message for keys that do not fit: the first such key, the counts, and the nearest key to it."""
     key, what = (min(missing), "missing") if missing else (min(extra), "in the file but not expected")
     counts = f"({len(expected)} keys expected, {len(missing)} missing, {len(extra)} too many)"
     others = sorted(extra if missing else expected)[:COMPARED]
@@ -126,7 +133,7 @@ def mismatch(expected: Collection[str], missing: Collection[str], extra: Collect
 
 
 def shown(key: str) -> str:
-    """The key as a message quotes it; of a very long one the two ends."""
+    """The key, quoted for a message; a key of more than 200 characters is shown by its two ends."""
     return repr(key if len(key) <= 200 else f"{key[:100]}...{key[-90:]}")
 
 
@@ -136,5 +143,5 @@ def _common_start(a: str, b: str) -> str:
 
 
 def common_end(a: str, b: str) -> str:
-    """The longest end that both have."""
+    """The longest common suffix."""
     return _common_start(a[::-1], b[::-1])[::-1]

@@ -1,4 +1,4 @@
-"""Adapters as diffusers and Kohya's scripts write them, by PEFT's keys, with the configuration that they imply."""
+"""Converts adapters in the layouts of diffusers and Kohya's scripts to PEFT's keys and a configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_kernels.adapters.implied import implied_config, number, settings_of
 from lora_kernels.adapters.keys import COMPARED, PREFIX, common_end, shown, without_name
 from lora_kernels.errors import AdapterFormatError
 
-# Ends of keys, the longer before those they end in.
+# Ends of keys; an end that ends in another one comes before it.
 ENDS = {
     ".lora_linear_layer.down.weight": "A",
     ".lora_linear_layer.up.weight": "B",
@@ -29,7 +29,7 @@ ENDS = {
     ".alpha": "alpha",
 }
 FOREIGN = tuple(end for end in ENDS if "lora_A" not in end and "lora_B" not in end and end != ".alpha")
-# Ends of keys of adapters that are no plain LoRA, as LyCORIS writes them, and what they are.
+# Parts of keys of adapters that are not plain LoRA, as LyCORIS writes them: the name of the kind.
 OTHER_KINDS = {
     "hada_": "LoHa", "lokr_": "LoKr", "lora_mid": "a CP-decomposed convolution", "dora_scale": "DoRA in Kohya's layout",
     "lora_magnitude_vector": "DoRA in diffusers' layout", "diff": "a full difference of weights", "oft_": "OFT",
@@ -48,7 +48,7 @@ DIFFUSERS = {
     f"{name}.": (name,) for name in ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 } | {"diffusion_model.": ("unet", "transformer")}
 NAMES = KOHYA | DIFFUSERS
-# Projections as diffusers' attention processors called them, and the modules that are meant.
+# {name of a projection in diffusers' attention processors: names that its module can have}
 PROJECTIONS = {
     "to_q": ("to_q", "q_proj"), "to_k": ("to_k", "k_proj"), "to_v": ("to_v", "v_proj"),
     "to_out": ("to_out.0", "out_proj", "to_out"),
@@ -56,7 +56,8 @@ PROJECTIONS = {
 
 
 class Part(NamedTuple):
-    """A tensor of an adapter: its key, the component and module that the key names, and "A", "B" or "alpha"."""
+    """A tensor of an adapter: its key, the component and the module that the key names, and its kind: "A", "B" or
+    "alpha"."""
 
     key: str
     component: str
@@ -65,12 +66,13 @@ class Part(NamedTuple):
 
 
 def is_foreign(keys: Iterable[str]) -> bool:
-    """Whether one of these keys ends as diffusers or Kohya write it, and PEFT does not."""
+    """Whether one of these keys has an end that diffusers or Kohya write and PEFT does not."""
     return any(key.endswith(FOREIGN) for key in keys)
 
 
 def implies_scaling(keys: Iterable[str]) -> bool:
-    """Whether the scaling is known without a configuration: from alphas, or as these layouts have it without one."""
+    """Whether the scaling is known without a configuration: from alpha tensors, or by the rule of these layouts for
+    files without alphas (alpha is the rank)."""
     keys = list(keys)
     return any(key.endswith((*FOREIGN, ".alpha")) for key in keys) or all(key.startswith(tuple(NAMES)) for key in keys)
 
@@ -78,14 +80,14 @@ def implies_scaling(keys: Iterable[str]) -> bool:
 def from_layout(
     model: nn.Module, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors by PEFT's keys of ``model``, and the configuration as adapter_config.json would hold it.
+    """The tensors with PEFT's keys for ``model``, and the configuration as adapter_config.json would hold it.
 
-    model: the component that the adapter is for, or a module with the components as attributes, as a pipeline has
-    them. Of a file for several components, the part that fits the model is taken, with a warning about the rest.
+    model: the component that the adapter is for, or a module with the components as attributes, like a pipeline. If
+    the file holds several components, the part that fits the model is returned, with a warning about the other parts.
     metadata: PEFT's settings as diffusers writes them beside the tensors ("unet.lora_alpha"); may be empty.
     The scaling of a module is alpha / rank: alpha from its tensor, else from the metadata, else the rank.
 
-    Raises AdapterFormatError for keys of another kind, and for names that no module or more than one has.
+    Raises AdapterFormatError for keys of another kind, and for a name that fits no module or several modules.
     """
     parts = [_parse(key) for key in sorted(tensors)]
     groups = defaultdict[str, list[Part]](list)
@@ -114,14 +116,18 @@ def from_layout(
                 continue
             key = f"{PREFIX}{path}.lora_{part.kind}.weight"
             if key in result:
-                raise AdapterFormatError(f"two keys stand for {shown(key)}, one of them {shown(part.key)}")
+                raise AdapterFormatError(
+                    f"two keys become {shown(key)}, one of them {shown(part.key)}; every tensor needs its own key"
+                )
             result[key] = _flat(model, path, tensors[part.key])
     settings = {component: settings_of(metadata, NAMES.get(component, ())) for component in chosen}
     config = implied_config(result, alphas, {path: settings[c] for c in chosen for path in found[c].values()})
     targets = config["target_modules"]
     ends = tuple(f".{path}" for path in targets)
     if any(path.endswith(ends) and path not in targets for path, _ in model.named_modules()):
-        config["target_modules"] = "|".join(map(re.escape, targets))  # a name would take modules that end in it, too
+        config["target_modules"] = "|".join(
+            map(re.escape, targets)
+        )  # a name would also match modules whose path ends in it
     return result, config
 
 
@@ -131,9 +137,11 @@ def _parse(key: str) -> Part:
     if end is None:
         kind = next((what for name, what in OTHER_KINDS.items() if _is_of_kind(key, name)), None)
         if kind:
-            raise AdapterFormatError(f"{shown(key)} belongs to {kind}; LoRA's two matrices and alpha are read")
+            raise AdapterFormatError(
+                f"{shown(key)} belongs to {kind}, which is not read; accepted are LoRA's two matrices and alpha"
+            )
         raise AdapterFormatError(
-            f"{shown(key)} is no key of an adapter; known ends are {', '.join(ENDS)}. Leave other keys out with "
+            f"{shown(key)} is not a key of an adapter; accepted ends are {', '.join(ENDS)}. Leave other keys out with "
             "key_mapping={prefix: None}"
         )
     name = plain.removesuffix(end).removeprefix(PREFIX).replace(".processor.", ".")
@@ -150,13 +158,13 @@ def _is_of_kind(key: str, name: str) -> bool:
 
 
 def _root(model: nn.Module, component: str) -> str:
-    """The path of the component in the model, with a dot; "" where the model itself is the component."""
+    """The path of the component in the model, with a dot at the end; "" if the model itself is the component."""
     names = NAMES.get(component, ())
     return next((f"{name}." for name in names if isinstance(getattr(model, name, None), nn.Module)), "")
 
 
 def _resolve(model: nn.Module, root: str, group: list[Part]) -> dict[str, str]:
-    """{module as a key names it: path in the model} of those that are found."""
+    """{module name in a key: path in the model} for the modules that are found."""
     paths = [path for path, module in model.named_modules() if path.startswith(root) and _has_weight(module)]
     known, flat = set(paths), defaultdict[str, list[str]](list)
     for path in paths:
@@ -170,7 +178,7 @@ def _resolve(model: nn.Module, root: str, group: list[Part]) -> dict[str, str]:
             if len(same) > 1:
                 written = shown(group[0].component + name)
                 raise AdapterFormatError(
-                    f"{written} may be {same[0]!r} or {same[1]!r}, as Kohya writes dots as underscores too; "
+                    f"{written} may be {same[0]!r} or {same[1]!r}, since Kohya's scripts write dots as underscores; "
                     f"choose with key_mapping={{{written}: {PREFIX + same[0]!r}}}"
                 )
             path = same[0] if same else None
@@ -198,7 +206,8 @@ def _choose(
     found: Mapping[str, Mapping[str, str]],
     tensors: Mapping[str, Tensor],
 ) -> list[str]:
-    """The component that the model is, of those that the file holds. Raises where none or several may be meant."""
+    """The one component of the file that fits the model, or the one with the most modules found if none fits. Raises
+    AdapterFormatError if several fit."""
 
     def fits(component: str) -> bool:
         paths = found[component]
@@ -210,8 +219,9 @@ def _choose(
     fitting = [component for component in groups if fits(component)]
     if len(fitting) > 1:
         raise AdapterFormatError(
-            f"the file holds adapters for {', '.join(map(repr, groups))}, and {type(model).__name__} may be each of "
-            f"{', '.join(map(repr, fitting))}; leave the others out with key_mapping={{{fitting[-1]!r}: None}}"
+            f"the file holds adapters for {', '.join(map(repr, groups))}, and several of them fit "
+            f"{type(model).__name__}: {', '.join(map(repr, fitting))}; leave the others out with "
+            f"key_mapping={{{fitting[-1]!r}: None}}"
         )
     return fitting or [max(groups, key=lambda component: len(found[component]))]
 
@@ -229,12 +239,12 @@ def _unresolved(model: nn.Module, root: str, part: Part) -> str:
     flat = part.module.replace(".", "_")
     nearest = max(paths, key=lambda path: len(common_end(path.replace(".", "_"), flat)), default="(it has none)")
     return (
-        f"{shown(part.key)} names no module of {type(model).__name__}; the nearest is {nearest!r}. If that is meant, "
+        f"{shown(part.key)} names no module of {type(model).__name__}; the nearest is {nearest!r}. If that is the one, "
         f"pass key_mapping={{{shown(part.component + part.module)}: {PREFIX + nearest!r}}} (prefixes work likewise)"
     )
 
 
 def _flat(model: nn.Module, path: str, tensor: Tensor) -> Tensor:
-    """The 1x1 convolution that some trainers make of a linear layer's matrix as that matrix."""
+    """The tensor; for a linear layer a matrix in place of the 1x1 convolution (n, m, 1, 1) that some trainers save."""
     linear = isinstance(model.get_submodule(path), nn.Linear)
     return tensor.flatten(1) if linear and tensor.dim() == 4 and tensor.shape[2:] == (1, 1) else tensor

@@ -1,4 +1,4 @@
-"""What an adapter file must hold for a model: its keys, their shapes and dtypes, and what may be there beside them."""
+"""Checks an adapter file against a model: the keys, shapes and dtypes that it must hold, and keys that it may hold."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lora_kernels.report import Injection
 
 
 def keys_of(model: nn.Module, injection: Injection) -> dict[str, str]:
-    """{PEFT's key: name in the state_dict of the injected model} of everything an adapter file holds."""
+    """{PEFT's key: name in the state_dict of the injected model} for all tensors of an adapter file."""
     adapted, state = injection.adapted, list(model.state_dict())
     inside = tuple(f"{path}." for path in injection.saved)
     names = {}
@@ -48,8 +48,8 @@ def keys_of(model: nn.Module, injection: Injection) -> dict[str, str]:
 def with_replaced(
     model: nn.Module, injection: Injection, names: dict[str, str], tensors: dict[str, Tensor]
 ) -> tuple[Injection, dict[str, str]]:
-    """Injection and names with the weights of embeddings that the file exchanges: PEFT saves those of a model whose
-    vocabulary was resized, and reads them back into the base."""
+    """Injection and names, with the weights of embeddings added that the file replaces: PEFT saves the embeddings of a
+    model whose vocabulary was resized, and loads them back into the base."""
     taken = {*injection.adapted, *(one.path for one in injection.tokens)}
     candidates = [f"{path}.weight" for path in embeddings(model) if path not in taken]
     state = model.state_dict()
@@ -62,18 +62,20 @@ def with_replaced(
 
 
 def check_shared(state: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    """Raise where the file has two values for one weight that modules share."""
+    """Raise AdapterFormatError if the file has two different values for one weight that modules share."""
     first = dict[int, str]()
     for name, value in values.items():
         place: Any = state[name]
         address = (place.to_local() if is_sharded(place) else place).data_ptr()
-        other = first.setdefault(address, name) if address else name  # 0: nothing of it is stored here
+        other = first.setdefault(address, name) if address else name  # address 0: this process stores no part of it
         if other != name and not torch.equal(values[other], value):
-            raise AdapterFormatError(f"{name} and {other} are one weight of this model, and the file has two for them")
+            raise AdapterFormatError(
+                f"{name} and {other} are one weight of this model, and the file has two different tensors for them"
+            )
 
 
 def check_same(model: nn.Module, present: Injection, file: Injection) -> None:
-    """Raise unless the file describes the layers that the model has."""
+    """Raise AdapterFormatError unless the file describes the layers that the model has."""
     if set(present.adapted) != set(file.adapted):
         path = min(set(present.adapted) ^ set(file.adapted))
         has, lacks = ("model", "adapter") if path in present.adapted else ("adapter", "model")
@@ -93,7 +95,8 @@ def check_same(model: nn.Module, present: Injection, file: Injection) -> None:
             raise AdapterFormatError(f"the adapter has {field}={other}; the model {one}")
     if present.tokens != file.tokens:
         raise AdapterFormatError(
-            "the adapter trains other rows of the embeddings (trainable_token_indices) than the model"
+            "the adapter trains other rows of the embeddings (trainable_token_indices) than the model; load it into a "
+            "fresh model"
         )
     if ours.bias != theirs.bias or set(present.saved) != set(file.saved) or len(changing) > 1:
         raise AdapterFormatError(
@@ -103,7 +106,8 @@ def check_same(model: nn.Module, present: Injection, file: Injection) -> None:
 
 
 def check_tensors(model: nn.Module, injection: Injection, names: dict[str, str], tensors: dict[str, Tensor]) -> None:
-    """Raise unless the tensors are those of ``names``, each of the shape and kind of its place, and finite."""
+    """Raise AdapterFormatError unless the tensors have the keys of ``names``, fitting shapes and dtypes, and finite
+    numbers."""
     state, adapted = model.state_dict(), injection.adapted
     missing, extra = names.keys() - tensors.keys(), tensors.keys() - names.keys()
     extra = {key for key in sorted(extra) if not _is_pefts_surplus(key, tensors[key], injection, state)}
@@ -124,14 +128,14 @@ def check_tensors(model: nn.Module, injection: Injection, names: dict[str, str],
         if tuple(tensor.shape) != shape:
             raise AdapterFormatError(f"{key} has shape {tuple(tensor.shape)}, expected {shape}")
         if tensor.dtype != dtype and not (tensor.is_floating_point() and dtype.is_floating_point):
-            raise AdapterFormatError(f"{key} has dtype {tensor.dtype}, expected {dtype} or, for floats, another float")
+            raise AdapterFormatError(f"{key} has dtype {tensor.dtype}, expected {dtype} (for a float, any float dtype)")
         if not is_finite(tensor):
             raise AdapterFormatError(f"{key} holds NaN or infinity, expected finite numbers")
 
 
 def _is_pefts_surplus(key: str, tensor: Tensor, injection: Injection, state: dict[str, Tensor]) -> bool:
-    """Whether PEFT writes this key beside those it reads back: with bias="all" the biases inside its wrappers of
-    modules_to_save, and tensors of the base, which must be the model's own."""
+    """Whether PEFT writes this key but does not load it: with bias="all" the biases inside its wrappers of
+    modules_to_save, and tensors of the base, which must equal the model's."""
     name = key.removeprefix(PREFIX)
     for path in injection.saved:
         inner = name.removeprefix(f"{path}.")
@@ -141,10 +145,10 @@ def _is_pefts_surplus(key: str, tensor: Tensor, injection: Injection, state: dic
 
 
 def converted(key: str, tensor: Tensor, like: Tensor) -> Tensor:
-    """The tensor in the dtype and on the device of ``like``. AdapterFormatError where that overflows."""
+    """The tensor in the dtype and on the device of ``like``. Raises AdapterFormatError if a number overflows."""
     value = tensor.to(device=like.device, dtype=like.dtype)
     if not is_finite(value):
-        raise AdapterFormatError(f"{key} holds numbers too large for {like.dtype}, the dtype of its place in the model")
+        raise AdapterFormatError(f"{key} holds numbers too large for {like.dtype}, its dtype in the model")
     return value
 
 

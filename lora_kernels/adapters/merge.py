@@ -19,7 +19,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
     Each sum is rounded once to W's dtype, in which it is then used. The base weights are kept aside (their memory is
     needed twice) for unmerge_lora. Layers that are merged already stay as they are. A weight tied to another module
-    becomes the layer's own while merged. Rows of trainable_token_indices are put into their weight, too.
+    becomes the layer's own while merged. Trained rows (trainable_token_indices) are written into their weight, too.
     Raises MergeError naming the layer if a sum is not finite, with nothing merged, and for a model that is sharded
     over processes; ConfigError without LoRA layers.
     """

@@ -38,7 +38,7 @@ class AdapterPool:
         max_rank: the largest rank of one adapter; min(64, max_rank_total) if None.
         target_modules: which layers, as in LoRAConfig; all linear ones but the output head if None.
         backend: as multi_lora_linear takes it.
-        batch_dim: the dimension of the model's inputs that its sequences are on; found by a probe if None.
+        batch_dim: the dimension of the model's inputs that counts the sequences, 0 or 1; found by a probe if None.
         lora_bias: also serve adapters with a bias on lora_B (PEFT's lora_bias); one more addition in every layer.
 
     Buffers are allocated here, (max_rank_total, K) and (max_rank_total, N) for a layer W (N, K), and never again: a
@@ -131,29 +131,33 @@ class AdapterPool:
             state.held[name] = state.entry(name)._replace(pinned=False)
 
     def batch(self, adapters: Asked, *, image_ids: Asked | None = None) -> Opening:
-        """A block in which calls of the model are served with ``adapters``, in this thread or asyncio task.
+        """Open a block in which calls of the model use ``adapters``, in this thread or asyncio task.
 
-        A list of names, one for each sequence of the model's inputs, None for no adapter, ("sql", 0.5) for an adapter
-        whose scaling counts half; what generate() makes of a sequence (beams, several answers) gets its adapter. Or an
-        int32 tensor of slots (``ids``), one a sequence or one a token, -1 for none, whose numbers may change while the
-        batch is open. image_ids: likewise for the items of image inputs, where adapters have weights in layers that
-        see images alone. Blocks may be nested; the innermost counts.
+        adapters: a list of names, one for each sequence of the model's inputs, None for no adapter, ("sql", 0.5) for
+        half of that adapter's scaling. If generate() repeats a sequence (beams, several answers), each copy gets the
+        sequence's adapter. Or an int32 tensor of slots (``ids``), one for each sequence or one for each token, -1 for
+        no adapter; its numbers may change while the batch is open. image_ids: the same for the items of image inputs,
+        needed if adapters have weights in layers whose input comes from images only. Blocks may be nested; the
+        innermost is used.
 
         The adapters that are named are neither evicted nor replaced nor moved meanwhile; with a tensor, all that the
         pool holds when the block is entered, and those that ``ids`` is asked for inside.
 
-        Which row of a layer's input belongs to which sequence is learned from probes of the model: runs without
-        adapters on altered inputs, once for each kind of call, when several adapters are first wanted at a time.
+        Probes find which row of a layer's input belongs to which sequence. A probe runs the model without adapters on
+        altered inputs, once for each kind of call, when a batch first has several adapters.
 
-        Raises UnknownAdapterError, ShapeError, and AdapterPoolError where batches overlap without being nested; from
-        the model's layers UnknownRowsError where it is not known which rows belong to which sequence.
+        Raises UnknownAdapterError, ShapeError, and AdapterPoolError if batches overlap without being nested. The
+        model's layers raise UnknownRowsError if the pool does not know which rows belong to which sequence.
         """
         return Opening(self._here, lambda: self._begin(adapters, image_ids), self._end)
 
     def probe(self, *args: Any, **kwargs: Any) -> None:
-        """Learn from a call of the model with these arguments, at least two sequences of different content, which rows
-        belong to which sequence: before torch.compile, before a CUDA graph is captured, and for layers that are called
-        otherwise than by the model. Nothing else changes. Raises AdapterPoolError where it shows nothing."""
+        """Find which rows belong to which sequence from a call of the model with these arguments.
+
+        The arguments hold at least two sequences of different content. Call it before torch.compile, before a CUDA
+        graph is captured, and for layers that are called outside of the model's forward. Nothing else changes. Raises
+        AdapterPoolError if the probe shows nothing.
+        """
         with self._opened() as state:
             state.running += 1  # the pool stays open meanwhile
         try:
@@ -234,7 +238,7 @@ class AdapterPool:
         with self._lock:
             if self._closed:
                 raise AdapterPoolError("this pool is closed and its model is as it was; make a new AdapterPool")
-            if self._state.changing:  # by a thread that a fork left behind
+            if self._state.changing:  # a thread of the parent was writing at the fork
                 raise AdapterPoolError(TORN)
             yield self._state
 

@@ -1,4 +1,4 @@
-"""The with statement of pool.batch: who opened a batch, and that batches end in the order in which they began."""
+"""The with statement of pool.batch: records where a batch was opened, and checks that batches are properly nested."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Name = str | None | tuple[str, float]
 Asked = Sequence[Name] | Tensor
 LARGEST = torch.finfo(torch.float32).max
 OVERLAP = (
-    "batches of this pool overlap: one ended while another that was opened later in the same context was open. Close "
-    "them in the opposite order, or open them in tasks or threads of their own"
+    "batches of this pool overlap: one ended while another that was opened later in the same context was still open. "
+    "Close them in the opposite order, or open them in separate tasks or threads"
 )
 
 
@@ -42,13 +42,13 @@ class Opening:
         outer: OpenBatch | None = here.get()
         if outer is not None and outer.frame is not None and not running(outer.frame):
             raise AdapterPoolError(
-                "a generator that is suspended has a batch open in this context; run it to its end first, or open "
-                "this batch in a thread or a task of its own"
+                "a suspended generator has a batch open in this context; run the generator to its end first, or open "
+                "this batch in a separate thread or task"
             )
         batch = self._batch = self._begin()
         batch.frame, batch.outer = frame, _still_open(outer, "outer")
         batch.outer_in_thread = _still_open(here.thread.batch, "outer_in_thread")
-        if batch.outer_in_thread is not batch.outer:  # of another task of this thread, or opened in another thread
+        if batch.outer_in_thread is not batch.outer:  # opened by another task or thread
             for other in (batch, batch.outer_in_thread):
                 if other is not None:
                     other.interleaved = True
@@ -78,22 +78,25 @@ class Opening:
                 inside.append(innermost)
                 innermost = innermost.outer
             if innermost is None:
-                raise AdapterPoolError("a batch ended in another thread or task than it began in; open it there")
+                raise AdapterPoolError(
+                    "a batch was opened in one thread or task and ended in another thread or task; open "
+                    "and close it in the same one"
+                )
             for other in inside:
                 other.refuse(OVERLAP)
             raise AdapterPoolError(OVERLAP)
 
 
 def _still_open(batch: OpenBatch | None, outer: str) -> OpenBatch | None:
-    """The batch, or the first around it that has not ended."""
+    """The batch, or the nearest enclosing batch that has not ended."""
     while batch is not None and batch.ended:
         batch = getattr(batch, outer)
     return batch
 
 
 def generator_of(frame: FrameType | None) -> FrameType | None:
-    """The generator in which a with statement stands; not one that contextlib drives, which is suspended all through
-    the statement that it stands for."""
+    """The frame of the generator that contains the with statement, or None. Generators that contextlib drives are
+    skipped: they are suspended while their with statement runs."""
     while frame is not None:
         driver = frame.f_back
         driven = driver is not None and driver.f_globals.get("__name__") == "contextlib"
@@ -104,9 +107,10 @@ def generator_of(frame: FrameType | None) -> FrameType | None:
 
 
 def split(asked: Sequence[Name]) -> tuple[list[str | None], dict[int, float]]:
-    """Names, and where a name has a scale that is not 1: from ["sql", ("fr", 0.5), None]."""
+    """(["sql", "fr", None], {1: 0.5}) from ["sql", ("fr", 0.5), None]: names, and {position: scale} of scales other
+    than 1."""
     if isinstance(asked, str) or not isinstance(asked, Sequence):
-        raise AdapterPoolError(f"{asked!r:.80}: expected a list of names, one a sequence, None for no adapter")
+        raise AdapterPoolError(f"{asked!r:.80}: expected a list of names, one for each sequence, None for no adapter")
     names, factors = list[Any](asked), dict[int, float]()
     for at, one in enumerate(names):
         if isinstance(one, tuple):
@@ -121,7 +125,7 @@ def split(asked: Sequence[Name]) -> tuple[list[str | None], dict[int, float]]:
 
 
 class Wanted:
-    """What a batch is asked for, with the slots that it uses: of the model's sequences and of its images."""
+    """Collects the ids of a batch (for the model's sequences and images) and the slots that it uses."""
 
     def __init__(self, state: PoolState, capacity: int, device: torch.device) -> None:
         self._state, self._capacity, self._device = state, capacity, device
@@ -129,7 +133,7 @@ class Wanted:
         self.held, self.live = set[int](), False
 
     def ids(self, asked: Asked) -> BatchIds:
-        """One id a request. Raises UnknownAdapterError, AdapterPoolError, ShapeError."""
+        """One id for each request. Raises UnknownAdapterError, AdapterPoolError, ShapeError."""
         if isinstance(asked, Tensor):
             self.live = True
             self.held |= {entry.slot for entry in self._state.entries()}
@@ -140,12 +144,15 @@ class Wanted:
         for at, factor in factors.items():
             largest = self._state.held[names[at] or ""].scaling
             if not abs(factor) * largest <= LARGEST:
-                raise AdapterPoolError(f"({names[at]!r}, {factor}): infinite times the adapter's scaling of {largest}")
+                raise AdapterPoolError(
+                    f"({names[at]!r}, {factor}): the product with the adapter's scaling of {largest} is infinite; give "
+                    "a smaller scale"
+                )
             values[at] = self._virtual.setdefault((values[at], factor), self._capacity + len(self._virtual))
         return BatchIds(ids_tensor(values, self._device), self._capacity, named=True, values=values)
 
     def virtual(self) -> tuple[Tensor, Tensor] | None:
-        """The slots and factors of the ids from ``capacity`` on."""
+        """Slots int64 (v,) and factors float32 (v,) of the ids ``capacity``, ``capacity`` + 1, ...; None if v = 0."""
         if not self._virtual:
             return None
         with torch.inference_mode(False):
@@ -153,23 +160,23 @@ class Wanted:
             return torch.tensor(slots, device=self._device), torch.tensor(factors, device=self._device)
 
     def batch(self, here: Here, requests: BatchIds, images: BatchIds | None) -> OpenBatch:
-        """To be opened."""
+        """The batch, not yet opened."""
         self.held.discard(-1)
         touched = self._state.touched if self.live else self._state.touched_by(frozenset(self.held))
         return OpenBatch(here, requests, images, touched, self.held, self.virtual())
 
 
 def ids_tensor(slots: list[int], device: torch.device) -> Tensor:
-    """int32 (n,)."""
-    with torch.inference_mode(False):  # a backward may be next
+    """The slots as an int32 tensor (n,) on the device."""
+    with torch.inference_mode(False):  # autograd may save it for a backward
         return torch.tensor(slots, dtype=torch.int32, device="cpu").to(device)
 
 
 def check_ids(ids: Tensor) -> Tensor:
-    """A tensor of the caller's that a batch can read. Raises ShapeError."""
+    """The caller's tensor of ids, if a batch can read it. Raises ShapeError otherwise."""
     if ids.dtype != torch.int32 or not ids.is_contiguous():
         raise ShapeError(
-            f"ids are {ids.dtype}{'' if ids.is_contiguous() else ' with gaps'}; expected a contiguous torch.int32 "
-            "tensor, as it is read at every layer and a converted copy would not be"
+            f"ids are {ids.dtype}{'' if ids.is_contiguous() else ', not contiguous'}; expected a contiguous "
+            "torch.int32 tensor. It is read at every layer, and a converted copy would not follow your changes"
         )
     return ids

@@ -1,4 +1,4 @@
-"""Other content for the inputs of a model, as a probe needs it: of the same kind and size, and valid."""
+"""Generates other content for the inputs of a model, for probes: valid, and of the same kind and size."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-# Inputs that describe others; their content is no request's own.
+# Words in the names of inputs that describe other inputs, such as masks. A probe does not alter them.
 ABOUT = ("mask", "position", "type_ids", "cache", "label", "grid", "size", "length")
 
 
 def is_content(name: str) -> bool:
-    """Whether an input of this name has content of the requests."""
+    """Whether an input with this name holds the content of requests."""
     return not any(word in name for word in ABOUT)
 
 
 def is_extent(name: str) -> bool:
-    """Whether an input of this name may say how long each sequence is."""
+    """Whether an input with this name may hold the length of each sequence."""
     return "mask" in name or "length" in name
 
 
@@ -40,7 +40,7 @@ def with_other_extents(extents: Sequence[Tensor], args: Any, kwargs: Any) -> Any
 
 
 def kept_values(content: Mapping[str, Tensor], media: bool) -> Iterator[tuple[int, ...]]:
-    """Tokens that stay where they are, for the case that one is the placeholder of an image and has to."""
+    """Sets of tokens that a probe keeps in place, one set for each attempt: one may be the placeholder of an image."""
     yield ()
     for tokens in content.values() if media else ():
         if not tokens.is_floating_point() and tokens.numel():
@@ -49,8 +49,8 @@ def kept_values(content: Mapping[str, Tensor], media: bool) -> Iterator[tuple[in
 
 
 def other_content(kept: Sequence[int]) -> Callable[[Tensor, torch.Generator], Tensor]:
-    """A function that gives other content of the same kind: floats of the same spread, integers between the smallest
-    and the largest there is, none of them the old one, but for ``kept`` and negative ones, which stay."""
+    """A function (tensor, generator) -> other content: floats with the same mean and spread; integers between the
+    smallest and the largest of the tensor, each different from the old one. Negative integers and ``kept`` stay."""
 
     def other(tensor: Tensor, generator: torch.Generator) -> Tensor:
         tensor = tensor.detach()
@@ -64,7 +64,7 @@ def other_content(kept: Sequence[int]) -> Callable[[Tensor, torch.Generator], Te
             return tensor
         stays = (tensor < 0) | torch.isin(tensor, torch.tensor(sorted(kept), dtype=tensor.dtype, device=tensor.device))
         free = tensor[~stays]
-        if not free.numel():  # the first token of an answer
+        if not free.numel():  # all tokens are kept ones, as the first token of an answer may be
             stays = tensor < 0
             free = tensor[~stays]
         if not free.numel():

@@ -25,7 +25,7 @@ from lora_kernels.layers.replication import REPLICATED_AS
 from lora_kernels.targets import Matcher, resolve
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
-REMEDY = ". load_adapter serves it in a model of its own"
+REMEDY = ". Load it with load_adapter into a separate model"
 TOLD = 4  # names in a message
 
 
@@ -91,8 +91,8 @@ def _fitted(
     raw: Any,
     origin: str,
 ) -> tuple[LoRAConfig, dict[str, float]]:
-    """The configuration and {path: scaling} of the targets; the keys, shapes and dtypes of ``tensors`` are as they say,
-    the values of none were looked at."""
+    """The configuration and {path: scaling} of its targets. Checks that the keys, shapes and dtypes of ``tensors`` fit
+    them; values are not read."""
     settings = _served(model, raw, any(layer.pool_bias is not None for layer in layers.values()))
     try:
         settings = resolve(model, settings, (nn.Linear,))
@@ -136,7 +136,7 @@ def _plain(config: Any) -> Any:
 
 
 def _served(model: nn.Module, raw: Any, lora_bias: bool) -> LoRAConfig:
-    """The configuration, if a pool over this model serves adapters of its kind."""
+    """The configuration. Raises UnservableAdapterError if a pool over this model cannot serve such an adapter."""
     try:
         config = _parse_config(raw)
     except ConfigError as error:
@@ -152,8 +152,8 @@ def _served(model: nn.Module, raw: Any, lora_bias: bool) -> LoRAConfig:
         wrong = "trainable_token_indices: trained rows of an embedding that all adapters share"
     elif config.layer_replication and getattr(model, REPLICATED_AS, None) != config.layer_replication:
         wrong = (
-            f"layer_replication={config.layer_replication}: a base of other layers. Call lora_kernels.adapters."
-            "replicate_layers(model, layer_replication) before the pool is made"
+            f"layer_replication={config.layer_replication}: the model's layers are not replicated in this way. Call "
+            "lora_kernels.adapters.replicate_layers(model, layer_replication) before the pool is made"
         )
     if wrong:
         raise UnservableAdapterError(f"a pool serves A and B over a frozen base, and this adapter has {wrong}{REMEDY}")
@@ -202,9 +202,9 @@ def _kind(model: nn.Module, name: str, config: LoRAConfig) -> str | None:
     if "trainable_tokens" in name:
         return "trained tokens"
     if any(f".{saved}." in f".{name}" for saved in config.modules_to_save or ()):
-        return "a module trained whole (modules_to_save), other than the model's, which all adapters share"
+        return "a module trained whole (modules_to_save) that differs from the model's, which all adapters share"
     if name in [f"{path}.weight" for path in embeddings(model)]:
-        return "the weight of an embedding, as of a resized vocabulary"
+        return "the weight of an embedding (PEFT saves it if the vocabulary was resized)"
     if name.endswith(".lora_B.bias"):
         return "a bias on lora_B"
     if config.bias != "none" and name.endswith(".bias"):

@@ -4,10 +4,10 @@
     run j        other content for the requests of subset j; each request is in half of the subsets, no two in the same
     code[row]    bit j set if the row's bits in run j differ from those in run 0
 
-A row that belongs to request i alone changes in no other runs than i does. Where rows share products whose shape
-depends on routing, all change a little in the last bits: then only changes of more than STRONG of a row's size count.
-Contents are altered and not exchanged: attention treats positions alike, so that exchanging them would take the axis of
-a sequence for that of the requests.
+A row that belongs to request i alone changes only in runs in which request i is altered. If rows share products whose
+shape depends on routing, all rows change a little in the last bits; then only changes larger than STRONG times the norm
+of a row are counted. The contents of requests are altered, not swapped: attention treats all positions alike, so after
+a swap the axis of the sequence positions would look like the axis of the requests.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from torch.utils._pytree import tree_map
 from lora_kernels.layers.pooled import Here
 from lora_kernels.layers.pooled_rows import places_of
 
-RUNS = 8  # at least; rows that are routed by content must not look ordered by chance in all of them
+RUNS = 8  # at least; so many that rows routed by content do not look ordered by chance in all runs
 STRONG = 0.01
-SEED = 0x10AD_C0DE  # no seed that the inputs were drawn with
-Seen = dict[str, list[tuple[tuple[int, ...], Tensor, Tensor]]]  # by path: a call's leading dimensions, hashes, sketches
+SEED = 0x10AD_C0DE  # an unusual one: the inputs must not have been drawn with it
+Seen = dict[str, list[tuple[tuple[int, ...], Tensor, Tensor]]]  # {path: (leading dims, hashes, sketches) of each call}
 Alter = Callable[[Tensor, Tensor, torch.Generator], Tensor | None]  # (an input, which requests, ...): altered or None
 
 
 class Recording:
-    """In place of a batch while a probe runs: layers hand over what they see, and compute the base alone."""
+    """Takes the place of a batch while a probe runs: records the inputs of the layers, which compute the base alone."""
 
     mixed, frame = False, None
 
@@ -46,7 +46,7 @@ class Recording:
         return True
 
     def of(self, x: Tensor, layer: Any) -> None:
-        """Note the input; no ids, so that the layer computes the base."""
+        """Record the input; returns None (no ids), so the layer computes the base alone."""
         self.seen.setdefault(layer.pool_path, []).append((tuple(x.shape[:-1]), *_digest(x.detach())))
 
 
@@ -54,24 +54,27 @@ At = tuple[str, int]  # path, x.dim()
 
 
 class Isolation(NamedTuple):
-    """places: of the requests, none where the rows follow no order that is understood; None where there was one
-    request. Layers where nothing changes are left out. apart: where each row depends on one request alone. varies:
-    paths of layers whose number of rows depends on content."""
+    """The result of a probe.
+
+    places: {(path, x.dim()): places of the requests}; empty if the rows follow no known order; None if the probe had
+    one request only. Layers in which no row changes are left out. apart: the (path, x.dim()) in which each row depends
+    on one request alone. varies: paths of layers whose number of rows depends on content.
+    """
 
     places: Mapping[At, Mapping[tuple[int, str], frozenset[int]] | None]
     apart: frozenset[At]
     varies: frozenset[str] = frozenset()
 
     def known(self) -> int:
-        """In how many cases a place is known."""
+        """Number of (path, x.dim()) with a known place."""
         return sum(map(bool, self.places.values()))
 
     def complete(self) -> bool:
-        """Whether that is so wherever anything changes."""
+        """Whether a place is known for every (path, x.dim()) in which a row changes."""
         return 0 < self.known() == len(self.places)
 
     def agreeing(self, other: Isolation) -> Isolation:
-        """What another probe, of other inputs, shows too; all that it does not see."""
+        """The places that a probe of other inputs confirms; those of layers that it did not run are kept."""
         places = dict(self.places)
         for at, mine in self.places.items():
             theirs = {} if at[0] in other.varies else other.places.get(at)
@@ -86,10 +89,10 @@ NOTHING = Isolation({}, frozenset())
 def isolate(
     model: nn.Module, here: Here, args: Any, kwargs: Any, count: int, alter: Alter, flat: bool = False
 ) -> Isolation:
-    """Run the model on its inputs and on altered ones; what ``count`` requests change where. flat: the requests are
-    tokens, and places are counted over all leading dimensions.
+    """Run the model on its inputs and on altered ones, and find which rows each of ``count`` requests changes.
 
-    The inputs, random states and training flags stay as they are. Raises whatever the model raises.
+    flat: the requests are tokens, and all leading dimensions are counted as one. The inputs, random states and training
+    flags stay as they are. Errors of the model are passed on.
     """
     first = _run(model, here, args, kwargs)
     codes = {
@@ -109,7 +112,7 @@ def isolate(
         for path in first.keys() | seen.keys():
             before, after = first.get(path, []), seen.get(path, [])
             if [lead for lead, *_ in before] != [lead for lead, *_ in after]:
-                varies.add(path)  # how many rows it sees depends on their content
+                varies.add(path)  # its number of rows depends on content
                 continue
             for (code, strong), (_, old, was), (_, new, now) in zip(codes[path], before, after, strict=True):
                 changed = old != new
@@ -134,7 +137,8 @@ def isolate(
 
 
 def _subsets(count: int) -> Iterator[Tensor]:
-    """bool (count,): by each binary digit of 1, 2, ... count, and the others; as often as it takes for RUNS."""
+    """bool (count,) for each run: the requests whose number (from 1) has a certain binary digit 1, and then those that
+    have a 0; repeated until there are at least RUNS."""
     digits = count.bit_length()
     for number in range(max(2 * digits, RUNS + RUNS % 2)):
         bit = (torch.arange(1, count + 1) >> (number // 2 % digits)) & 1
@@ -155,7 +159,7 @@ def _copied(leaf: Any) -> Any:
 
 @contextmanager
 def _apart(model: nn.Module, here: Here, recording: Recording) -> Iterator[None]:
-    """Nothing that the block does to flags and random states stays."""
+    """Restore training flags and random states after the block; in it, modules are in eval mode without gradients."""
     training = [module for module in model.modules() if module.training]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     state, token = random.getstate(), here.var.set(recording)
@@ -173,8 +177,8 @@ def _apart(model: nn.Module, here: Here, recording: Recording) -> Iterator[None]
 
 
 def _digest(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row of x (..., K): a hash int64 (M,), equal for the same bits and for others but by an accident in 2^60;
-    and a sketch (M, 8) whose differences are as large as those of the rows."""
+    """For each of the M rows of x (..., K): a hash int64 (M,), equal for equal bits, and for different bits with a
+    probability of about 2^-60; and a sketch (M, 8) whose differences are about as large as those of the rows."""
     K, bits = x.shape[-1], {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     generator = torch.Generator().manual_seed(K)
     weights = torch.randint(-(2**62), 2**62, (K,), generator=generator).to(x.device) * 2 + 1

@@ -24,11 +24,11 @@ Targets = str | Sequence[str] | None
 EXPERT = re.compile(r"(^|\.)(?!shared)\w*experts?\.\d+(\.|$)")
 
 
-MAX_RANK = 64  # where the caller names none: what kernels reserve for a row grows with it
+MAX_RANK = 64  # the default of max_rank; the memory that kernels reserve for a row grows with it
 
 
 def check_sizes(capacity: object, max_rank_total: int, max_rank: int | None, batch_dim: object) -> int:
-    """The largest rank of one adapter. Raises ConfigError for numbers that make no sense."""
+    """The largest rank of one adapter. Raises ConfigError for sizes out of range."""
     sizes = {"capacity": capacity, "max_rank_total": max_rank_total, "max_rank": 1 if max_rank is None else max_rank}
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
@@ -37,7 +37,7 @@ def check_sizes(capacity: object, max_rank_total: int, max_rank: int | None, bat
         raise ConfigError(f"batch_dim = {batch_dim!r}: accepted are 0, 1 and None")
     max_rank = min(MAX_RANK, max_rank_total) if max_rank is None else max_rank
     if max_rank > max_rank_total:
-        raise ConfigError(f"max_rank = {max_rank}: no more than max_rank_total = {max_rank_total} can be held")
+        raise ConfigError(f"max_rank = {max_rank}: accepted are ranks up to max_rank_total = {max_rank_total}")
     return max_rank
 
 
@@ -148,19 +148,19 @@ class PooledModel:
             raise
 
     def device(self) -> torch.device:
-        """Of the first layer."""
+        """The device of the first layer."""
         return next(iter(self.layers.values())).pool_slots.A.device
 
     def restore(self) -> None:
-        """Every layer of its own class again, without the pool's buffers; flags as they were. Where a step raises, the
-        others are done all the same."""
+        """Give every layer its own class again, remove the pool's buffers, and restore the flags. If one step raises,
+        the other steps are still done."""
         self.layers = {}
         self._undo.close()
 
 
 def _set_flag(layer: nn.Module, name: str, flag: bool) -> None:
-    """requires_grad of a layer's parameter, which ``to`` and ``half`` may have replaced since."""
+    """Set requires_grad of a layer's parameter, which is looked up by name since ``to`` and ``half`` may replace it."""
     parameter = layer._parameters.get(name)
     if parameter is not None and parameter.requires_grad != flag:
-        with torch.inference_mode(parameter.is_inference()):  # else PyTorch refuses
+        with torch.inference_mode(parameter.is_inference()):  # otherwise PyTorch raises
             parameter.requires_grad_(flag)

@@ -1,4 +1,4 @@
-"""What a pool learns of its model: which row of every pooled layer belongs to which request."""
+"""Probes of a pool's model: find which row of every pooled layer belongs to which request."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from lora_kernels.layers.pooled_batch import OpenBatch
 from lora_kernels.layers.pooled_call import MEDIA, Call, Dims, len_of
 from lora_kernels.layers.pooled_rows import Evidence, RowLayout, first_layout
 
-SEQUENCES, LENGTHS = 3, (7, 5)  # of the calls that are made up for a model of transformers
+SEQUENCES, LENGTHS = 3, (7, 5)  # of the generated calls for a model of transformers
 
 
 class Probe:
-    """Probes a model and keeps what that shows in its layers' ``pool_rows``."""
+    """Probes a model and stores the result in its layers' ``pool_rows``."""
 
     def __init__(self, pooled: PooledModel, here: Here, batch_dim: int | None) -> None:
         self.pooled, self.here = pooled, here
@@ -43,7 +43,7 @@ class Probe:
         return Call(args, kwargs, self.names, self._reads_media)
 
     def make_up(self) -> None:
-        """Once: probe a model of transformers with inputs that are made from its configuration."""
+        """Probe a model of transformers, once, with inputs that are generated from its configuration."""
         with self._lock:
             if self._made_up or not self._main or _capturing():
                 return
@@ -56,7 +56,7 @@ class Probe:
                 self._study(self.call((), kwargs), [((0,), SEQUENCES)], None)
 
     def learn(self, batch: OpenBatch) -> bool:
-        """Probe with the call that the batch is in; False where there is none or it was probed already."""
+        """Probe with the running call of the batch; False if there is no call or it was probed before."""
         call = batch.call
         if call is None or call.probed or batch.problem or _capturing():
             return False
@@ -69,7 +69,7 @@ class Probe:
         return True
 
     def show(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Probe with a call that is given. Raises AdapterPoolError where that shows nothing."""
+        """Probe with the given arguments. Raises AdapterPoolError if that shows nothing."""
         call = self.call(args, kwargs)
         known = self.here.batch_dim
         dims: list[Dims] = [(0,), (1,)] if known is None else [(known,)]
@@ -79,17 +79,19 @@ class Probe:
             found = self._study(call, [(at, next(_counts(call, at))) for at in dims], None, first=True)
         if not found:
             raise AdapterPoolError(
-                f"the probe with {call.shapes()} has shown of no layer which row belongs to which request"
-                f"{self.here.failure}. Give inputs of a call of the model with at least two requests of different "
+                f"the probe with {call.shapes()} did not show for any layer which row belongs to which request"
+                f"{self.here.failure}. Give the inputs of a call of the model with at least two requests of different "
                 "content on dimension 0 (or on batch_dim of the pool)"
             )
 
     def _study(self, call: Call, options: list[tuple[Dims, int]], images: int | None, first: bool = False) -> bool:
-        """Find the requests' dimension among the options, and keep what the probe shows; whether it shows anything.
-        first: the first option counts where others are as good."""
+        """Find the dimension of the requests among the options, and store the result of the probe.
+
+        Returns whether the probe shows anything. first: prefer the first option if another one fits as well.
+        """
         self.here.failure = ""
         others = []
-        if [dims for dims, _ in options] == [(1,)]:  # rows may be as much apart by dimension 0
+        if [dims for dims, _ in options] == [(1,)]:  # rows may be as independent along dimension 0
             others = [((0,), count) for count in _counts(call, (0,)) if count > 1 and self.here.batch_dim is None][:1]
         results = list[tuple[Dims, int, Isolation]]()
         for dims, count in [*options, *others]:
@@ -104,7 +106,7 @@ class Probe:
             if dims != best[0] and not first and apart and not other.apart < apart:
                 self.here.failure = (
                     f" (dimension {best[0][0]} or {dims[0]} of the inputs, {call.shapes()}, may be that of the "
-                    "requests; make the pool with batch_dim=0 or 1, or call the model with other sizes before)"
+                    "requests; make the pool with batch_dim=0 or 1, or first call the model with other sizes)"
                 )
                 return False
         dims, count, found = best
@@ -127,7 +129,7 @@ class Probe:
         return bool(found.known())
 
     def _best(self, call: Call, dims: Dims, count: int) -> Isolation:
-        """Of several ways to alter the inputs, what shows most; where the model refuses all, nothing."""
+        """Alter the inputs in several ways, and return what shows most; NOTHING if the model refuses all of them."""
         content = {
             name: tensor for name, tensor in call.main.items()
             if len_of(tensor, dims) == count and is_content(name)
@@ -140,12 +142,12 @@ class Probe:
             found = self._attempt(call, content, dims, count, kept)
             if found is not None:
                 break
-        if (found is None or not found.known()) and len(content) > 1:  # others may not be the requests' own
+        if (found is None or not found.known()) and len(content) > 1:  # the other inputs may not belong to the requests
             name = next(iter(content))
             less = self._attempt(call, {name: content[name]}, dims, count, ())
             found = less if found is None or less is None else less.agreeing(found._replace(places={}))
         about = [tensor for name, tensor in call.main.items() if is_extent(name) and len_of(tensor, (0,)) == count]
-        if found is not None and found.known() and about and dims == (0,):  # an order by length, for one
+        if found is not None and found.known() and about and dims == (0,):  # the model may sort sequences by length
             args, kwargs = with_other_extents(about, call.args, call.kwargs)
             again = self._attempt(Call(args, kwargs, self.names, self._reads_media), content, dims, count, ())
             found = found if again is None else found.agreeing(again)
@@ -165,10 +167,10 @@ class Probe:
 
         try:
             found = isolate(self.pooled.model, self.here, call.args, dict(call.kwargs), count, alter, len(dims) == 2)
-        except Exception as error:  # of the model, for inputs that are not from a real call
+        except Exception as error:  # the model may refuse generated inputs
             self.here.failure = f" (a probe failed: {type(error).__name__}: {error!s:.120})"
             return None
-        if found.places and count == 1:  # nothing to tell apart: only that the layer depends on it
+        if found.places and count == 1:  # one request: shows only which layers depend on it
             return Isolation(dict.fromkeys(found.places), found.apart)
         return found
 
@@ -179,14 +181,14 @@ class Probe:
             at, evidence = (len(dims) == 2, dim), Evidence(images, places)
             old = rows.get(at)
             if old is not None and old.images and not images:
-                old = None  # it depends on the sequences too
+                old = None  # the layer depends on the sequences too
             if old is not None and images and not old.images:
                 continue
             layout = first_layout(evidence, sizes, key) if old is None else old.after(evidence, sizes, key)
             rows[at] = self._same.setdefault(layout.content(), layout)
 
     def _special(self) -> set[int]:
-        """Token ids with a meaning of their own, placeholders of images above all."""
+        """Ids of special tokens, above all placeholders of images."""
         if self._meant is None:
             config = getattr(self.pooled.model, "config", None)
             places = [vars(place) for place in (config, getattr(config, "text_config", None)) if place is not None]
@@ -197,7 +199,7 @@ class Probe:
         return self._meant
 
     def _inputs(self, length: int) -> dict[str, Tensor]:
-        """Of SEQUENCES sequences of random tokens, or pixels."""
+        """Inputs of SEQUENCES sequences of ``length`` random tokens, or SEQUENCES images of random pixels."""
         model: Any = self.pooled.model
         device = next(iter(self.pooled.layers.values())).weight.device
         config, generator = model.config, torch.Generator().manual_seed(length)
@@ -221,7 +223,7 @@ class Probe:
 
 
 def _counts(call: Call, dims: Dims) -> Iterator[int]:
-    """How many requests the main inputs have there."""
+    """The number of requests on these dimensions, for each main input that has them."""
     return (len_of(tensor, dims) for tensor in call.main.values() if len_of(tensor, dims))
 
 

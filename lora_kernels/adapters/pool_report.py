@@ -11,8 +11,8 @@ from lora_kernels.layers.pooled import BUFFERS
 
 
 class AdapterInfo(NamedTuple):
-    """One adapter of a pool. ranks: by the path of the layer. batches: running ones that use it. scaling: its largest,
-    by magnitude."""
+    """One adapter of a pool. ranks: {path of a layer: rank}. batches: number of running batches that use it. scaling:
+    the largest magnitude of its scalings."""
 
     name: str
     slot: int

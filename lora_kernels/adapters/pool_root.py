@@ -1,4 +1,4 @@
-"""What a pool attaches to its model while batches are open: it sees the model's calls, and how generate() repeats."""
+"""Hooks of a pool on its model while batches are open: they record calls, and how often generate() repeats requests."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ GENERATE, EXPAND = "generate", "_expand_inputs_for_generation"  # of transformer
 
 
 class Root:
-    """Attached with the first batch, detached with the last; the pool's lock is held by the caller."""
+    """Attaches hooks when the first batch opens, and removes them when the last one closes. The caller holds the pool's
+    lock."""
 
     def __init__(self, model: nn.Module, here: Here) -> None:
         self.model, self.here = model, here
         self._users, self._undo = 0, list[Callable[[], object]]()
 
     def attach(self) -> None:
-        """A batch is opened."""
+        """Count a batch that is opened, and attach the hooks if it is the first."""
         self._users += 1
         if self._users > 1:
             return
@@ -38,14 +39,14 @@ class Root:
                 own[name] = kind(getattr(self.model, name), self.here)
 
     def detach(self) -> None:
-        """A batch is closed."""
+        """Count a batch that is closed, and remove the hooks if it was the last."""
         self._users -= 1
         while not self._users and self._undo:
             self._undo.pop()()
 
 
 class Entering:
-    """Forward pre-hook: the open batch sees the arguments."""
+    """Forward pre-hook: gives the call's arguments to the open batch."""
 
     def __init__(self, here: Here) -> None:
         self.here = here
@@ -62,7 +63,7 @@ class Entering:
 
 
 class Leaving:
-    """Forward hook: the call has ended."""
+    """Forward hook: notes in the open batch that the call has ended."""
 
     def __init__(self, here: Here) -> None:
         self.here = here
@@ -79,8 +80,8 @@ class Leaving:
 
 
 class Generating:
-    """generate() of the model: its requests are not repeated at its beginning and after its end. An encoder it calls
-    by itself is probed by a call of the model with these inputs."""
+    """Wraps generate(): sets the number of copies of each request to 1 at its beginning, and restores it at its end.
+    If generate() calls an encoder directly, a call of the model with the same inputs is noted for probing."""
 
     def __init__(self, method: Callable[..., Any], here: Here) -> None:
         functools.update_wrapper(self, method)
@@ -101,7 +102,7 @@ class Generating:
 
 
 class Expanding(Generating):
-    """How generate() repeats each request for its beams and its answers."""
+    """Wraps transformers' _expand_inputs_for_generation: records how often generate() repeats each request."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         batch = self.here.get()
@@ -111,7 +112,8 @@ class Expanding(Generating):
 
 
 def _inputs(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Of a call of an encoder and decoder that does what generate() with these arguments does first."""
+    """Inputs for a call of an encoder-decoder model that runs the encoder as generate() with these arguments does; None
+    for other models."""
     config = getattr(model, "config", None)
     if not getattr(config, "is_encoder_decoder", False):
         return None
@@ -124,7 +126,7 @@ def _inputs(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dic
 
 
 class _Nothing:
-    """A hook of a copy of the model, which has no pool."""
+    """Does nothing: replaces a hook in a copy of the model, which has no pool."""
 
     def __call__(self, *_: object) -> None:
         pass

@@ -15,15 +15,16 @@ from lora_kernels.adapters.pool_write import plan_change, write
 from lora_kernels.errors import AdapterBusyError, AdapterPoolError, PoolFullError, UnknownAdapterError
 
 TORN = (
-    "this process was forked while another thread wrote an adapter into the pool, which is incomplete here; fork "
-    "before or after that, or make the model and the pool in the child"
+    "this process was forked while another thread wrote an adapter into the pool, so the pool is incomplete here; fork "
+    "before or after the load, or make the model and the pool in the child process"
 )
 
 
 class PoolState:
     """``held``: the adapters, the least recently used first. ``users``: open batches of each slot. ``running``: all,
-    and loads. ``touched``: paths of the layers in which an adapter has weights now; the object stays. ``changing``: a
-    thread is writing; seen by another only in the child of a fork, where that thread is not.
+    and loads. ``touched``: paths of the layers in which an adapter has weights now; always the same set object.
+    ``changing``: a thread is writing. Another thread can see it set only in the child of a fork, where the writing
+    thread does not exist.
     """
 
     def __init__(self, pooled: PooledModel, capacity: int, max_rank_total: int) -> None:
@@ -119,7 +120,7 @@ class PoolState:
 
     @contextmanager
     def _incomplete(self) -> Iterator[None]:
-        """``changing`` inside of the block."""
+        """Set ``changing`` while the block runs."""
         self.changing = True
         try:
             yield

@@ -56,7 +56,7 @@ def write_once(model: nn.Module, tensors: Iterable[Any], write: Callable[[], Non
         raise failure
     if failed:
         raise OSError(
-            "the adapter was not written as a whole: the writing process failed; its own error has the reason"
+            "the adapter was not written completely: the process that writes it failed; see the error of that process"
         )
 
 

@@ -1,4 +1,4 @@
-"""Where an adapter is read from: PEFT's folder, one file, or a mapping; whatever its layout, PEFT's keys come out."""
+"""Opens an adapter from PEFT's folder, one file, or a mapping, and converts every known layout to PEFT's keys."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ DIFFUSERS_NAME, DIFFUSERS_METADATA = "pytorch_lora_weights.safetensors", "lora_a
 
 
 class Opened(NamedTuple):
-    """An adapter by PEFT's keys for a model: its configuration, not yet checked; its tensors as the header of the file
-    describes them, on the meta device, or read where the configuration is derived from them; and how to read them."""
+    """An open adapter with PEFT's keys.
+
+    config: not yet checked. described: the tensors as the header of the file describes them, on the meta device; or the
+    read tensors, if the configuration is derived from them. read() returns the tensors.
+    """
 
     config: Any
     described: dict[str, Tensor]
@@ -37,11 +40,11 @@ def open_source(
     key_mapping: KeyMapping | None = None,
     follow_symlinks: bool = False,
 ) -> Iterator[Opened]:
-    """The adapter in ``source``, open while the block runs.
+    """Open the adapter in ``source`` while the block runs.
 
-    source: a folder of PEFT's or of save_adapter, a .safetensors file, or a folder with such a file of another name.
-    Without an adapter_config.json the configuration is derived from a file in diffusers' or Kohya's layout. Raises
-    AdapterFormatError.
+    source: a folder that PEFT or save_adapter wrote, a .safetensors file, or a folder with one .safetensors file of
+    another name. If there is no adapter_config.json and the file is in diffusers' or Kohya's layout, the configuration
+    is derived from the tensors. Raises AdapterFormatError.
     """
     path, limits = Path(source), Limits(model)
     if path.name == WEIGHTS_NAME and not path.is_dir():
@@ -60,7 +63,7 @@ def open_source(
         config = parse_json(config, f"the configuration in {file}")
     found = {} if settings is None else parse_json(settings, f"{DIFFUSERS_METADATA} in {file}")
     if not isinstance(found, dict):
-        raise AdapterFormatError(f"{DIFFUSERS_METADATA} in {file} is no JSON object")
+        raise AdapterFormatError(f"{DIFFUSERS_METADATA} in {file} is not a JSON object")
     tensors, config = as_peft(model, tensors, config, found, key_mapping)
     yield Opened(config, tensors, lambda: tensors)
 
@@ -72,15 +75,15 @@ def as_peft(
     metadata: Mapping[str, Any],
     key_mapping: KeyMapping | None,
 ) -> tuple[dict[str, Tensor], Any]:
-    """The tensors by PEFT's keys, and their configuration: the one given, or for a file of diffusers or Kohya without
-    one (None) what its tensors and ``metadata`` say."""
+    """The tensors with PEFT's keys, and their configuration: ``config``, or if that is None (a file of diffusers or
+    Kohya) the one that is derived from the tensors and ``metadata``."""
     tensors = renamed(tensors, key_mapping)
     foreign = is_foreign(tensors)
     if config is not None:
         if foreign:
             raise AdapterFormatError(
-                "keys of diffusers' or Kohya's layout come without a configuration, which is derived from the tensors; "
-                "leave config (adapter_config.json) out"
+                "the keys are in diffusers' or Kohya's layout, whose configuration is derived from the tensors, and a "
+                "configuration was given too; leave config (adapter_config.json) out"
             )
         tensors = to_peft(tensors)
         return tensors, config if key_mapping is None else _retargeted(model, tensors, config)
@@ -96,8 +99,8 @@ def as_peft(
 
 
 def _retargeted(model: nn.Module, tensors: Mapping[str, Tensor], config: Any) -> Any:
-    """The configuration with the modules that the renamed keys name as its targets, where its own names, of the model
-    that the keys were written for, find none in this one."""
+    """The configuration; if its target_modules match no module of this model, with the modules that the renamed keys
+    name as target_modules."""
     named = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors if ".lora_" in key}
     modules = {path for path, _ in model.named_modules()}
     if not isinstance(config, dict) or not named or not named <= modules:
@@ -105,7 +108,7 @@ def _retargeted(model: nn.Module, tensors: Mapping[str, Tensor], config: Any) ->
     try:
         settings = LoRAConfig.from_peft_dict(config)
     except ConfigError:
-        return config  # refused by its name later
+        return config  # the caller refuses it with a message
     matcher = Matcher(settings)
     if settings.target_modules in (None, ALL_LINEAR) or any(matcher.why_not(path) is None for path in modules if path):
         return config
@@ -114,8 +117,8 @@ def _retargeted(model: nn.Module, tensors: Mapping[str, Tensor], config: Any) ->
 
 
 def _weights_alone(folder: Path) -> Path | None:
-    """The file with the tensors in a folder without an adapter_config.json, by its name or as the only one; None for
-    PEFT's folder, and where the reading of one says what is wrong."""
+    """The file of tensors in a folder without an adapter_config.json: by its name, or the only .safetensors file. None
+    for PEFT's folder, and if reading the folder as PEFT's gives the right error."""
     if os.path.lexists(folder / CONFIG_NAME) or not folder.is_dir():
         return None
     if os.path.lexists(folder / WEIGHTS_NAME):
@@ -126,13 +129,13 @@ def _weights_alone(folder: Path) -> Path | None:
     if len(found) > 1:
         names = ", ".join(path.name for path in found[:4])
         raise AdapterFormatError(
-            f"{folder} has no {CONFIG_NAME} and {len(found)} .safetensors files ({names}); name one"
+            f"{folder} has no {CONFIG_NAME} and {len(found)} .safetensors files ({names}); give the path of one"
         )
     return found[0] if found else None
 
 
 def _has_no_copy(file: Path) -> bool:
-    """Whether these weights are without a configuration, of ours inside or beside them."""
+    """Whether the metadata of these weights holds no copy of a configuration."""
     try:
         with open_stored(file, follow_symlinks=True) as stored:
             return CONFIG_METADATA not in stored.metadata

@@ -1,4 +1,4 @@
-"""A safetensors file, header first: every claim is checked against the file before the bytes of a tensor are read."""
+"""Reads a safetensors file, header first: the whole header is checked against the file before any tensor is read."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ DTYPES = {
     "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
 PICKLE = (
-    "a pickle, which can run code while it is read, and is never read here. Convert it once, where that does no harm: "
+    "a pickle, which can run code while it is read, and is never read here. Convert it once, on a machine where that "
+    "can do no harm: "
     "tensors = torch.load(path, map_location='cpu', weights_only=True), then "
     "safetensors.torch.save_file(tensors, 'adapter_model.safetensors')"
 )
 
 
 class Limits:
-    """Bytes of a file and of its header that are read. For a model: as many as an adapter of it could fill."""
+    """The most bytes of a file and of its header that are read. With a model: as many as its adapters could need."""
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self.file, self.header = MAX_BYTES, MAX_HEADER_BYTES
@@ -41,7 +42,7 @@ class Limits:
 
 
 class StoredTensors:
-    """The tensors of an open file, of which the header alone was read.
+    """The tensors of an open file, of which only the header has been read.
 
     described: {key: tensor on the meta device} with shape and dtype. metadata: the strings beside them.
     """
@@ -51,7 +52,7 @@ class StoredTensors:
         header, self._start = _header(file, name, size, limits)
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         if not isinstance(self.metadata, dict) or not all(isinstance(value, str) for value in self.metadata.values()):
-            raise AdapterFormatError(f"{name}: the metadata is no object of strings")
+            raise AdapterFormatError(f"{name}: the metadata is not a JSON object of strings")
         self._spans = sorted((_span(name, key, entry), key) for key, entry in header.items())
         end = 0
         for (begin, stop), key in self._spans:
@@ -59,14 +60,16 @@ class StoredTensors:
                 raise AdapterFormatError(f"{name}: {key[:200]!r} starts at byte {begin}, expected {end}")
             end = stop
         if end != size - self._start:
-            raise AdapterFormatError(f"{name}: {size - self._start} bytes of data, expected {end}: truncated?")
+            raise AdapterFormatError(
+                f"{name}: {size - self._start} bytes of data, expected {end}; the file may be truncated"
+            )
         self.described = {
             key: torch.empty(header[key]["shape"], dtype=DTYPES[header[key]["dtype"]], device="meta")
             for _, key in self._spans
         }
 
     def read(self) -> dict[str, Tensor]:
-        """The tensors, each in memory of its own. Raises AdapterFormatError if the file has become shorter."""
+        """The tensors, each in its own memory. Raises AdapterFormatError if the file has become shorter."""
         self._file.seek(self._start)
         tensors = {}
         for (begin, end), key in self._spans:
@@ -81,10 +84,10 @@ class StoredTensors:
 
 @contextmanager
 def open_stored(path: Path, follow_symlinks: bool = False, limits: Limits | None = None) -> Iterator[StoredTensors]:
-    """The safetensors file at ``path``, header first, open for StoredTensors.read while the block runs.
+    """Open the safetensors file at ``path`` and read its header; StoredTensors.read works while the block runs.
 
-    Raises AdapterFormatError for a link (unless followed), for what is no regular file or above the limits, and for
-    every claim of the header that does not hold.
+    Raises AdapterFormatError for a symbolic link (unless follow_symlinks), for anything but a regular file, for a file
+    or header above the limits, and for a header that does not fit the file.
     """
     limits = limits or Limits()
     with open_plain(path, limits.file, follow_symlinks) as (file, size):
@@ -93,12 +96,12 @@ def open_stored(path: Path, follow_symlinks: bool = False, limits: Limits | None
 
 @contextmanager
 def open_plain(path: Path, limit: int, follow_symlinks: bool = False) -> Iterator[tuple[BinaryIO, int]]:
-    """A regular file of at most ``limit`` bytes, and its size."""
-    # O_NONBLOCK: opening a FIFO must not wait for its writer. What was opened is what is checked: no race.
+    """Open a regular file of at most ``limit`` bytes; gives the file and its size."""
+    # O_NONBLOCK: opening a FIFO must not wait for its writer. The checks use the open handle, so there is no race.
     flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     if not follow_symlinks:
         if path.is_symlink():
-            raise AdapterFormatError(f"{path} is a symbolic link; pass follow_symlinks=True if that is meant")
+            raise AdapterFormatError(f"{path} is a symbolic link; pass follow_symlinks=True to read it")
         flags |= getattr(os, "O_NOFOLLOW", 0)
     try:
         handle = os.open(path, flags)
@@ -117,7 +120,7 @@ def open_plain(path: Path, limit: int, follow_symlinks: bool = False) -> Iterato
 
 
 def parse_json(text: Any, name: str) -> Any:
-    """JSON without a name twice in an object. Raises AdapterFormatError."""
+    """The parsed JSON. Raises AdapterFormatError if it cannot be parsed, or has a name twice in one object."""
 
     def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -138,32 +141,32 @@ def _header(file: BinaryIO, name: str, size: int, limits: Limits) -> tuple[dict[
     start = file.read(8)
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > min(limits.header, size - 8):
-        # only here: a header of 640 bytes begins as a pickle does, one of 19,280 as a zip
+        # checked only here: a valid file with a header of 640 bytes begins like a pickle, one of 19,280 like a zip
         if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
             raise AdapterFormatError(f"{name} is not a safetensors file but a zip or {PICKLE}")
         if len(start) < 8:
             raise AdapterFormatError(f"{name} is not a safetensors file: it has {size} bytes")
         if length <= size - 8:
             raise AdapterFormatError(f"{name}: header of {length} bytes; at most {limits.header} are read here")
-        raise AdapterFormatError(f"{name}: header of {length} bytes in a file of {size}: truncated?")
+        raise AdapterFormatError(f"{name}: header of {length} bytes in a file of {size}; the file may be truncated")
     header = parse_json(file.read(length), name)
     if not isinstance(header, dict):
-        raise AdapterFormatError(f"{name}: the header is no JSON object")
+        raise AdapterFormatError(f"{name}: the header is not a JSON object")
     return header, 8 + length
 
 
 def _span(name: str, key: str, entry: Any) -> tuple[int, int]:
-    """The first byte of a tensor and the one after its last."""
+    """(first byte of a tensor, byte after its last one), counted from the start of the data."""
     where = f"{name}: {key[:200]!r}"
     if not isinstance(entry, dict):
-        raise AdapterFormatError(f"{where} has no description")
+        raise AdapterFormatError(f"{where} is not described by a JSON object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise AdapterFormatError(f"{where} has dtype {str(dtype)[:20]!r}; known are {', '.join(DTYPES)}")
+        raise AdapterFormatError(f"{where} has dtype {str(dtype)[:20]!r}; accepted are {', '.join(DTYPES)}")
     if not _are_sizes(shape) or len(shape) > 8 or math.prod(size or 1 for size in shape) >= 2**59:
-        raise AdapterFormatError(f"{where} has shape {str(shape)[:60]}, expected a list of sizes")
+        raise AdapterFormatError(f"{where} has shape {str(shape)[:60]}, expected a list of at most 8 sizes")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        raise AdapterFormatError(f"{where} has data_offsets {str(offsets)[:60]}, expected two")
+        raise AdapterFormatError(f"{where} has data_offsets {str(offsets)[:60]}, expected [begin, end]")
     if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
         raise AdapterFormatError(f"{where} of shape {shape} and dtype {dtype} does not fill bytes {offsets}")
     return offsets[0], offsets[1]

@@ -1,9 +1,10 @@
-"""What the differentiable functions share: how an autograd.Function is called, and what runs where kernels cannot.
+"""Helpers of the differentiable functions: how an autograd.Function is called, and when a composition replaces kernels.
 
-Kernels compute values. Where a gradient is to be differentiated again (create_graph=True), where it is mapped over
-(is_grads_batched, jacobian(vectorize=True)), under the transforms of torch.func and under forward-mode
-differentiation, an operator is evaluated by its composition of PyTorch's own operations instead
-(reference/composition.py): the forward by ``transformed``, a backward by ``again`` and ``vjp``.
+Kernels compute values, and PyTorch cannot differentiate them. In four cases an operator is evaluated by its composition
+of PyTorch's own operations instead (reference/composition.py): a gradient is differentiated again (create_graph=True),
+a gradient is mapped over (is_grads_batched, jacobian(vectorize=True)), a transform of torch.func is active, or
+forward-mode differentiation is active. ``transformed`` tests this for the forward, ``again`` for a backward, whose
+composition ``vjp`` evaluates.
 """
 
 from __future__ import annotations
@@ -48,15 +49,15 @@ _has_storage = torch._C._has_storage
 def transformed() -> bool:
     """Whether torch.compile traces, a transform of torch.func is active, or a level of forward-mode differentiation.
 
-    The composition is right where ``derived``, and function.apply while torch.compile traces.
+    If ``derived``, the caller runs the composition; while torch.compile traces, it runs function.apply.
     """
     return is_compiling() or _transforms_active() or forward_ad._current_level >= 0
 
 
 def again(*dY: Tensor) -> bool:
-    """Whether a backward's gradients are differentiated themselves, or mapped over: then ``vjp`` makes them.
+    """Whether a backward's gradients are themselves differentiated or mapped over; then ``vjp`` computes them.
 
-    A gradient that is mapped over (a batch of them in one tensor) has no storage of its own.
+    A dY that is mapped over (a batch of gradients in one tensor) has no storage of its own.
     """
     if is_compiling():
         return False
@@ -64,7 +65,7 @@ def again(*dY: Tensor) -> bool:
 
 
 def composed(function: Callable[..., Any], X: Tensor, *args: Any) -> Any:
-    """function(X, *args), a composition; its operands are in autocast's dtype already."""
+    """function(X, *args) with autocast off, for a composition whose operands are already in autocast's dtype."""
     with no_autocast(X.device.type):
         return function(X, *args)
 
@@ -75,11 +76,11 @@ def vjp(
     needs: Sequence[bool],
     dY: Tensor | Sequence[Tensor],
 ) -> list[Tensor | None]:
-    """The gradients for dY of function(*operands), a composition, for the operands that ``needs`` marks.
+    """The gradients of function(*operands), a composition, with output gradient dY; for operands that ``needs`` marks.
 
-    Operands are saved inputs of the forward; with gradients enabled the results can be differentiated by all of them
-    and by dY, to any order. Each operand is a view of its own, so that no gradient passes from one to another that was
-    computed from it.
+    The operands are saved inputs of the forward. With gradients enabled the results can be differentiated with respect
+    to all operands and dY, to any order. Each operand is replaced by a view, so that no gradient flows from one operand
+    to another from which it was computed.
     """
     graph, given = torch.is_grad_enabled(), [dY] if isinstance(dY, Tensor) else dY
     with torch.enable_grad(), no_autocast(given[0].device.type):
@@ -98,29 +99,29 @@ def vjp(
 
 
 def keep_inputs(ctx: Any, *inputs: Tensor | None) -> None:
-    """Keep parameters that only ``vjp`` reads, not as saved tensors: saved-tensor hooks would copy them each time."""
+    """Keep parameters that only ``vjp`` reads. They are not saved tensors, since saved-tensor hooks would copy them."""
     if not is_compiling():
         ctx.inputs = inputs, [T._version for T in inputs if T is not None and not T.is_inference()]
 
 
 def kept_inputs(ctx: Any) -> tuple[Any, ...]:
-    """What ``keep_inputs`` kept; raises RuntimeError, as a saved tensor would, where one was changed in place since."""
+    """The inputs of ``keep_inputs``. Raises RuntimeError, as for saved tensors, if one was changed in place since."""
     inputs, versions = ctx.inputs
     if versions != [T._version for T in inputs if T is not None and not T.is_inference()]:
         raise RuntimeError(
-            "a parameter that this gradient's own gradient depends on was changed in place after the forward; run the "
-            "forward again after the change, or make the change out of place"
+            "a parameter was changed in place after the forward, and the second derivative needs its old value; run "
+            "the forward again after the change, or make the change out of place"
         )
     return inputs
 
 
 def bias_of(need: bool, X: Tensor, N: int, dtype: torch.dtype | None = None) -> Tensor | None:
-    """An operand of ``vjp`` for a bias (N,) that is not saved: no gradient depends on its values. None without need."""
+    """A zero bias (N,) as operand of ``vjp``: no gradient depends on the values of the bias. None if not ``need``."""
     return torch.zeros(N, dtype=dtype or X.dtype, device=X.device, requires_grad=True) if need else None
 
 
 def check_frozen(W: Tensor) -> None:
-    """Raise FrozenWeightError where W requires a gradient and no transform of torch.func differentiates by it."""
+    """Raise FrozenWeightError if W requires a gradient and no transform of torch.func is active."""
     if W.requires_grad and not _transforms_active():
         raise FrozenWeightError(
             "W requires a gradient; this layer trains A and B over a frozen base. Call W.requires_grad_(False), or "
@@ -141,16 +142,16 @@ def fold_scaling(A: Tensor, scaling: float) -> tuple[Tensor, float]:
 
     An autograd.Function and an operator take a float as a constant of the graph and are compiled again for each value;
     a product with a tensor is compiled a second time for the second value, and never again. A float16 A becomes
-    float32, whose range the product needs.
+    float32, since the product may leave float16's range.
     """
     return A.to(low_rank_dtype(A.dtype)) * scaling, 1.0
 
 
 def number_scaling(A: Tensor, scaling: Any) -> tuple[Tensor, float]:
-    """A and a scaling that is a number. A tensor of one element goes into A: its gradient flows through the product,
-    and no GPU is waited for.
+    """(A, scaling) with a scaling that is a number. If scaling is a tensor of one element, (scaling * A, 1.0): its
+    gradient flows through the product, and the host does not wait for a GPU.
 
-    Raises ShapeError for any other tensor, ConfigError for what is no real number.
+    Raises ShapeError for any other tensor, ConfigError for anything else that is not a real number.
     """
     if isinstance(scaling, Tensor):
         if scaling.numel() != 1 or scaling.is_complex():
@@ -165,7 +166,7 @@ def number_scaling(A: Tensor, scaling: Any) -> tuple[Tensor, float]:
 
 
 def check_dense(X: Tensor) -> None:
-    """Raise ShapeError for an input that is not one block of memory which strides describe."""
+    """Raise ShapeError for a nested or sparse input, or one of another layout than torch.strided."""
     if X.is_nested or X.layout is not torch.strided:
         given = "a nested tensor" if X.is_nested else f"of layout {X.layout}"
         remedy = "to_padded_tensor, or call the layer on the values" if X.is_nested else "to_dense"
@@ -173,7 +174,7 @@ def check_dense(X: Tensor) -> None:
 
 
 def kind_of(X: Tensor) -> str:
-    """The device type by which autocast and the backend are chosen: the CPU's for a tensor on the meta device."""
+    """The device type for autocast and the choice of the backend: "cpu" for a tensor on the meta device."""
     return "cpu" if X.is_meta else X.device.type
 
 

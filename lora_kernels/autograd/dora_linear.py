@@ -106,8 +106,8 @@ def dora_linear(
     Args:
         X: (..., K), float64 (reference only), float32, float16 or bfloat16; any strides, any number of rows.
         W: (N, K) frozen, in X's dtype.
-        A, B: (r, K) and (N, r), any float dtype; rounded to X's (to float32 for float16) where they multiply X, not for
-            the norm.
+        A, B: (r, K) and (N, r), any float dtype; rounded to X's dtype (to float32 if that is float16) where they
+            multiply X, and not rounded for the norm.
         m: (N,) the magnitude, any float dtype.
         bias: (N,) in X's dtype, or None.
         scaling, dropout_p, training, seed, backend: as in lora_linear.

@@ -156,8 +156,9 @@ def lora_conv(
     Args:
         X: (M, C, *in), float64, float32, float16 or bfloat16; any strides (channels last stays so), any M.
         W: (N, C/groups, *k) frozen, in X's dtype.
-        A: (r, C, *k), B: (N, r/groups, *1): any float dtype, rounded to X's (to float32 for float16); r divisible by
-            groups. A's convolution has the base's stride, padding and dilation, and one group: PEFT's layout.
+        A: (r, C, *k), B: (N, r/groups, *1): any float dtype, rounded to X's dtype (to float32 if that is float16); r
+            divisible by groups. A's convolution has the base's stride, padding and dilation, and one group: PEFT's
+            layout.
         bias: (N,) in X's dtype, or None. lora_bias: (N,) in any float dtype, or None.
         scaling: lora_alpha / r, or lora_alpha / sqrt(r).
         dropout_p: probability that an element of A's input is zeroed while ``training``; the others grow by 1/(1-p).
@@ -192,7 +193,7 @@ def lora_conv(
         )
     traced = transformed()
     composes = traced and derived()
-    if traced and not composes:  # a graph takes a number for a constant and is compiled again for each
+    if traced and not composes:  # a number would be a constant of the graph, compiled again for each value
         B, lora_bias = B.to(low_rank_dtype(B.dtype)) * scaling, None if lora_bias is None else lora_bias * scaling
         scaling = 1.0
     B = B.flatten(1)

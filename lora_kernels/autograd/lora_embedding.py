@@ -137,7 +137,7 @@ def lora_embedding(
     adapters: list[Tensor] = []
     for a, b, s in updates:
         b, scaling = (b, s) if type(s) is float else number_scaling(b, s)
-        if traced:  # a graph takes a number for a constant: compiled again for each
+        if traced:  # a number would be a constant of the graph: compiled again for each value
             b, scaling = fold_scaling(b, scaling)
         adapters += [a, b]
         scalings.append(scaling)

@@ -131,11 +131,11 @@ def lora_linear(
     Args:
         X: (..., K), float64 (reference only), float32, float16 or bfloat16; any strides, any number of rows.
         W: (N, K) frozen, in X's dtype.
-        A: (r, K), any float dtype, rounded to X's (to float32 for float16), as B is; r from 1 up.
+        A: (r, K), any float dtype, rounded to X's dtype (to float32 if that is float16), as B is; r >= 1.
         B: (N, r), any float dtype.
         bias: (N,) in X's dtype, or None.
-        scaling: lora_alpha / r, or lora_alpha / sqrt(r); a run-time value, nothing is compiled for it. A number,
-            or a tensor of one element, which may be trained.
+        scaling: lora_alpha / r, or lora_alpha / sqrt(r); a run-time value, so no kernel is compiled for it. A
+            number, or a tensor of one element, which may be trained.
         dropout_p: probability that an element of the adapter's input is zeroed while ``training``; the rest is scaled
             by 1/(1-p).
         seed: fixes the mask: an int, or an int64 tensor (2,) of seed and offset on X's device. None draws one from
@@ -152,7 +152,7 @@ def lora_linear(
         FrozenWeightError: W requires a gradient.
         ShapeError: operands that do not fit together.
         BackendUnavailableError: a backend asked for by name that cannot run here.
-        ConfigError: unknown backend or dropout_mask, dropout_p outside [0, 1], or a scaling that is no number.
+        ConfigError: unknown backend or dropout_mask, dropout_p outside [0, 1], or a scaling that is not a number.
 
     Source: Hu et al., LoRA, arXiv 2106.09685.
     """

@@ -132,7 +132,7 @@ def _composed_backward(
     need_x: bool,
     needs: tuple[list[bool], list[bool], list[bool]],
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
-    """dX, the dA_p, dB_p and dbias_p of the projections that have a gradient, each differentiable again."""
+    """dX, the dA_p, dB_p and dbias_p of the projections that have a gradient; all can be differentiated again."""
     P, keep = len(W), composition.keep_mask(X, X.shape[-1], p, seed, backend != "reference")
     bias = [bias_of(need, X, w.shape[0]) for w, need in zip(W, needs[2], strict=True)]
 

@@ -48,7 +48,7 @@ class _LoRAMLP(torch.autograd.Function):
         *made, keep_x, keep_h = kept
         bits = (keep_x, keep_h) if keep_bits else (None, None)
         ctx.save_for_backward(X, *made, seeds, *bits, *W, *A, *B)
-        keep_inputs(ctx, *bias[:2])  # on which the slopes of silu(G) * U depend
+        keep_inputs(ctx, *bias[:2])  # the derivatives of silu(G) * U depend on them
         ctx.constants = scaling, p, backend
         return Y if X.dim() == 2 else in_shape(Y, *X.shape[:-1], Y.shape[-1])
 
@@ -76,7 +76,7 @@ class _LoRAMLP(torch.autograd.Function):
 def _composition(
     X: Tensor, W: Sequence[Tensor], scaling: Sequence[float], p: float, seeds: Tensor | None, backend: str
 ) -> Callable[..., Tensor]:
-    """The block as a composition of X, the three A, B and biases; its masks are drawn once."""
+    """The block as a composition: a function of X, the three A, B and biases. The masks are drawn once, here."""
     seed_x, seed_h = (None, None) if seeds is None else seeds.unbind()
     philox = not backend.startswith("reference")
     keep_x = composition.keep_mask(X, X.shape[-1], p, seed_x, philox)

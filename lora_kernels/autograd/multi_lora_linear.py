@@ -116,8 +116,8 @@ def token_ids(ids: Tensor, X: Tensor, L: int) -> Tensor:
         raise ShapeError(f"adapter_ids are {ids.dtype}; expected int32 (or int64): a slot, or -1 for none")
     if not is_compiling() and batched(ids):
         raise ShapeError(
-            "adapter_ids are mapped over by torch.func.vmap, but the host reads them; pass X with all its rows and "
-            "one id for each"
+            "torch.func.vmap maps over adapter_ids, but the host reads their values; pass X with all its rows and one "
+            "id for each row"
         )
     if ids.device != X.device:
         raise ShapeError(f"adapter_ids are on {ids.device}, X on {X.device}; expected one device")

@@ -12,9 +12,10 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code, see commands.py; starts before torch is imported.
+    """Runs a command (see commands.py) and returns its exit code; starts before torch is imported.
 
-    0; 2 for what the user can mend and 1 for a fault (one sentence on stderr); 130 for Ctrl-C, 141 for a closed pipe.
+    0: done. 2: an error that the user can correct; 1: a fault (both print one sentence on stderr). 130: Ctrl-C. 141:
+    the reader of the output closed the pipe.
     """
     # A thread of OpenMP that waits for another shall sleep, not spin. Measured on two cores, a training step of the
     # demo: beside another busy process 0.4 to 0.5 s instead of 1.3 to 2.6 s, with the cores to itself 0.28 s instead of

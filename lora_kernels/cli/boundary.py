@@ -1,6 +1,6 @@
-"""Where errors of a command end: one sentence on stderr and an exit status, for this package's errors and others'.
+"""Turns errors of a command, from this package or another, into one sentence on stderr and an exit status.
 
-Imports nothing heavy: it also covers the import of torch.
+Imports no large library, so that errors and Ctrl-C during the import of torch are handled too.
 """
 
 from __future__ import annotations
@@ -41,16 +41,17 @@ _REMEDIES = {
 
 
 def guarded(name: str, run: Callable[[], int]) -> int:
-    """The exit status of ``run()``: its own, or that of its error, which is put on stderr in one sentence.
+    """The exit status that ``run()`` returns; if it raises, the status of the error, which is printed on stderr.
 
-    MISTAKE for what the user can mend, FAULT for a fault in this package. LORA_KERNELS_TRACEBACK=1 shows tracebacks.
+    MISTAKE for an error that the user can correct, FAULT for a fault in this package. LORA_KERNELS_TRACEBACK=1 shows
+    tracebacks.
     """
     try:
         _open_streams()
         try:
             return run()
         finally:
-            sys.stdout.flush()  # here, where an error of it can still be reported
+            sys.stdout.flush()  # here its error can still be reported
     except KeyboardInterrupt:
         _say("\ninterrupted")
         return INTERRUPTED
@@ -68,9 +69,9 @@ def guarded(name: str, run: Callable[[], int]) -> int:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """For imports: raises KeyboardInterrupt at the end where Ctrl-C came in it, though an import swallowed it.
+    """A block for imports: raises KeyboardInterrupt at its end if Ctrl-C was pressed in it.
 
-    Extension modules clear exceptions that were raised while they loaded, or turn them into an ImportError.
+    Extension modules may clear an exception that is raised while they load, or turn it into an ImportError.
     """
     seen = []
 
@@ -95,7 +96,7 @@ def interruptible() -> Iterator[None]:
 
 
 def explained(error: Exception) -> tuple[str, int]:
-    """The sentence for an error, and the exit status."""
+    """(sentence for stderr, exit status) for an error."""
     text, kind = str(error).strip(), type(error).__name__
     if isinstance(error, LoRAKernelsError):
         return text, MISTAKE
@@ -109,7 +110,10 @@ def explained(error: Exception) -> tuple[str, int]:
         return f"{_shortened(text)}: {_REMEDIES[errno.ENOSPC]}", MISTAKE
     hint = f"{VARIABLE}=1 shows where"
     if isinstance(error, UnicodeError | json.JSONDecodeError):
-        return f"a file or a text is not what its kind asks for ({kind}: {_shortened(text)}); {hint}", MISTAKE
+        return (
+            f"a file or a text could not be decoded as JSON or UTF-8 ({kind}: {_shortened(text)}); check the "
+            f"files; {hint}"
+        ), MISTAKE
     if library := _foreign(error):
         return (
             f"{library} refused ({kind}: {_shortened(text)}): check the files and the values given to this command; "
@@ -119,7 +123,8 @@ def explained(error: Exception) -> tuple[str, int]:
 
 
 def _foreign(error: BaseException) -> str | None:
-    """The library that raised the error: by the error's class, or by the code that runs innermost in the traceback."""
+    """The library that raised the error, from the error's class or the innermost frame of the traceback; None for this
+    package."""
     library = type(error).__module__.partition(".")[0]
     if library not in ("builtins", "lora_kernels", *sys.stdlib_module_names) or library == "sqlite3":
         return library.removesuffix("_rust")
@@ -139,14 +144,14 @@ def _shortened(text: str, most: int = 300) -> str:
 
 
 def _say(text: str) -> None:
-    with suppress(OSError, ValueError):  # stderr is closed: nothing is left to say it with
+    with suppress(OSError, ValueError):  # stderr is closed: the message cannot be printed
         print(text.encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
 
 
 def _unread(*streams: Any) -> bool:
     """Whether one of the streams is a pipe that its reader has closed."""
     for stream in streams:
-        with suppress(OSError, ValueError, AttributeError):  # no file, or a system without poll
+        with suppress(OSError, ValueError, AttributeError):  # not a file, or a system without poll
             poll = select.poll()
             poll.register(stream.fileno(), 0)
             if any(event & select.POLLERR for _, event in poll.poll(0)):
@@ -155,7 +160,8 @@ def _unread(*streams: Any) -> bool:
 
 
 def _drop(*streams: Any) -> None:
-    """What can no longer be written is dropped: Python's last flush would fail, and say so."""
+    """Redirect streams that cannot be written any more to os.devnull: otherwise Python's last flush would print an
+    error."""
     for stream in streams:
         try:
             stream.flush()
@@ -167,7 +173,7 @@ def _drop(*streams: Any) -> None:
 
 
 def _open_streams() -> None:
-    """Output that takes any text, for a command started with a narrow encoding, or with its streams closed."""
+    """Make stdout and stderr accept any text, also if they are closed or have an encoding such as ASCII."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for the rest of the process)

@@ -25,7 +25,7 @@ QUICK_DTYPES = ("bfloat16",)
 DTYPES = ("bfloat16", "float16", "float32")
 MATRIX_UNITS = ("HGMMA", "UTCMMA", "HMMA", "MFMA")
 PAGE_ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
-MAX_JOBS = 256  # processes, each with a Triton of its own
+MAX_JOBS = 256  # processes; each imports Triton
 PAGE_ROWS = 8192  # tokens of the launches on the page: training
 
 TITLES = (

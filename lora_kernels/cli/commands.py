@@ -22,15 +22,15 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line's values, checked."""
+    """The checked values of the command line."""
     parser = argparse.ArgumentParser(prog="lora-kernels", description="LoRA layers that cost what their base costs.")
     parser.add_argument("--version", action="version", version=f"lora-kernels {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for word in arguments:
         if "\0" in word or word.encode("utf-8", "replace") != word.encode("utf-8", "surrogatepass"):
             parser.error(f"{word[:60]!r} is not text in UTF-8; rename the file, or give the argument in UTF-8")
-        if word.startswith("--") and word.endswith("=--"):  # which argparse takes for an option without a value
-            parser.error(f"argument {word[:-3]}: '--' was given, which is no value")
+        if word.startswith("--") and word.endswith("=--"):  # argparse would read it as an option without a value
+            parser.error(f"argument {word[:-3]}: '--' was given, which is not a value; give a value")
     for command in (doctor, demo):
         command.add_parser(subparsers)
     for command in (train, sweep):

@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         names = names or [f"LABEL_{i}" for i in range(sizes[0])]
         labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     elif names is not None:
-        raise ConfigError("--labels names classes, and the adapter has no classification head; leave --labels out")
+        raise ConfigError("--labels was given, and the adapter has no classification head; leave --labels out")
     model = load_pretrained(AUTO_CLASSES[task_type], arguments.model, arguments.dtype, **labels)
     count = plain_linears(merge_lora(load_adapter(model, arguments.adapter)))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def plain_linears(model: nn.Module) -> int:
     for path, layer in layers.items():
         bias = layer.total_bias()
         if layer.bias is None and bias is not None:
-            raise ConfigError(f"{path} has no bias that could take the adapter's (lora_bias); it cannot be merged")
+            raise ConfigError(f"{path} has no bias, so the adapter's lora_bias cannot be merged into it")
         linear = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
         linear.weight = layer.weight  # type: ignore[assignment]
         linear.bias = bias if bias is layer.bias else nn.Parameter(bias.detach(), requires_grad=False)  # type: ignore[assignment,union-attr]

@@ -118,7 +118,7 @@ def _cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[tupl
 
 
 def _check_memory(case: ServingCase, device: torch.device) -> None:
-    """ConfigError for operands that the machine has no room for: a system ends such a process without a word."""
+    """ConfigError for operands larger than the machine's memory: the system would kill the process silently."""
     if device.type == "cuda":
         return  # torch raises an error there
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -126,7 +126,8 @@ def _check_memory(case: ServingCase, device: torch.device) -> None:
     if (needed := pool + case.dtype.itemsize * (case.M * (case.N + case.K) + case.N * case.K)) > there:
         raise ConfigError(
             f"{case.M} tokens and {case.L} adapters of rank {case.ranks_shown} take {needed / 2**30:.0f} GiB in a "
-            f"layer, and there are {there / 2**30:.0f}: give fewer --tokens, fewer --adapters or smaller --ranks"
+            f"layer, and this machine has {there / 2**30:.0f} GiB: give fewer --tokens, fewer "
+            "--adapters or smaller --ranks"
         )
 
 

@@ -41,7 +41,7 @@ MODELS = {
 }  # fmt: skip
 
 
-MAX_LAYERS = 10_000  # and labels, of a configuration that is built
+MAX_LAYERS = 10_000  # of a configuration that is built; also the most labels
 
 # What transformers needs to build the same models without a network; all else is its default for the type.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -110,14 +110,16 @@ def configuration(source: str) -> Any:
             return auto.from_pretrained(name, trust_remote_code=False)
     except (LoRAKernelsError, MemoryError):
         raise
-    except Exception as error:  # transformers raises any kind over values that it does not expect
+    except Exception as error:  # transformers raises errors of any class for unexpected values
         raise _no_model(source, error) from error
 
 
 def _check_sizes(source: str, values: Any) -> None:
-    """ConfigError for sizes of no model: it would take hours to build, or overflow."""
+    """ConfigError for sizes that no model has: building it would take hours, or overflow."""
     if not isinstance(values, dict) or "model_type" not in values:
-        raise ConfigError(f"{source!r} gives no model: a configuration is a JSON object with a model_type")
+        raise ConfigError(
+            f"{source!r} gives no model: expected a configuration, which is a JSON object with a model_type"
+        )
     for name, value in values.items():
         most = MAX_LAYERS if name.endswith(("layers", "n_layer", "num_labels")) else 2**31 - 1
         if isinstance(value, int) and abs(value) > most:

@@ -228,12 +228,12 @@ def _rate(text: str) -> str:
     except argparse.ArgumentTypeError:
         rates = []
     if len(rates) not in (1, 2) or rates != sorted(rates):
-        raise values.refused(text, "a number above 0, or LOW:HIGH, which must rise from above 0")
+        raise values.refused(text, "a number above 0, or LOW:HIGH with 0 < LOW <= HIGH")
     return text
 
 
 def _rates(words: Sequence[str]) -> Axis:
     if len(words) > 1 and any(":" in word for word in words):
-        raise ConfigError(f"--lr {' '.join(words)}: give one LOW:HIGH alone, or learning rates")
+        raise ConfigError(f"--lr {' '.join(words)}: give either a single LOW:HIGH, or learning rates")
     low, _, high = words[0].partition(":")
     return Axis(low=float(low), high=float(high)) if high else Axis(tuple(map(float, words)))

@@ -1,8 +1,8 @@
 """Training checkpoints without pickle: tensors as safetensors, the rest as JSON in the same file's metadata.
 
 A checkpoint is one file, so it has one commit point: it is written beside its final name, flushed to the disk, and
-renamed. A crash at any moment leaves the older checkpoints whole; only then are they thinned out. The metadata holds
-the SHA-256 of everything else: a file whose bits have changed since is not resumed from.
+renamed. A crash at any moment leaves the older checkpoints whole; old ones are deleted only after the rename. The
+metadata holds the SHA-256 of everything else: a file whose bits have changed is not used to resume.
 """
 
 from __future__ import annotations
@@ -75,8 +75,7 @@ def checkpoints(folder: Path) -> list[Path]:
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
     """Writes ``state`` as the checkpoint of ``step`` and keeps the ``keep`` newest.
 
-    Checkpoints of later steps are deleted: a run that writes this one was not resumed from them, because
-    they are damaged.
+    Checkpoints of later steps are deleted: they are damaged, since the run was not resumed from them.
     """
     tensors: dict[str, torch.Tensor] = {}
     metadata = {"format": "pt", "state": json.dumps(pack(state, tensors))}
@@ -91,7 +90,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 
 
 
 def _sha256(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of what a file says beside it: the metadata, and the name, dtype, shape and bytes of each tensor."""
+    """SHA-256 of the other content of the file: the metadata, and the name, dtype, shape and bytes of each tensor."""
     return digest(*sorted(metadata.items()), *sorted(tensors.items()))
 
 
@@ -103,15 +102,15 @@ def _read(path: Path) -> dict[str, Any]:
     if written is None:
         raise ValueError("it has no SHA-256, so it was written by an earlier version of this program, or is damaged")
     if written != _sha256(metadata, tensors):
-        raise ValueError("its content does not have the SHA-256 that was written with it, so bits have changed")
+        raise ValueError("the SHA-256 of its content is not the one that was written with it, so bits have changed")
     return unpack(json.loads(metadata["state"]), tensors)
 
 
 def load_newest(folder: Path) -> dict[str, Any] | None:
     """State of the newest whole checkpoint in ``folder``; None when there is none at all.
 
-    A damaged file is passed over for the next older one, with a UserWarning that names both; CheckpointError when
-    files exist and all are damaged.
+    If a file is damaged, the next older one is used, with a UserWarning that names both; CheckpointError if files exist
+    and all are damaged.
     """
     reasons = []
     for path in checkpoints(folder):

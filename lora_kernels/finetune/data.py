@@ -87,16 +87,16 @@ def read_columns(path: Path, columns: Mapping[str, str]) -> list[list[str]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    """(line, row) of each row; every row has a cell for each column, so that no cell is taken for another column's."""
+    """(line, row) of each row; every row has a cell for each column, so no cell is read as that of another column."""
     with path.open(encoding="utf-8-sig", newline="") as file:
-        # strict: a quote that is never closed would take the rest of the file into its cell
+        # strict: otherwise a quote that is never closed would put the rest of the file into one cell
         reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         line = 1
         try:
             names = next(reader, [])
             twice = sorted(name for name, count in Counter(names).items() if name and count > 1)
             if twice:
-                raise DataError(f"{path}, line 1: the column {twice[0]!r} is there twice; columns need different names")
+                raise DataError(f"{path}, line 1: the column {twice[0]!r} occurs twice; columns need different names")
             line = reader.line_num + 1
             for cells in reader:
                 if cells and len(cells) != len(names):
@@ -128,7 +128,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
 def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
     row = dict(pairs)
     if len(row) != len(pairs):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name occurs twice")
     return row
 
 

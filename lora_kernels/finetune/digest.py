@@ -1,4 +1,4 @@
-"""SHA-256 of data, weights and saved states: shows whether two runs start from equal content and a file is whole."""
+"""SHA-256 of data, weights and saved states: shows if two runs start from equal content, and if a file is intact."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class _Sum:
         self.hash = hashlib.sha256()
 
     def text(self, text: str) -> None:
-        """Add a string, with its length: "ab", "c" and "a", "bc" differ. Lone surrogates are accepted."""
+        """Add a string with its length, so that "ab", "c" and "a", "bc" differ. Lone surrogates are accepted."""
         data = text.encode("utf-8", "surrogatepass")
         self.hash.update(b"%d:" % len(data))
         self.hash.update(data)
 
     def add(self, value: Any) -> None:
-        """Add a value; TypeError for one of another type."""
+        """Add a value. TypeError for a type that is not listed above."""
         if isinstance(value, torch.Tensor):
             self.text(f"tensor {value.dtype} {tuple(value.shape)}")
             octets: Any = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -35,14 +35,14 @@ class _Sum:
             self.hash.update(value)
         elif hasattr(value, "tobytes") and hasattr(value, "dtype"):  # NumPy's arrays and scalars
             if value.dtype.hasobject:
-                raise TypeError("an array of Python objects has no bytes of its own")
+                raise TypeError("an array of Python objects has no digest; give an array of numbers")
             self.text(f"array {value.dtype} {value.shape}")
             self.hash.update(value.tobytes())
         elif isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple | Mapping | torch.Tensor):
-            self._parts(value)  # a row at a time, so that the JSON of a whole dataset is never in memory
+            self._parts(value)  # row by row, so that the JSON of a whole dataset is never in memory
         else:
             try:
-                self.text(json.dumps(value))  # in C: a list of token ids takes 0.1 us an id
+                self.text(json.dumps(value))  # in C: a list of token ids takes 0.1 us for each id
             except TypeError:
                 self._parts(value)
 
@@ -57,7 +57,7 @@ class _Sum:
 
 
 def digest(*values: Any) -> str:
-    """SHA-256 of ``values`` in hexadecimal; TypeError for anything but what ``_Sum`` takes."""
+    """SHA-256 of ``values`` in hexadecimal. TypeError for types that ``_Sum`` does not accept."""
     total = _Sum()
     for value in values:
         total.add(value)
@@ -92,8 +92,8 @@ def _rows(dataset: Any) -> Any:
 def frozen_digest(model: nn.Module) -> str:
     """SHA-256 of the parameters that do not require a gradient: their names, dtypes, shapes and sums of their bits.
 
-    The sums are made on the parameters' device, so a large model costs one read of its memory and no copy. Sharded and
-    meta tensors enter with name, dtype and shape alone.
+    The sums are computed on the parameters' device, so a large model costs one read of its memory and no copy. Of
+    sharded and meta tensors only name, dtype and shape are used.
     """
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     found: list[Any] = []

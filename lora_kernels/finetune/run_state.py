@@ -16,10 +16,10 @@ from lora_kernels.finetune.digest import data_digest, frozen_digest
 from lora_kernels.finetune.options import History, TrainOptions
 from lora_kernels.finetune.rng import loader_state, seed_all, set_loader_state
 
-_VERSION = 2  # 2: with digests of the data, the frozen weights and the file
+_VERSION = 2  # since 2 a state has digests of the data, the frozen weights and the file
 
 
-# Facts that are digests of content, which keeps its name when it changes.
+# Facts that are digests of content: {name of the fact: what is different if the digest differs}.
 DIGESTS = {
     "sha256 of the data": "other training data",
     "sha256 of the validation data": "other validation data",
@@ -28,7 +28,7 @@ DIGESTS = {
 
 
 def content_digests(model: nn.Module, dataloader: Any, validation: Any) -> dict[str, str | None]:
-    """The facts of DIGESTS; None for data that are not in memory, which are not compared."""
+    """The facts of DIGESTS; None for data that is not in memory, which is not compared."""
     digests = (data_digest(dataloader), data_digest(validation), frozen_digest(model))
     return dict(zip(DIGESTS, digests, strict=True))
 

@@ -1,4 +1,4 @@
-"""The database of a sweep's studies: where it is, and what becomes of its errors."""
+"""The database of a sweep's studies: opens it, and turns its errors into ConfigError."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ _LIBRARIES = ("optuna", "sqlalchemy", "sqlite3", "alembic")  # whose errors are 
 
 
 def storage(path: Path) -> Any:
-    """optuna's storage in the SQLite file ``path``, which is made where it is missing."""
+    """optuna's storage in the SQLite file ``path``, which is created if it does not exist."""
     return require("optuna").storages.RDBStorage(f"sqlite:///{quote(str(path))}")  # a "?" would end the path
 
 
 @contextmanager
 def usable(path: Path, *more: type[Exception]) -> Iterator[None]:
-    """ConfigError in place of errors of optuna and of its database, and of ``more``, which damaged rows raise."""
+    """Raise ConfigError in place of errors of optuna and its database, and of the classes ``more``, which reading a
+    damaged row raises."""
     try:
         yield
     except LoRAKernelsError:
@@ -32,6 +33,6 @@ def usable(path: Path, *more: type[Exception]) -> Iterator[None]:
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split())[:200]
         raise ConfigError(
-            f"the study {path} cannot be used ({type(cause).__name__}: {reason}): wait for another sweep that uses it, "
-            "free space if the disk is full, else --overwrite it or give another --out"
+            f"the study {path} cannot be used ({type(cause).__name__}: {reason}): wait until no other sweep uses "
+            "it, free space if the disk is full, else pass --overwrite or another --out"
         ) from error

@@ -40,7 +40,8 @@ class Trainer:
     With ``options.checkpoint_dir`` a run can be killed at any moment and goes on by ``train(..., resume=True)`` to the
     result it would have had, bit for bit on one machine: trainable parameters, buffers, optimizer, schedule, random
     states, the place in the data and the history are kept. The frozen weights and the data are not: build the same
-    ones first. Digests of the weights, and of data in memory (digest.data_digest), are compared; others are refused.
+    ones before you resume. Digests of the frozen weights, and of data in memory (digest.data_digest), are compared; a
+    checkpoint with other digests is refused.
 
     In a process group (torchrun) each batch of ``dataloader`` is divided among the processes, and a step is that of the
     whole batch in one process, whatever each one's share weighs; gradients are averaged by DistributedDataParallel,

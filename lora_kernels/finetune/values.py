@@ -1,4 +1,4 @@
-"""Types for argparse: each reads one value of a command line, or refuses it, saying what was given and accepted."""
+"""Types for argparse: each reads one value of a command line; its error says what was given and what is accepted."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from lora_kernels.plan import split_name
 
 Value = TypeVar("Value")
 MAX_COUNT = 2**31 - 1
-MAX_SEED = 2**63 - 1  # torch.manual_seed takes it; beyond it a checkpoint's integers end
-MAX_SPLIT_SEED = 2**32 - 1  # what NumPy's generators take, and scikit-learn's splits with them
-MAX_FLOAT = 3e38  # float32's, nearly: rates and ratios are multiplied into float32 tensors
+MAX_SEED = 2**63 - 1  # torch.manual_seed accepts it, and it is the largest integer of a checkpoint
+MAX_SPLIT_SEED = 2**32 - 1  # the limit of NumPy's generators, which scikit-learn's splits use
+MAX_FLOAT = 3e38  # just below float32's largest number: rates and ratios are multiplied into float32 tensors
 MAX_SECONDS = 1e9
 
 
@@ -30,7 +30,7 @@ def refused(text: str, accepted: str) -> argparse.ArgumentTypeError:
 
 
 def whole(least: int = 0, most: int = MAX_COUNT, but: str = "") -> Callable[[str], int]:
-    """An integer from ``least`` to ``most``; ``but``: a remark on what is accepted."""
+    """A type for integers from ``least`` to ``most``; ``but`` is added to the error message."""
 
     def read(text: str) -> int:
         try:
@@ -47,7 +47,7 @@ def whole(least: int = 0, most: int = MAX_COUNT, but: str = "") -> Callable[[str
 def real(
     least: float = -MAX_FLOAT, most: float = MAX_FLOAT, *, above: float | None = None, below: float | None = None
 ) -> Callable[[str], float]:
-    """A finite number from ``least``, or ``above`` a number, to ``most``, or ``below`` a number."""
+    """A type for finite numbers x with least <= x (or above < x) and x <= most (or x < below)."""
     low = f"from {least:g}" if above is None else f"above {above:g}"
     accepted = f"a number {low} to {most:g}" if below is None else f"a number {low} and below {below:g}"
 
@@ -59,7 +59,7 @@ def real(
         inside = (value >= least if above is None else value > above) and (
             value <= most if below is None else value < below
         )
-        if not inside:  # NaN is inside of nothing
+        if not inside:  # NaN is refused too
             raise refused(text, accepted)
         return value
 
@@ -67,27 +67,27 @@ def real(
 
 
 def several(kind: Callable[[str], Value]) -> Callable[[str], list[Value]]:
-    """Values of one type with commas between, at least one."""
+    """A type for a list of at least one value, separated by commas."""
 
     def read(text: str) -> list[Value]:
         parts = [part.strip() for part in text.split(",") if part.strip()]
         if not parts:
-            raise refused(text, "one value or more, with commas between")
+            raise refused(text, "one value or more, separated by commas")
         return [kind(part) for part in parts]
 
     return read
 
 
 def names(text: str) -> list[str]:
-    """Different names with commas between."""
+    """Different names, separated by commas."""
     found = several(str)(text)
     if len(set(found)) < len(found) or len(found) != len(text.split(",")):
-        raise refused(text, "names with commas between, each once and none of them empty")
+        raise refused(text, "names separated by commas, each once and none of them empty")
     return found
 
 
 def one_of(names: Sequence[str]) -> Callable[[str], str]:
-    """One of ``names``; for lists, where argparse's ``choices`` does not reach."""
+    """A type for one of ``names``; for options for which argparse's ``choices`` cannot be used."""
 
     def read(text: str) -> str:
         if text not in names:
@@ -108,25 +108,26 @@ seconds = real(above=0.0, most=MAX_SECONDS)
 
 
 def number(text: str) -> int | float:
-    """32 from "32", 0.5 from "0.5", finite: a whole number is written into the adapter's configuration as one."""
+    """A finite number: int 32 from "32" or "32.0", float 0.5 from "0.5". Whole numbers are ints, since the adapter's
+    configuration stores them so."""
     value = real(-MAX_ALPHA, MAX_ALPHA)(text)
     return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
 def threads(text: str) -> int:
-    """Threads of the CPU, at most one a core (or as many as OMP_NUM_THREADS gave torch); 0 where torch may choose.
+    """Number of CPU threads, at most one for each core (or as many as OMP_NUM_THREADS gave torch); 0: torch chooses.
 
-    OpenMP starts as many as are named: some ten thousand end the process, or crash it.
+    OpenMP starts as many threads as are requested: about ten thousand threads end or crash the process.
     """
     most = max(os.cpu_count() or 1, torch.get_num_threads())
-    return whole(0, most, ", the cores here; 0 for torch's choice")(text)
+    return whole(0, most, ", the number of cores here; with 0 torch chooses")(text)
 
 
 def unusable(name: str) -> str | None:
-    """Why tensors cannot be computed on the device of this name, or None. The meta device computes nothing."""
+    """The reason why this device cannot be used for computing, or None. "meta" is refused: it has no data."""
     try:
         torch.zeros(1, device=name).item()
-    except Exception as error:  # by device RuntimeError, AssertionError, ImportError, ...
+    except Exception as error:  # RuntimeError, AssertionError, ImportError, ..., depending on the device
         return (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
     return None
 
@@ -139,7 +140,7 @@ def device(text: str) -> str:
 
 
 def checked(check: Callable[[str], object]) -> Callable[[str], str]:
-    """The text itself, if ``check`` raises no ConfigError of it; argparse would hide that error's message."""
+    """A type for texts for which ``check`` raises no ConfigError; argparse would hide that error's message."""
 
     def read(text: str) -> str:
         if len(text) > 1000:
@@ -153,18 +154,18 @@ def checked(check: Callable[[str], object]) -> Callable[[str], str]:
     return read
 
 
-backend = checked(split_name)  # whether it can run depends on the tensors
+backend = checked(split_name)  # checks the name only: whether it can run depends on the tensors
 
 
 def model(text: str) -> str:
-    """A model's name, which is looked for when it is loaded."""
+    """A model's name. Whether the model exists is checked when it is loaded."""
     if not text.strip() or len(text) > 4096:
         raise refused(text, "the name of a packaged model, a folder or a hub id")
     return text
 
 
 def input_file(*names: str) -> Callable[[str], str]:
-    """An existing, readable file, or one of ``names``."""
+    """A type for an existing, readable file, or one of ``names``."""
     accepted = ", ".join([*names, "or a file that exists"]) if names else "a file that exists"
 
     def read(text: str) -> str:
@@ -172,9 +173,9 @@ def input_file(*names: str) -> Callable[[str], str]:
             return text
         path = _path(text, accepted)
         if not _found(path, text, accepted) or path.is_dir():
-            raise refused(text, f"{accepted} (this is {'a folder' if path.is_dir() else 'no such file'})")
+            raise refused(text, f"{accepted} ({'this is a folder' if path.is_dir() else 'no such file'})")
         if not os.access(path, os.R_OK):
-            raise refused(text, f"{accepted} and can be read")
+            raise refused(text, f"{accepted} and can be read (this one cannot)")
         return text
 
     return read
@@ -194,7 +195,7 @@ def input_folder(text: str) -> Path:
 
 
 def output_folder(text: str) -> Path:
-    """A folder that can be written to, or made."""
+    """A folder that can be written to, or created."""
     path = _path(text, "a folder that can be written to")
     if _found(path, text, "a folder that can be written to") and not path.is_dir():
         raise refused(text, "a folder that can be written to (this is a file)")
@@ -202,7 +203,7 @@ def output_folder(text: str) -> Path:
 
 
 def replaced_file(text: str) -> Path:
-    """A file that is written beside and then renamed: a regular one, or a new one."""
+    """A file that will be replaced by renaming a new file: an existing regular file, or a path without a file."""
     path = output_file(text)
     if path.exists() and not path.is_file():
         raise refused(text, "a regular file, or a new one")
@@ -210,7 +211,7 @@ def replaced_file(text: str) -> Path:
 
 
 def output_file(text: str) -> Path:
-    """A file that can be written, in a folder that exists or can be made."""
+    """A file that can be written, in a folder that exists or can be created."""
     path = _path(text, "a file that can be written")
     if not _found(path, text, "a file that can be written"):
         return _writable(path, text)
@@ -228,7 +229,7 @@ def _path(text: str, accepted: str) -> Path:
 
 
 def _found(path: Path, text: str, accepted: str) -> bool:
-    """Whether there is such a path; refused where the system takes no such name, or forbids to look."""
+    """Whether the path exists. Refused if the system does not accept such a name, or does not allow to look it up."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -239,7 +240,7 @@ def _found(path: Path, text: str, accepted: str) -> bool:
 
 
 def _writable(path: Path, text: str) -> Path:
-    """``path``, if it or the nearest folder above it that exists can be written to."""
+    """``path``, if it or its nearest existing parent folder can be written to."""
     above = path.absolute()
     while not _found(above, text, "a place that can be written to"):
         above = above.parent

@@ -1,4 +1,4 @@
-"""Weights that were created under torch.inference_mode, in a form that autograd can save."""
+"""Makes weights that were created under torch.inference_mode usable for autograd."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def savable(W: Tensor) -> Tensor:
-    """W itself, or where it is an inference tensor another tensor over the same memory that is none."""
+    """W, or if W is an inference tensor, a normal tensor on the same memory, which autograd can save."""
     if not W.is_inference():
         return W
     with torch.inference_mode(False), torch.no_grad():

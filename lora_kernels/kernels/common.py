@@ -63,7 +63,8 @@ def precision_of(dtype: torch.dtype) -> str:
     """Triton's input_precision for the dots of a layer of ``dtype``: for float32 what torch.matmul would use.
 
     float16: its low-rank operands are float32 (low_rank_dtype), which three TF32 products multiply as exactly as
-    float32, at six times the work of 16 bit in r columns. AMD's matrix units take float32. 16-bit dots ignore it.
+    float32, at six times the work of 16 bits in the r columns. AMD's matrix units multiply float32. 16-bit dots ignore
+    this setting.
     """
     if dtype == torch.float16:
         hip = not knobs.runtime.interpret and driver.active.get_current_target().backend == "hip"

@@ -2,7 +2,7 @@
 
 dX (M, K), dYB (M, r), A (r, K);  D = dropout's keep mask, factor = 1 / (1 - p)
 
-For what the library's own addmm cannot do: a mask, or a float32 dYB over a float16 dX. Y += XA B^T likewise.
+For cases that the library's addmm does not support: a mask, or a float32 dYB with a float16 dX. Y += XA B^T likewise.
 """
 
 from __future__ import annotations

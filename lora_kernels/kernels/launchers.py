@@ -86,7 +86,7 @@ def lora_linear_fwd(
     """Y (M, N) and XA (M, r) by ``plan``; M > 0. Fills ``drop.bits`` where there are any.
 
     ``tiles``: the configuration of the plan's main product; None takes the default of tuning.py. ``base`` (M, N), by
-    the eager plan: what takes the place of X W^T + bias, and becomes Y.
+    the eager plan: used in place of X W^T + bias; it is changed into Y.
     """
     M, (N, r), dtype = X.shape[0], B.shape, X.dtype
     wide = wide_loads(X, W)
@@ -128,7 +128,7 @@ def lora_linear_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dX, dA, dB, dbias by ``plan``; None for each that ``needs`` (X, A, B, bias) leaves out; M > 0.
 
-    ``dZ`` (M, N), by the eager plan: the gradient of the base product, where it is another than dY.
+    ``dZ`` (M, N), by the eager plan: the gradient of the base product, if it differs from dY.
     """
     need_x, need_a, need_b, need_bias = needs
     if plan == "eager":

@@ -130,7 +130,8 @@ Config = GemmConfig | ShrinkConfig | SplitConfig | TmaConfig | TmaDxConfig | Ptr
 
 
 def rank_block(dtype: torch.dtype) -> int:
-    """The most ranks one tile holds; larger ranks are walked in blocks. fp32 dots unroll on scalar units: few.
+    """The most ranks one tile holds; larger ranks are walked in blocks. fp32 dots unroll on scalar units, so there
+    are few.
 
     float16 has as few: its low-rank operands are float32, in three parts each, and 32 ranks spill on sm_80.
     """
@@ -286,7 +287,7 @@ def one_pass_config(M: int, dtype: torch.dtype, chip: Chip, dropout: bool, wide:
         return GemmConfig(rows, 64, 32, num_warps=8 if dropout and wide else 4, num_stages=3)
     step = 32 if dropout or chip.is_amd or not wide else 64
     rows = _rows(M, 32 if dropout and not wide else 64)
-    warps = 8 if rows >= 32 and dtype == torch.float16 else 4  # whose float32 XA and A spill over 4
+    warps = 8 if rows >= 32 and dtype == torch.float16 else 4  # its float32 XA and A spill with 4
     return GemmConfig(rows, 64, step, num_warps=warps, num_stages=3 if wide and not chip.is_amd else 2)
 
 
@@ -298,7 +299,7 @@ def shrink_config(M: int, dtype: torch.dtype, chip: Chip, r: int, dropout: bool,
     stages = 2 if dropout or chip.is_amd else 3
     if not wide:
         return ShrinkConfig(rows, 32, num_warps=8, num_stages=2)
-    wide_low = dtype == torch.float16  # float32 operands: X's are twice as many registers, and A's
+    wide_low = dtype == torch.float16  # float32 operands: X and A take twice as many registers
     long = not dropout and not wide_low and r <= 32 and rank_tile(r, dtype) <= rows  # 64 ranks at 128 columns spill
     return ShrinkConfig(rows, 128 if long else 64, num_warps=4, num_stages=stages)
 
@@ -382,7 +383,7 @@ def ptr_one_launch_config(M: int, N: int, r: int, dtype: torch.dtype, chip: Chip
         return PtrConfig(rows, 64, 64, num_warps=warps, num_stages=3)
     tiles = -(-M // 128) * -(-N // 256)
     wide_low = low_rank_dtype(dtype) is not dtype  # float32 XA and B
-    many = tiles >= chip.units and not wide_low and N % 16 == 0  # rows of Y element by element spill, too
+    many = tiles >= chip.units and not wide_low and N % 16 == 0  # storing rows of Y element by element spills, too
     if chip.arch == "sm_90" and many and not _ragged(r):
         return PtrConfig(128, 256, 64, num_warps=8, num_stages=3, XA_STAGES=6, RANK_STEP=32)
     if chip.arch == "sm_80" and many and r <= 16:

@@ -1,4 +1,4 @@
-"""A linear layer with a frozen weight and a trained low-rank update with a bias, in the place of nn.Linear."""
+"""Replaces nn.Linear by a layer with a frozen weight and a trained low-rank update that has a bias."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from lora_kernels.layers.linear import LoRALinear
 class BiasedLoRALinear(LoRALinear):
     """y = x W^T + bias + scaling * (dropout(x) A^T B^T + lora_bias): PEFT's lora_bias.
 
-    ``lora_bias`` (N,) is trained with lora_A and lora_B, whose dtype it has. A LoRALinear in everything else.
+    ``lora_bias`` (N,) is trained with lora_A and lora_B and has their dtype. Everything else is as in LoRALinear.
     """
 
     adapter_parameters: ClassVar[tuple[str, ...]] = (*LoRALinear.adapter_parameters, "lora_bias")
     lora_bias: nn.Parameter
 
     def reset_lora_parameters(self, init: Init = True) -> None:
-        """As LoRALinear's; lora_bias becomes zero, or with init False as nn.Linear has it."""
+        """Initialise lora_A and lora_B as LoRALinear does; lora_bias becomes zero, or with another init uniform in
+        +-1/sqrt(r), as nn.Linear(r, N) initialises its bias."""
         super().reset_lora_parameters(init)
         if "lora_bias" not in self._parameters:
             self.lora_bias = nn.Parameter(torch.empty_like(self.lora_B[:, 0]))

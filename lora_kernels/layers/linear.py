@@ -81,7 +81,7 @@ class LoRALinear(nn.Module):
         if config.use_dora and not cls.use_dora:
             raise ConfigError(f"config.use_dora is set, and {cls.__name__} is plain LoRA; make a DoRALinear")
         if config.lora_bias and "lora_bias" not in cls.adapter_parameters:
-            raise ConfigError(f"config.lora_bias is set, and {cls.__name__} has none; make a BiasedLoRALinear")
+            raise ConfigError(f"config.lora_bias is set, and {cls.__name__} has no lora_bias; use BiasedLoRALinear")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._build(
@@ -117,7 +117,7 @@ class LoRALinear(nn.Module):
         self._base_weight: Tensor | None = None
         base.requires_grad_(False)
         weight, bias = base.weight, base.bias
-        if weight.is_inference():  # shares its memory, not the Parameter: no backward can save that
+        if weight.is_inference():  # a new Parameter on the same memory: autograd cannot save W
             weight = nn.Parameter(savable(weight), requires_grad=False)
             bias = None if bias is None else nn.Parameter(savable(bias), requires_grad=False)
         self.weight = weight
@@ -125,7 +125,7 @@ class LoRALinear(nn.Module):
         if adapter_dtype is None:
             adapter_dtype = torch.float32 if self.weight.dtype.itemsize == 2 else self.weight.dtype
         like: dict[str, Any] = {"device": self.weight.device, "dtype": adapter_dtype}
-        with torch.inference_mode(False):  # they are to be trained, wherever the layer is made
+        with torch.inference_mode(False):  # tensors made in inference mode cannot be trained
             self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **like))
             self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **like))
             self.reset_lora_parameters(init)
@@ -164,7 +164,7 @@ class LoRALinear(nn.Module):
         return run(x, W, A, B, bias, self.scaling, p, None, self.backend, keep_bits)
 
     def total_bias(self) -> Tensor | None:
-        """What is added to the output, row by row: the base's bias."""
+        """The bias (N,) that is added to each row of the output: the base layer's, or None."""
         return self.bias
 
     def delta_weight(self) -> Tensor:

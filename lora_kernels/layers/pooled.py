@@ -38,15 +38,15 @@ class _Pooled(nn.Module):
     pool_here: Here
     pool_backend: str
     pool_path: str
-    pool_rows: dict[tuple[bool, int], RowLayout]  # by whether an id belongs to a token, and by x.dim()
+    pool_rows: dict[tuple[bool, int], RowLayout]  # key: (an id belongs to a token, x.dim())
 
     def base_weight(self) -> Tensor:
         """W (N, K)."""
         return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """y (..., N) for x (..., K): the base layer's where no batch is open in this context, or none of the adapters
-        of the batch has weights here."""
+        """y (..., N) for x (..., K). The base layer's output if no batch is open in this context, or if no adapter of
+        the batch has weights in this layer."""
         if is_compiling():
             return self._traced(x)
         here = self.pool_here
@@ -89,7 +89,7 @@ class _Pooled(nn.Module):
         device = self.pool_A.device
         if self.pool_A.dtype == torch.float16:
             self.pool_A, self.pool_Bt = (T.to(device, low_rank_dtype(torch.float16)) for T in (A, Bt))
-        self.pool_scalings = scalings.to(device)  # float32 whatever the weight is: an alpha may be 1e6
+        self.pool_scalings = scalings.to(device)  # always float32: an alpha may be 1e6
         self.pool_bias = None if biases is None else biases.to(device)
         self.pool_slots = self._slots_now()
         return self
@@ -120,7 +120,7 @@ def _with_bias(y: Tensor, biases: Tensor, ids: Tensor, slots: Slots, virtual: tu
 
 
 def _captured(batch: OpenBatch, x: Tensor) -> bool:
-    """Whether a CUDA graph is captured, which stays when adapters are loaded that have weights here."""
+    """Whether a CUDA graph is captured: it may be replayed after adapters with weights in this layer are loaded."""
     return x.is_cuda and batch.mixed and torch.cuda.is_current_stream_capturing()
 
 
@@ -129,10 +129,10 @@ class PooledLinear(_Pooled, nn.Linear):  # type: ignore[misc]  # mypy: a bias th
 
     An nn.Linear whose class was exchanged by ``into_pooled``: the object, its weight, bias, hooks and state_dict stay.
     The adapters lie in buffers that state_dict leaves out and that are changed in place: ``pool_A`` (max_rank_total, K)
-    and ``pool_Bt`` (max_rank_total, N) in low_rank_dtype of the weight's dtype: float32 for float16, which has no place
-    for a small B or a large A; ``pool_starts``, ``pool_ranks`` int32 and ``pool_scalings`` float32 (capacity,). ``to``
-    and ``half`` move and convert them. ``pool_bias`` float32 (capacity, N) holds b, PEFT's lora_bias; None where the
-    pool was made without.
+    and ``pool_Bt`` (max_rank_total, N) in low_rank_dtype of the weight's dtype: float32 for float16, whose range is
+    too small for a small B or a large A; ``pool_starts``, ``pool_ranks`` int32 and ``pool_scalings`` float32, all
+    (capacity,). ``to`` and ``half`` move and convert them. ``pool_bias`` float32 (capacity, N) holds b,
+    PEFT's lora_bias; None if the pool was made without.
     """
 
 

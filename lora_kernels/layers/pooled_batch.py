@@ -1,4 +1,4 @@
-"""The batch that is open, and which adapter id it gives each row of a layer's input."""
+"""An open batch, which gives each row of a layer's input its adapter id."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from lora_kernels.layers.pooled_rows import RowLayout
 from lora_kernels.slots import Slots
 
 REMEDY = (
-    "Show the pool a call of the model with at least two requests: pool.probe(*args, **kwargs), before torch.compile "
-    "and before a CUDA graph is captured; or serve one adapter at a time"
+    "Probe a call of the model with at least two requests: pool.probe(*args, **kwargs), before torch.compile and "
+    "before a CUDA graph is captured; or serve one adapter at a time"
 )
 
 
 class OpenBatch:
-    """requests: the ids of the model's sequences. images: of the items of its image inputs, where they are given.
+    """requests: the ids of the model's sequences. images: the ids of the items of its image inputs, or None.
 
-    touched: paths of the layers in which one of its adapters has weights. held: slots that stay while it is open.
-    virtual: slots int64 (v,) and factors float32 (v,) of the adapters that a request wants with a scale of its own;
-    their ids come after those of the pool's slots. frame: of the generator that opened it.
+    touched: paths of the layers in which one of its adapters has weights. held: slots that are kept while it is open.
+    virtual: slots int64 (v,) and factors float32 (v,) of adapters that a request uses with its own scale; their ids
+    come after those of the pool's slots. frame: the frame of the generator that opened the batch, or None.
     expand: how often generate() has repeated each request. tokens: an id belongs to a token, not to a sequence.
-    outer: the batch that was open in this context before. outer_in_thread: in this thread, in any context; interleaved:
-    the two differ, and a traced graph would take one for the other.
+    outer: the batch that was open in this context before. outer_in_thread: the batch that was open in this thread
+    before, in any context. interleaved: the two differ, so a traced graph could use the wrong one.
     """
 
     def __init__(
@@ -57,13 +57,13 @@ class OpenBatch:
         self._scaled: dict[str, Slots] = {}
 
     def refuse(self, message: str) -> None:
-        """Serve no layer from now on."""
+        """Make every later use of the batch raise AdapterPoolError with this message."""
         self.refusal, self.touched = message, Refusing(message)
         self.call = self.frame = None
         self._scaled.clear()
 
     def enter(self, call: Call) -> None:
-        """The model is called: find out whether an id belongs to a sequence or to a token of its inputs."""
+        """Note a call of the model; find out whether an id belongs to a sequence or to a token of its inputs."""
         self.call, count, dim = call, self.requests.count * self.expand, self.here.batch_dim
         dims = call.dims(count, dim)
         self.tokens, self.problem = dims == [(0, 1)], ""
@@ -75,34 +75,34 @@ class OpenBatch:
             )
 
     def leave(self) -> None:
-        """The call has ended."""
+        """Note that the call has ended."""
         self.call, self.tokens, self.problem = None, False, ""
 
     def dims(self) -> Dims:
-        """Of the model's inputs: where the requests are."""
+        """The dimensions of the model's inputs that count the requests."""
         return (0, 1) if self.tokens else (self.here.batch_dim or 0,)
 
     def of(self, x: Tensor, layer: Any) -> Tensor | None:
-        """int32 (M,): the slot of each of the M rows of x (..., K) that the layer sees; None where x is empty.
+        """int32 (M,): the slot of each of the M rows of the layer's input x (..., K); None if x is empty.
 
-        Raises UnknownRowsError where it is not known which request a row belongs to, ShapeError for ids out of range,
-        AdapterPoolError where a CUDA graph would keep ids that the batch frees.
+        Raises UnknownRowsError if the pool does not know which request a row belongs to, ShapeError for ids out of
+        range, AdapterPoolError if a CUDA graph would keep ids that the batch frees at its end.
         """
         layout = layer.pool_rows.get((self.tokens, x.dim()))
         ids = self.requests if layout is None or not layout.images or self.images is None else self.images
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             if ids.named:
                 raise AdapterPoolError(
-                    "a CUDA graph is captured inside a batch of names, whose ids are freed when it ends; keep a tensor "
-                    "of your own, fill it by pool.ids(names, out=tensor), and capture inside pool.batch(tensor)"
+                    "a CUDA graph is captured inside a batch of names, whose ids are freed when it ends; allocate a "
+                    "tensor, fill it by pool.ids(names, out=tensor), and capture inside pool.batch(tensor)"
                 )
-            return self._find(x, layer)  # by the graph: a replay finds other ids
+            return self._find(x, layer)  # the graph does it: a replay reads other ids
         if derived():  # a tensor made under a transform must not outlive it
             if batched(x) and self._one() is None:
                 raise AdapterPoolError(
                     f"{layer.pool_path} is called under torch.func.vmap, which hides a dimension of x: {tuple(x.shape)}"
-                    f" does not show which of the {ids.count} ids a row has. Open a batch of one adapter, or map over "
-                    "lora_kernels.multi_lora_linear with an id for each row"
+                    f" does not show which of the {ids.count} ids a row has. Open a batch of one adapter, or use vmap "
+                    "over lora_kernels.multi_lora_linear with an id for each row"
                 )
             return self._find(x, layer)
         kept = ids.now()
@@ -131,12 +131,13 @@ class OpenBatch:
                     break
         images = f" and {self.images.count} image ids" if self.images is not None else ""
         raise UnknownRowsError(
-            f"{layer.pool_path} sees x {tuple(x.shape)}, and the batch has {self.requests.count} adapter ids{images}: "
+            f"{layer.pool_path} is called with x {tuple(x.shape)}, and the batch has {self.requests.count} adapter "
+            f"ids{images}: "
             f"{found}"
         )
 
     def _known(self, x: Tensor, layer: Any) -> Tensor | str:
-        """The id of each row, or why it is not known."""
+        """The id of each row, or the reason why it is not known."""
         layout, lead = layer.pool_rows.get((self.tokens, x.dim())), tuple(x.shape[:-1])
         if self.tokens:
             lead = (math.prod(lead),)
@@ -165,22 +166,22 @@ class OpenBatch:
                 "rows). Serve one adapter at a time, or leave the layer out by target_modules"
             )
         return (
-            f"that is not what probes have shown for {ids.count * self.expand} requests. Give one id for each sequence "
-            f"of the model's inputs, as often as the inputs are repeated. {REMEDY}"
+            f"this shape does not fit what probes have shown for {ids.count * self.expand} requests. Give one id for "
+            f"each sequence of the model's inputs, as often as the inputs are repeated. {REMEDY}"
         )
 
     def _one(self) -> Tensor | None:
-        """The id of every row, where there is only one."""
+        """int32 (1,): the id of all rows, or None if there are several."""
         one, images = self.requests.uniform, self.images
         return one if images is None or (images.value is not None and images.value == self.requests.value) else None
 
     def traced(self, x: Tensor, layer: Any) -> Tensor | None:
-        """As ``of`` for torch.compile, from what is known already; None: the base alone."""
+        """As ``of``, for torch.compile: uses only the results of earlier probes. None for the base alone."""
         if self.refusal:
             raise AdapterPoolError(self.refusal)
         if self.interleaved:
             raise AdapterPoolError(
-                "several tasks of this thread have a batch open, and torch.compile cannot see which of them calls; do "
+                "several tasks of this thread have a batch open, and torch.compile cannot tell which task calls; do "
                 "not await inside a batch that calls a compiled model, or call it in a thread of its own"
             )
         if self.none:
@@ -202,12 +203,12 @@ class OpenBatch:
         if self.requests.always is not None and self.images is None:
             return self.requests.always.expand(x.shape[:-1].numel()).contiguous().to(x.device)
         raise UnknownRowsError(
-            f"{layer.pool_path} sees x {tuple(x.shape)} under torch.compile, and the batch has {self.requests.count} "
-            f"adapter ids: it is not known which row belongs to which request. {REMEDY}"
+            f"{layer.pool_path} is called with x {tuple(x.shape)} under torch.compile, and the batch has "
+            f"{self.requests.count} adapter ids: it is not known which row belongs to which request. {REMEDY}"
         )
 
     def slots(self, layer: Any) -> Slots:
-        """The layer's slots, and behind them those that have a scale of this batch."""
+        """The layer's slots, followed by the slots of this batch that have their own scale."""
         if self.virtual is None:
             return layer.pool_slots  # type: ignore[no-any-return]
         made = self._scaled.get(layer.pool_path)

@@ -1,4 +1,4 @@
-"""One call of a pool's model: its inputs by name, and on which of their dimensions the requests can be."""
+"""One call of a pool's model: its inputs by name, and the dimensions that can count the requests."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-# Inputs of another kind than text, where the model's main input is text: their items are not the requests.
+# Names of inputs that are not text. If the model's main input is text, the items of these inputs are not requests.
 MEDIA = re.compile(r"(^|[._])(pixel|image|video|input_features|audio)", re.IGNORECASE)
 Dims = tuple[int, ...]  # (0,) or (1,): the dimension of the requests; (0, 1): a request is a token
 
 
 def tensors_of(args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a call, also inside lists, tuples and dictionaries. ``names``: of positional arguments."""
+    """(name, tensor) of a call, also inside lists, tuples and dicts. ``names``: names of the positional arguments."""
     stack = [(name, value) for name, value in kwargs.items()]
     stack = [(names[i] if i < len(names) else f"args.{i}", value) for i, value in enumerate(args)] + stack
     for name, value in stack:
@@ -27,7 +27,8 @@ def tensors_of(args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[s
 
 
 class Call:
-    """args, kwargs: of the model. main: its inputs but media; media: its images, sounds, videos, if it reads text."""
+    """args, kwargs: arguments of the model. media: its image, audio and video inputs, if it reads text. main: the other
+    tensors."""
 
     def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str], reads_media: bool) -> None:
         self.args, self.kwargs, self.names = args, kwargs, names
@@ -42,7 +43,8 @@ class Call:
         return any(len_of(tensor, dims) == count for tensor in self.main.values())
 
     def dims(self, count: int, batch_dim: int | None) -> list[Dims]:
-        """Where ``count`` requests can be; none where they fit nowhere. (1, n, ...) is n tokens, as (n,) is."""
+        """The dimensions that can count ``count`` requests; [] if there are none. Inputs (1, n, ...) and (n,) have n
+        tokens."""
         options: list[Dims] = [(0,), (1,)] if batch_dim is None else [(batch_dim,)]
         options = [dims for dims in options if self.fits(dims, count)]
         if (0,) not in options and batch_dim != 1 and self.fits((0, 1), count):
@@ -50,7 +52,7 @@ class Call:
         return options or [(0, 1)] * self.fits((0, 1), count)
 
     def view(self, dims: Dims) -> tuple[dict[str, int], object]:
-        """The sizes and the key that a RowLayout takes: what is left of each shape without the requests."""
+        """(sizes, key) for a RowLayout, from the shapes of the inputs without the dimensions of the requests."""
         made = self._views.get(dims)
         if made is None:
             rest = {
@@ -66,7 +68,7 @@ class Call:
 
 
 def len_of(tensor: Tensor, dims: Dims) -> int:
-    """How many requests a tensor has on these dimensions; 0 where it has no such dimension."""
+    """The number of requests that a tensor has on these dimensions; 0 if it does not have these dimensions."""
     if tensor.dim() <= dims[-1]:
         return 0
     return tensor.shape[0] * tensor.shape[1] if len(dims) == 2 else tensor.shape[dims[0]]

@@ -1,4 +1,4 @@
-"""Which batch is open where the model is called: by context variable, by thread, by generator."""
+"""Finds the batch that is open where the model is called: by context variable, by thread, by generator."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ class _Thread(threading.local):
 
 
 class Here:
-    """What is open in this context (a thread, an asyncio task); ``thread``: in this thread, for torch.compile, which
-    traces no context variable.
+    """The batch that is open in this context (a thread, an asyncio task). ``thread``: the batch that is open in this
+    thread, for torch.compile, which cannot trace context variables.
 
-    learn: probes the model with the call that a batch is in; False where that brings nothing new. make_call: a Call
-    from the arguments of the model. batch_dim: the
-    dimension of the model's inputs that the requests are on, once it is known. failure: why the last probe failed.
-    generators: the batches that generators have opened, by their frames.
+    learn: probes the model with the running call of a batch; returns False if that gives nothing new. make_call: makes
+    a Call from the arguments of the model. batch_dim: the dimension of the model's inputs that counts the requests,
+    once it is known. failure: why the last probe failed. generators: {frame: batch} of batches that generators opened.
     """
 
     def __init__(self) -> None:
@@ -41,8 +40,8 @@ class Here:
         self.generators: dict[FrameType, OpenBatch] = {}
 
     def check_generator(self, batch: Any) -> None:
-        """Raise where a generator has opened a batch and the model is called outside of it, where the batch that is
-        open is still the generator's; or inside it, resumed in another thread or task, where it is not."""
+        """Raise AdapterPoolError if a batch that a generator opened is used wrongly: the model is called outside of the
+        generator while its batch is open; or inside of it, resumed in a thread or task where it is not open."""
         at, owner = sys._getframe(1), None
         while at is not None and owner is None:
             owner, at = self.generators.get(at), at.f_back  # type: ignore[assignment]
@@ -51,7 +50,7 @@ class Here:
             inside = inside.outer
         if (owner is not None and inside is None) or (batch is not None and batch.frame and owner is not batch):
             raise AdapterPoolError(
-                "a batch that a generator has opened is in use outside of the generator, or the generator was resumed "
+                "a batch that a generator has opened is used outside of the generator, or the generator was resumed "
                 "in another thread or task; open the batch where the model is called, and not across a yield"
             )
 
@@ -63,7 +62,7 @@ class Here:
 
 
 class Refusing:
-    """In place of the layers that a batch touches: each use raises."""
+    """Takes the place of ``OpenBatch.touched`` in a refused batch: each use raises AdapterPoolError."""
 
     def __init__(self, message: str) -> None:
         self.message = message

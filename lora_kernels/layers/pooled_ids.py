@@ -1,4 +1,4 @@
-"""The adapter ids of a batch, one a request: read by what they are now, and slots that have a scale of the batch."""
+"""The adapter ids of a batch, one for each request, and slots whose scaling has a factor of the batch."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ Key = tuple[object, ...]
 
 
 class BatchIds:
-    """int32 (n,), one a request, from -1 (no adapter) to ``limit`` - 1.
+    """int32 (n,), one for each request, from -1 (no adapter) to ``limit`` - 1.
 
-    named: the batch made ``ids`` itself and frees them at its end; nothing else writes into them. Another tensor
-    stays the caller's: on a CPU it is read by content at each use, so that every change is seen, however it was made.
+    named: the batch made ``ids`` and frees them at its end; nothing else writes into them. Otherwise the tensor belongs
+    to the caller: on a CPU its values are read at each use, so every change is seen.
 
-    ids: what it held when it was read last. live: the tensor itself, for a graph. uniform: int32 (1,) where all n are
-    one id, as far as the host can see it without waiting; value: that id; always: where that cannot change.
+    ids: the values at the last reading. live: the tensor itself, for a graph. uniform: int32 (1,) if all n ids are
+    equal, as far as the host can find out without waiting for a GPU; value: that id as an int; always: ``uniform``
+    if it is known when the batch is made.
     """
 
     def __init__(self, ids: Tensor, limit: int, *, named: bool = False, values: list[int] | None = None) -> None:
@@ -35,7 +36,7 @@ class BatchIds:
         self.always = self.uniform
 
     def now(self) -> dict[Key, Tensor] | None:
-        """What was made of the ids as they are now; None where they may change without a sign (on a GPU)."""
+        """The cache of tensors computed from the current ids; None on a GPU, where changes cannot be detected."""
         if self.named:
             return self._kept
         if self.given.data_ptr() != self._place:
@@ -48,7 +49,7 @@ class BatchIds:
         content = ctypes.string_at(self._place, 4 * self.count)
         if content != self._bytes:
             self._kept.clear()
-            with torch.inference_mode(False):  # a forward with gradients may be next
+            with torch.inference_mode(False):  # autograd may save it
                 self.ids = torch.frombuffer(bytearray(content or bytes(4)), dtype=torch.int32)[: self.count]
             values = self.ids.tolist()
             if values and not (min(values) >= -1 and max(values) < self.limit):
@@ -66,13 +67,13 @@ class BatchIds:
         self.value = values[0] if alike and values else None
 
     def repeated(self, expand: int, live: bool = False) -> Tensor:
-        """(n expand,): the ids, each as often as generate() has repeated its request."""
+        """int32 (n expand,): each id ``expand`` times, as generate() has repeated its request."""
         ids = self.live if live else self.ids
         return ids if expand == 1 else ids.repeat_interleave(expand)
 
 
 def with_factors(slots: Slots, which: Tensor, factors: Tensor) -> Slots:
-    """The slots, and behind them those of ``which`` once more, their scaling times ``factors``."""
+    """The slots, followed by copies of the slots ``which`` (v,) with their scaling times ``factors`` (v,)."""
     which, factors = which.to(slots.A.device), factors.to(slots.A.device)
     return slots._replace(
         starts=torch.cat([slots.starts, slots.starts[which]]),

@@ -1,4 +1,4 @@
-"""Which request each row of a layer's input belongs to, as far as probes of the model have shown it."""
+"""Rules, found by probes of the model, for which request each row of a layer's input belongs to."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK, TILED = "block", "tiled"  # rows of one request follow one another, or the requests are repeated as a whole
-Sizes = Mapping[str, int]  # of each of the model's inputs: the length of its first dimension that is not the requests'
-Rule = tuple[int, str, int]  # on this axis each request has factor * sizes[name] places; with name "": factor places
+BLOCK, TILED = "block", "tiled"  # (0, 0, 1, 1) or (0, 1, 0, 1) for two requests with two rows each
+Sizes = Mapping[str, int]  # {input of the model: size of its first dimension that does not count the requests}
+Rule = tuple[int, str, int]  # (axis, name, factor): each request has factor * sizes[name] indices; for "" factor
 
 
 class Found(NamedTuple):
@@ -25,7 +25,7 @@ class Found(NamedTuple):
         return self.spread(torch.arange(count), lead)
 
     def spread(self, ids: Tensor, lead: torch.Size | tuple[int, ...]) -> Tensor:
-        """(M,): for each row what ``ids`` (count,) says of its request; ``ids`` itself where they are the same."""
+        """(M,): for each row the entry of ``ids`` (count,) for its request; ``ids`` itself if the two are equal."""
         if self.repeats != 1:
             ids = ids.repeat_interleave(self.repeats) if self.order == BLOCK else ids.repeat(self.repeats)
         behind = len(lead) - 1 - self.axis
@@ -35,19 +35,21 @@ class Found(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """What one probe has shown of a layer's inputs of one number of dimensions: for each place (axis, order) that
-    explains every change, how many indices each request had there; None where there was one request only, which shows
-    no place. ``images``: requests are items of the images."""
+    """The result of one probe for a layer's inputs of one number of dimensions.
+
+    places: for each place (axis, order) that explains every change, how many indices each request had there; None if
+    the probe had one request only, which shows no place. images: the requests are items of the images.
+    """
 
     images: bool
     places: Mapping[tuple[int, str], frozenset[int]] | None
 
 
 class RowLayout:
-    """Every place of the requests that no probe has refuted yet. No place: the rows follow no order that is understood;
-    None: no probe had several requests.
+    """The places of the requests that no probe has refuted. Empty ``places``: the rows follow no known order; None: no
+    probe had several requests.
 
-    ``plain``: the one answer, where it depends on nothing but the number of requests.
+    ``plain``: the answer if it depends only on the number of requests, else None.
     """
 
     __slots__ = ("images", "places", "plain", "rules", "seen")
@@ -68,13 +70,13 @@ class RowLayout:
                 self.plain = Found(axis, orders.pop(), factor)
 
     def content(self) -> tuple[object, ...]:
-        """Equal for equal layouts."""
+        """A tuple that is equal for equal layouts."""
         return self.images, self.places, self.rules, frozenset(self.seen.items())
 
     def find(self, lead: torch.Size | tuple[int, ...], count: int, sizes: Sizes, key: object) -> Found | None:
-        """Where ``count`` requests are in an input with leading dimensions ``lead``; None where that is not known.
+        """The place of ``count`` requests in an input with leading dimensions ``lead``; None if it is not known.
 
-        sizes, key: of the model's inputs in this call.
+        sizes, key: sizes of the model's inputs in this call, from Call.view.
         """
         answers = set()
         for axis, order in self.places or ():
@@ -92,7 +94,7 @@ class RowLayout:
         return frozenset(guesses if len(guesses) == 1 else ())
 
     def after(self, evidence: Evidence, sizes: Sizes, key: object) -> RowLayout:
-        """This layout with what one more probe leaves of it."""
+        """The layout without the places and rules that one more probe refutes."""
         if evidence.places is None:
             return self
         if self.places is None:
@@ -112,7 +114,7 @@ class RowLayout:
 
 
 def first_layout(evidence: Evidence, sizes: Sizes, key: object) -> RowLayout:
-    """What one probe alone says: every rule that explains its numbers is possible."""
+    """The layout after a first probe: all rules that explain its numbers."""
     rules, seen = set[Rule](), dict[tuple[int, object], frozenset[int]]()
     for axis, repeats in _by_axis(evidence).items():
         seen[axis, key] = repeats
@@ -126,11 +128,11 @@ def first_layout(evidence: Evidence, sizes: Sizes, key: object) -> RowLayout:
 
 
 def places_of(calls: Iterable[tuple[tuple[int, ...], Tensor]], full: Tensor) -> dict[tuple[int, str], frozenset[int]]:
-    """The places that explain which rows have changed, with how many indices a request has there.
+    """{place: how many indices a request has there} for the places that explain which rows have changed.
 
-    calls: leading dimensions and the code int64 (M,) of each row: bit j is set if it changed in run j. full (count,):
-    the runs in which each request was altered. A row changes in no other run than those of its request, and each
-    request has a row that changes in all of them.
+    calls: leading dimensions, and int64 (M,) with a code for each row: bit j is set if the row changed in run j. full
+    int64 (count,): the same bits for the runs in which each request was altered. A place explains the codes if each row
+    changes only in runs of its request, and each request has a row that changes in all its runs.
     """
     found: dict[tuple[int, str], frozenset[int]] | None = None
     for lead, codes in calls:
@@ -156,6 +158,6 @@ def _has(sizes: Sizes, name: str) -> bool:
 
 
 def _holds(rule: Rule, repeats: frozenset[int], sizes: Sizes) -> bool:
-    """Whether the rule explains these numbers; also where the call says nothing of its input."""
+    """Whether the rule explains these numbers. True if the call does not have the rule's input."""
     _, name, factor = rule
     return not _has(sizes, name) or repeats == {factor * sizes.get(name, 1)}

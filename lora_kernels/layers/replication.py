@@ -1,4 +1,4 @@
-"""A transformer whose layers are runs of its own layers, sharing their weights: PEFT's layer_replication."""
+"""Replaces a transformer's layers by copies of runs of them that share weights: PEFT's layer_replication."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ REPLICATED_AS = "lora_replicated_layers"
 
 
 def replicate_layers(model: nn.Module, runs: Sequence[Sequence[int]]) -> nn.Module:
-    """Replace the model's layers by copies of those of each [start, end), one run after another; returns the model.
+    """Replace the model's layers by copies of the layers of each run [start, end), in order; returns the model.
 
-    [[0, 4], [2, 5]] makes 0 1 2 3 2 3 4 of five layers. The copies share the Parameters of what they are copies of. For
-    models in Llama's, BERT's and Falcon's shape, as PEFT finds the layers. Does nothing where the layers are these
-    runs already. Raises ConfigError for another model, other runs than it has, and layers that it does not have.
+    [[0, 4], [2, 5]] turns layers 0 to 4 into 0 1 2 3 2 3 4. A copy shares the Parameters of its original. The layers
+    are found as in PEFT, for models with the structure of Llama, BERT or Falcon. Does nothing if the model was already
+    replicated with these runs. Raises ConfigError for a model of another structure, a model that was replicated with
+    other runs, and indices of layers that the model does not have.
     """
     wanted = [list(run) for run in runs]
     has = getattr(model, REPLICATED_AS, None)
     if has == wanted:
         return model
     if has is not None:
-        raise ConfigError(f"the model's layers are the runs {has} already, not {wanted}; take a fresh model")
+        raise ConfigError(f"the model's layers were already replicated by {has}, not {wanted}; use a fresh model")
     owner, name, layers = _layers_of(model)
     if max(end for _, end in wanted) > len(layers):
         raise ConfigError(f"layer_replication = {wanted}: {type(model).__name__} has {len(layers)} layers")
@@ -56,10 +57,11 @@ def _layers_of(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
         if isinstance(owner, nn.Module) and isinstance(layers, nn.ModuleList):
             return owner, name, layers
     raise ConfigError(
-        f"layer_replication: {type(model).__name__} has no list of layers where Llama, BERT or Falcon have theirs"
+        f"layer_replication: {type(model).__name__} has no list of layers at the path of Llama's, BERT's or "
+        "Falcon's; leave layer_replication out"
     )
 
 
 def _sharing_copy(module: nn.Module) -> nn.Module:
     shared = {id(parameter): parameter for parameter in module.parameters()}
-    return copy.deepcopy(module, dict(shared))  # type: ignore[arg-type]  # what deepcopy finds there it takes as copied
+    return copy.deepcopy(module, dict(shared))  # type: ignore[arg-type]  # deepcopy reuses what this dict holds

@@ -1,4 +1,4 @@
-"""Modules with a frozen weight of which some rows are trained: PEFT's trainable_token_indices."""
+"""Modules with a frozen weight and some trained rows: PEFT's trainable_token_indices."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ ADDED = ("token_indices", "_index", "_base_weight")
 
 
 class TrainedRows(nn.Module):
-    """The module's own forward over W with the rows of ``token_indices`` exchanged for those of
-    ``trainable_tokens_delta`` (n, D), which are trained: float32 beside a 16-bit W.
+    """Runs the module's own forward with W whose rows ``token_indices`` are replaced by the trained rows
+    ``trainable_tokens_delta`` (n, D), float32 for a 16-bit W.
 
-    A module whose class was exchanged by ``into_trained_rows``: the object, its weight and hooks stay. ``weight`` is
-    the exchanged one, made anew whenever it is asked for; the frozen one is the Parameter of that name.
+    ``into_trained_rows`` changes the class of a module to this one; the object, its weight and its hooks stay. The
+    attribute ``weight`` is W with the trained rows, computed at each access; the frozen W is the Parameter "weight".
     """
 
     token_indices: tuple[int, ...]
@@ -42,7 +42,7 @@ class TrainedRows(nn.Module):
         return self._base_weight is not None
 
     def merge(self, merged: nn.Parameter | None = None) -> nn.Parameter:
-        """Put W with the trained rows in W's place, or ``merged``, which is that of a module that shares both."""
+        """Replace the Parameter W by W with the trained rows, or by ``merged`` of a module that shares both."""
         if self._base_weight is None:
             value = nn.Parameter(self.weight.detach(), requires_grad=False) if merged is None else merged
             base = self._parameters["weight"]
@@ -52,18 +52,19 @@ class TrainedRows(nn.Module):
         return found
 
     def unmerge(self) -> None:
-        """Put the very Parameter back that merge took out. Not merged: no effect."""
+        """Restore the Parameter that merge replaced. No effect if not merged."""
         if self._base_weight is not None:
             self._parameters["weight"] = self._base_weight
             object.__setattr__(self, "_base_weight", None)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Copies and pickles; the class is made for them anew."""
+        """For copies and pickles: the class is made again from the module's own class."""
         return _blank, (base_class(self),), dict(vars(self))
 
 
 def into_trained_rows(module: nn.Module, indices: Sequence[int], delta: nn.Parameter | None = None) -> nn.Parameter:
-    """Train these rows of an nn.Embedding or nn.Linear: as they are, or those of ``delta``. Returns them."""
+    """Train these rows of an nn.Embedding or nn.Linear, starting from W's rows, or as ``delta`` (n, D) if given.
+    Returns the trained rows."""
     W = module._parameters["weight"]
     assert W is not None
     index = torch.tensor(list(indices), dtype=torch.int64, device=W.device)
@@ -77,7 +78,7 @@ def into_trained_rows(module: nn.Module, indices: Sequence[int], delta: nn.Param
 
 
 def out_of_trained_rows(module: TrainedRows) -> None:
-    """Turn the module back into what it was, over the weight that it has: with the trained rows where it is merged."""
+    """Give the module its own class again; its weight has the trained rows if it is merged, else it is W."""
     module.__class__ = base_class(module)  # type: ignore[assignment]
     del module._parameters[DELTA]
     for name in ADDED:

@@ -1,8 +1,8 @@
-"""Regular expressions from files: ``re``'s answers in bounded work, whatever the pattern.
+"""Matches regular expressions from files with the results of ``re``, in bounded work for every pattern.
 
-``re`` backtracks: a pattern of 20 characters can keep it busy for years. Here a pattern is applied to all positions of
-a path at once (``steps``), which takes work in proportion to its length and finds a match where ``re`` finds one. The
-work is counted (``budget``), and more than is allowed is a ConfigError.
+``re`` backtracks: a pattern of 20 characters can take years. Here a pattern is applied to all positions of a path at
+once (``steps``); the work is proportional to the length of the path, and the matches are those of ``re``. The work is
+counted (``budget``); if it exceeds the limit, a ConfigError is raised.
 """
 
 from lora_kernels.patterns.budget import Budget, Text

@@ -1,4 +1,4 @@
-"""What is counted while patterns are matched: the work is bounded by steps, never by time."""
+"""Counts the steps while patterns are matched: the work is limited by a number of steps, not by time."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ STEPS, STEPS_PER_PATH = 500_000, 300  # a step is about 0.2 microseconds
 
 
 class Budget:
-    """The steps that are left for all patterns of one configuration; every path that is looked at adds some."""
+    """The steps left for all patterns of one configuration; every path that is matched adds STEPS_PER_PATH."""
 
     def __init__(self) -> None:
         self.left = STEPS
 
     def spend(self, steps: int) -> None:
-        """Count steps. Raises ConfigError where none are left."""
+        """Subtract steps. Raises ConfigError if fewer are left."""
         self.left -= steps
         if self.left < 0:
             raise ConfigError(
@@ -26,7 +26,7 @@ class Budget:
 
 
 class Text:
-    """A path to be matched: ``places[c]`` are the positions of the character c, as bits."""
+    """A path to be matched. ``places[c]``: an integer whose bit i is set if character i of the path is c."""
 
     def __init__(self, value: str, budget: Budget) -> None:
         budget.left += STEPS_PER_PATH

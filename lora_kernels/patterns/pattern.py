@@ -1,4 +1,4 @@
-"""A regular expression over the paths of modules, and the forms in which PEFT applies those of a configuration."""
+"""Regular expressions for paths of modules, and the forms in which PEFT applies those of a configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_PATTERN, MAX_PATTERNS = 16_000, 80_000  # characters in one pattern, and in 
 
 
 class Pattern:
-    """A regular expression over paths. Raises ValueError with a reason for what is no such thing, or too large."""
+    """A regular expression for paths. Raises ValueError with the reason if ``source`` is not supported or too long."""
 
     def __init__(self, source: str) -> None:
         tree = parse(source)
@@ -31,25 +31,25 @@ class Pattern:
         return self._may_end(text, True) and self._step(text, 1) >> len(text.value) != 0
 
     def ends(self, text: Text, start: int) -> Iterator[int]:
-        """Where matches that begin at ``start`` may end, in ascending order."""
+        """The positions where matches that begin at ``start`` can end, in ascending order."""
         text.budget.spend(1)
         return bits(self._step(text, 1 << start))
 
     def _may_end(self, text: Text, to_end: bool) -> bool:
         text.budget.spend(1)
-        return not to_end or text.value.endswith(self._tail) or "\n" in text.value  # where "$" matches earlier
+        return not to_end or text.value.endswith(self._tail) or "\n" in text.value  # "$" also matches before a newline
 
 
 @lru_cache(maxsize=2048)
 def check(source: str) -> None:
-    """Raise ValueError with the reason unless Pattern(source) can be made."""
+    """Raise ValueError with the reason if Pattern(source) cannot be made."""
     Pattern(source)
 
 
 def parse(source: str) -> Any:
     """The tree of ``re``'s own parser. Raises ValueError with a reason."""
     if len(source) > MAX_PATTERN:
-        raise ValueError(f"{len(source)} characters, of at most {MAX_PATTERN}")
+        raise ValueError(f"{len(source)} characters; accepted are at most {MAX_PATTERN}")
     try:
         return re_parser.parse(source)
     except (re.error, ValueError, OverflowError, RecursionError) as error:
@@ -67,8 +67,8 @@ def ends_in(key: str) -> str:
 
 
 def check_list_name(name: str) -> None:
-    """Raise ValueError with the reason unless an entry of layers_pattern is a pattern by itself and remains one
-    inside PEFT's pattern for the index of a layer."""
+    """Raise ValueError with the reason unless ``name``, an entry of layers_pattern, is a pattern by itself and has the
+    same meaning inside PEFT's pattern for the index of a layer."""
     before_index = r"(?:^|.*?\.){}\.(?P<idx>\d+)\.".format
     check(before_index(name))
     check(name)
@@ -77,7 +77,7 @@ def check_list_name(name: str) -> None:
 
 
 def _tail(items: Any) -> str:
-    """Characters in which everything that the items match ends; "" where the tree does not show any."""
+    """A suffix of every string that the items match, as far as the parse tree shows it; else ""."""
     tail = ""
     for item in reversed(items):
         kind, value = str(item[0]), item[1]

@@ -1,10 +1,11 @@
-"""Elements of a regular expression as functions from the positions where they may begin to those where they may end.
+"""Elements of a regular expression as functions from their possible start positions to their possible end positions.
 
     literal(S) = (S & places of the character) << 1        sequence(S) = last(... first(S))
     branch(S)  = union of its alternatives                 repeat(S)   = union of the iterates of its body
 
-A set S of positions is an integer: bit i is set for the position before character i. No element depends on the path
-taken to a position, so nothing is tried twice; elements that do depend on it (backreferences) are refused.
+A set S of positions is an integer: bit i is set for the position before character i. The result of an element depends
+only on the position, not on how the match reached it, so nothing is tried twice. Elements for which this does not hold
+(backreferences) are refused.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Step = Callable[[Text, int], int]
 
 
 def sequence_step(items: Iterable[Any], flags: int, depth: int) -> Step:
-    """The items of ``re``'s parser one after another. Raises ValueError with a reason for what is not supported."""
+    """The items of ``re``'s parser in sequence. Raises ValueError with the reason for an item that is not supported."""
     if depth > MAX_DEPTH:
         raise ValueError(f"groups nested more than {MAX_DEPTH} deep")
     steps = list[Step]()
@@ -116,7 +117,7 @@ def _branch(steps: list[Step]) -> Step:
 
 
 def _run(mask: Callable[[Text], int], least: int) -> Step:
-    """A character class repeated without limit: the carry of one addition passes through each run of its places."""
+    """A character class repeated without limit: in one addition the carry runs through each run of its positions."""
 
     def run(text: Text, S: int) -> int:
         text.budget.left -= 1
@@ -130,7 +131,7 @@ def _run(mask: Callable[[Text], int], least: int) -> Step:
 
 def _repeat(body: Step, least: int, most: int) -> Step:
     def repeat(text: Text, S: int) -> int:
-        for _ in range(least):  # ends early: a set whose members all advance empties, any other becomes stable
+        for _ in range(least):  # ends early: the set becomes empty or no longer changes
             text.budget.spend(1)
             before, S = S, body(text, S)
             if S in (0, before):
@@ -186,7 +187,7 @@ def _is_character(item: Any) -> bool:
 
 
 def _mask(item: Any, flags: int) -> Callable[[Text], int]:
-    """The places of a text whose character the item matches."""
+    """A function that gives the positions (bits) of a text whose character the item matches."""
     if str(item[0]) == "LITERAL" and not flags & re.IGNORECASE:
         char = chr(item[1])
         return lambda text: text.places.get(char, 0)
@@ -196,7 +197,7 @@ def _mask(item: Any, flags: int) -> Callable[[Text], int]:
     def accepts(char: str, budget: Budget) -> bool:
         nonlocal matcher
         if char not in accepted:
-            if matcher is None:  # one character of re's own, so that case and categories are re's
+            if matcher is None:  # compiled by re, so that case and categories are those of re
                 budget.spend(_width(item) // 4)
                 state = re_parser.State()
                 matcher = re_compiler.compile(re_parser.SubPattern(state, [item]), flags)
@@ -215,7 +216,7 @@ def _mask(item: Any, flags: int) -> Callable[[Text], int]:
 
 
 def _width(item: Any) -> int:
-    """Roughly the steps that compiling a character class takes."""
+    """The approximate number of steps for compiling a character class."""
     members = item[1] if str(item[0]) == "IN" else ()
     return 40 + sum(value[1] - value[0] if str(kind) == "RANGE" else 1 for kind, value in members)
 

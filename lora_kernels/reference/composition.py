@@ -2,10 +2,11 @@
 
     Y = X W^T + bias + s/(1-p) (D*X) A^T B^T
 
-Kernels and the explicit backwards of this package compute values, once. Second derivatives, forward-mode derivatives,
-batched gradients and the transforms of torch.func need operations that PyTorch can differentiate and map: these. The
-low-rank part is computed in float32 for 16-bit operands, its sum with the base rounded once. D is the 0/1 keep mask of
-inverted dropout on the adapter's input, or None; it is given, so that it is the mask of the fused forward.
+PyTorch cannot differentiate the kernels and explicit backwards of this package. Second derivatives, forward-mode
+derivatives, batched gradients and the transforms of torch.func need operations that PyTorch can differentiate and vmap;
+this module has them. The low-rank part is computed in float32 for 16-bit operands, and its sum with the base is rounded
+once. D is the 0/1 keep mask of inverted dropout on the adapter's input, or None. It is an argument, so that it can be
+the mask of the fused forward.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from lora_kernels.slots import Slots
 
 
 def keep_mask(X: Tensor, width: int, p: float, seed: Tensor | None, philox: bool) -> Tensor | None:
-    """0 and 1 in X's shape but of ``width`` columns; None without a seed.
+    """A 0/1 mask (*X.shape[:-1], width); None if seed is None.
 
-    ``philox``: drawn as kernels draw it, else as the reference backend does: by the generator of a CPU. A seed that is
-    mapped over (vmap with randomness="different") gives each sample a Philox mask of its own.
+    ``philox``: drawn as kernels draw it; otherwise by a generator on the CPU, as in the reference backend. A seed that
+    is mapped over (vmap with randomness="different") gives each sample its own Philox mask.
     """
     if seed is None:
         return None
@@ -46,7 +47,7 @@ def keep_mask(X: Tensor, width: int, p: float, seed: Tensor | None, philox: bool
 
 
 def wide(*tensors: Tensor) -> torch.dtype:
-    """The dtype of sums that are rounded once: the widest of theirs, float32 at least."""
+    """The dtype for sums that are rounded once: the widest dtype of the tensors, at least float32."""
     return reduce(torch.promote_types, (T.dtype for T in tensors), torch.float32)
 
 
@@ -81,7 +82,7 @@ def lora_linear_stacked(
     keep: Tensor | None = None,
     p: float = 0.0,
 ) -> tuple[Tensor, ...]:
-    """The Y_p (..., N_p) of projections of one X, with one mask for all."""
+    """Y_p (..., N_p) for each projection p of one X, all with the same mask."""
     projections = zip(W, A, B, bias, scaling, strict=True)
     return tuple(lora_linear(X, w, a, b, one, s, keep, p) for w, a, b, one, s in projections)
 
@@ -103,7 +104,7 @@ def lora_mlp(
 
 
 def weight_norm(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """||W + s B A|| row by row, (N,), float32 or wider; no derivative passes."""
+    """The norm of each row of W + s B A, (N,), in float32 or wider; it is detached from autograd."""
     dtype = wide(W, A, B)
     W, A, B = (T.detach().to(dtype) for T in (W, A, B))
     with no_autocast(W.device.type):
@@ -122,7 +123,7 @@ def dora_linear(
     keep: Tensor | None = None,
     p: float = 0.0,
 ) -> Tensor:
-    """Y (..., N) = g * (X W^T + s X A^T B^T) + bias with g = m / norm, where nothing is dropped.
+    """Y (..., N) = g * (X W^T + s X A^T B^T) + bias with g = m / norm, without dropout.
 
     With dropout X W^T + bias + (g-1)/(1-p) (D*X) W^T + g s/(1-p) (D*X) A^T B^T.
     """
@@ -194,9 +195,9 @@ def lora_conv(
 
 
 def multi_lora_linear(X: Tensor, W: Tensor, slots: Slots, ids: Tensor, bias: Tensor | None) -> Tensor:
-    """Y (M, N) with each row's own adapter, or none, for X (M, K), ids (M,), which are read on the host."""
+    """Y (M, N) for X (M, K) and ids (M,): each row with its own adapter or none. The ids are read on the host."""
     Y, rows = linear(X, W, bias), [torch.tensor([], dtype=torch.int64, device=X.device)]
-    made = [_update(X[:0], slots.A, slots.B, 1.0, None, 0.0)]  # of no row: a graph to A and B in any case
+    made = [_update(X[:0], slots.A, slots.B, 1.0, None, 0.0)]  # of no rows: connects Y to A and B in every case
     for own, first, r, scaling in _owners(slots, ids):
         rows.append(torch.tensor(own, device=X.device))
         A, B = slots.A[first : first + r], slots.B[:, first : first + r]
@@ -205,7 +206,7 @@ def multi_lora_linear(X: Tensor, W: Tensor, slots: Slots, ids: Tensor, bias: Ten
 
 
 def _owners(slots: Slots, ids: Tensor) -> list[tuple[list[int], int, int, float]]:
-    """The rows of each slot that ids name, and its place, rank and scaling; nothing is kept for another call."""
+    """(rows, first rank, rank, scaling) for each slot that the ids name; nothing is cached for another call."""
     starts, ranks, scalings = map(bare, slots[2:5])
     held = places(Slots(slots.A, slots.B, starts, ranks, scalings, slots.max_rank))
     rows = defaultdict[int, list[int]](list)

@@ -15,8 +15,8 @@ on the adapter's input, with D the 0/1 keep mask, it acts on the part of the bas
     dX += D/(1-p) * ((g-1) * dY) W
     dm  = (sum over the rows of dY * P + sum over the columns of d(gB) * B) / norm
 
-float16 takes this form without dropout as well, with XD = X: g enters through the float32 g*B, since Z and g * dY would
-leave float16's range where Y and the gradients do not. The base part is then Y = g * P + bias, and dX = (g*dY) W.
+float16 uses this form also without dropout, with XD = X: g enters through the float32 g*B, since Z and g * dY can leave
+float16's range even if Y and the gradients do not. The base part is then Y = g * P + bias, and dX = (g*dY) W.
 
 Source: Liu et al., DoRA, arXiv 2402.09353, equations 5 and 11.
 """
@@ -81,7 +81,7 @@ def dora_linear_fwd(
     """Y (M, N), XA (M, r) as LoRA's, and Z (M, N), with dropout P; None unless ``keep_z``.
 
     X (M, K), W (N, K), A (r, K), B (N, r), m, norm and bias (N,), keep (M, K) or None. A and B are rounded to
-    low_rank_dtype(X.dtype), g is not. In float16 Z is P.
+    low_rank_dtype(X.dtype), and g is not rounded. In float16 Z is P.
     """
     g = magnitude_scale(m, norm)
     if keep is None and X.dtype is torch.float16:

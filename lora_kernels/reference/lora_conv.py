@@ -12,7 +12,7 @@ dilation, of one group where the filter is A:
     dbias = sum of dY, dlora_bias = s dbias               (N,)
 
 D is the 0/1 keep mask of inverted dropout on the adapter's input, s the scaling, c = s/(1-p). c enters through cB, as
-small as the adapter, and into dB. XA and dXA, with A and cB, are in low_rank_dtype(X.dtype). Group g of B reads the
+small as the adapter, and into dB. XA, dXA, A and cB are in low_rank_dtype(X.dtype). Group g of B reads the
 g-th r/groups channels of XA. Y is allocated once, and so is dX: the update is added to the base's in place.
 Source: Hu et al., LoRA, arXiv 2106.09685, equation 3, with the layout of PEFT's convolutions.
 """
@@ -119,7 +119,7 @@ def lora_conv_fwd(
     geometry: Geometry,
     mask: Mask | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Y (M, N, *out) in X's dtype and XA (M, r, *out) in low_rank_dtype of it, to which A and B are rounded."""
+    """Y (M, N, *out) in X's dtype and XA (M, r, *out) in low_rank_dtype(X.dtype), to which A and B are rounded."""
     groups, dtype = geometry.groups, low_rank_dtype(X.dtype)
     XD = X if mask is None else X * keep_mask(mask, X)
     with nullcontext() if dtype == X.dtype else torch.autocast(X.device.type, enabled=False):
@@ -142,7 +142,7 @@ def lora_conv_fwd(
 
 
 def _matmul(P: Tensor, Q: Tensor) -> Tensor:
-    """P Q for each matrix of a batch, in place, since autocast narrows the operands of every other product."""
+    """P Q for each matrix of a batch, by an in-place product: autocast narrows the operands of all other products."""
     return P.new_empty(P.shape[0], P.shape[1], Q.shape[2]).baddbmm_(P, Q, beta=0)
 
 
@@ -182,7 +182,7 @@ def lora_conv_bwd(
             del XD
         if needs.X:
             dX = _conv_backward(dY, X, W, geometry, groups, of_filter=False)
-            like_x = X if dtype == X.dtype else torch.empty_like(X, dtype=dtype)  # nothing is read of it
+            like_x = X if dtype == X.dtype else torch.empty_like(X, dtype=dtype)  # only its shape is used
             update = _conv_backward(dXA, like_x, A.to(dtype), geometry, 1, of_filter=False)
             dX = dX.add_(update) if keep is None else dX.addcmul_(update, keep)
     if needs.B:

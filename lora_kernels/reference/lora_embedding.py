@@ -7,8 +7,8 @@
     dB  = s dY^T XA^T                        (N, r)
 
 s is the scaling; it enters through sB, which is as small as the adapter, and into dB. No (vocab, N) update is made, and
-Y is allocated once: the base's rows, to which the update is added in place. Products of a float16 adapter are float32:
-sB and dYB leave float16's range.
+Y is allocated once: the base's rows, to which the update is added in place. Products of a float16 adapter are
+float32, since sB and dYB leave float16's range.
 Source: Hu et al., LoRA, arXiv 2106.09685, equation 3, for an input of one-hot rows.
 """
 
@@ -38,7 +38,7 @@ def _add_product(Y: Tensor, XA: Tensor, B: Tensor, scaling: float) -> None:
     if wide == Y.dtype:
         Y.addmm_(XA.t(), sB.t())
         return
-    # a CPU widens so much of Y at a time as stays in its cache
+    # a CPU widens only as much of Y at a time as fits its cache
     whole = Y.device.type != "cpu" or torch.compiler.is_compiling() or Y.numel() == 0
     rows = Y.shape[0] if whole else max(1, CHUNK // Y.shape[1])
     for y, xa in [(Y, XA)] if whole else zip(Y.split(rows), XA.split(rows, 1), strict=True):

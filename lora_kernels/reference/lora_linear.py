@@ -57,7 +57,7 @@ def lora_linear_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Y (M, N) and XA (M, r) for X (M, K), W (N, K), A (r, K), B (N, r), bias (N,) and keep (M, K) or None.
 
-    A and B may have another float dtype than X: they are rounded to low_rank_dtype(X.dtype), XA's.
+    A and B may have another float dtype than X: they are rounded to low_rank_dtype(X.dtype), the dtype of XA.
     """
     dtype, XD = low_rank_dtype(X.dtype), X
     A = A if A.dtype is dtype else A.to(dtype)
@@ -83,7 +83,7 @@ def lora_linear_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dX (M, K), dA (r, K) in A's dtype, dB (N, r) in B's, dbias (N,); None for each that ``needs`` leaves out.
 
-    ``dZ`` (M, N): the gradient of the base product X W^T, where it is another than dY (DoRA's).
+    ``dZ`` (M, N): the gradient of the base product X W^T if it differs from dY (in DoRA); None for dY.
     """
     # dA before dX, whose update then finds it in the cache, and dB after: on a CPU 2 to 8 % less than dX first
     dX = dA = dB = dbias = None

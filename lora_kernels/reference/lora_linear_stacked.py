@@ -44,7 +44,7 @@ def _down(
 ) -> tuple[Tensor, list[int]]:
     """[f_0 P_0 Q_0, f_1 P_1 Q_1, ...] side by side, each scaled before it is rounded; and the widths of the blocks.
 
-    In the Q's dtype, which is the P's or a wider one.
+    The result has the dtype of the Q_i, which is that of the P_i or wider.
     """
     widths = [q.shape[1] for q in Q]
     if shared is not None and len(set(factors)) == 1:  # one product over the stacked Q

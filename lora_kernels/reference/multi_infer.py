@@ -3,8 +3,8 @@
     Y[m] = X[m] W^T + bias + s_l X[m] A_l^T B_l^T        l = ids[m]        X (M, K)  W (N, K)  Y (M, N)
 
 runs      neighbours with one adapter are a slice of X and of Y: no row moves
-masked    X times every adapter that is there, other rows' ranks set to zero, one product into Y; groups where a B is
-          not finite, since zero times that would be NaN in every row
+masked    X times every adapter that is there, other rows' ranks set to zero, one product into Y; runs groups if a B is
+          not finite, since zero times such a B is NaN in every row
 sorted    rows brought together by adapter before the base product, slices of it, and put back
 groups    each adapter's rows gathered, its product added to their places in Y
 
@@ -96,9 +96,9 @@ class Rows:
     def scales(
         self, L: int, there: tuple[tuple[int, int, float, int], ...], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """(M, ranks) twice for the adapters ``there`` (first, rank, scaling, slot) side by side: a row's own scaling in
-        its own columns, and whether a column belongs to others. Kept, as the layers of a model hold the same adapters
-        in the same places."""
+        """Two tensors (M, ranks) for the adapters ``there`` (first, rank, scaling, slot) side by side: the scaling of
+        the row's own adapter in its columns; and whether a column belongs to another adapter. Cached, since the layers
+        of a model have the same adapters at the same places."""
         key = L, there, dtype
         kept = self._scales.get(key)
         if kept is None:
@@ -205,7 +205,7 @@ def multi_lora_linear_infer(X: Tensor, W: Tensor, slots: Slots, ids: Tensor, bia
 
 
 def _factors(A: Tensor, Bt: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B^T in the dtype of X A^T; themselves where they have it (asking ``to`` for nothing costs microseconds)."""
+    """A and B^T in the dtype of X A^T; themselves if they have it (a ``to`` without effect takes microseconds)."""
     dtype = low_rank_dtype(X.dtype)
     return (A if A.dtype is dtype else A.to(dtype)), (Bt if Bt.dtype is dtype else Bt.to(dtype))
 
@@ -224,9 +224,9 @@ def _add_runs(Y: Tensor, X: Tensor, slots: Slots, runs: list[Run]) -> Tensor:
 
 
 def _masked(Y: Tensor, X: Tensor, slots: Slots, held: list[tuple[int, int, float]], rows: Rows) -> Tensor | None:
-    """Y, in place, + X times the A of every adapter that is there, each row keeping its own ranks, times their B.
+    """Y += (X A^T, masked to the ranks of each row's own adapter) B^T in place, for all adapters side by side.
 
-    None where a B is not finite. Every row multiplies every B, so the first row of Y shows it.
+    None if a B is not finite. Every row multiplies every B, so then the first row of Y is not finite.
     """
     L = len(held)
     there = tuple(sorted((*held[slot], slot) for slot, _, _ in rows.in_order if 0 <= slot < L and held[slot][1]))
@@ -241,6 +241,6 @@ def _masked(Y: Tensor, X: Tensor, slots: Slots, held: list[tuple[int, int, float
     A, Bt = _factors(A, Bt, X)
     own, others = rows.scales(L, there, torch.promote_types(X.dtype, torch.float32))  # 16 bit would round s
     XA = X @ A.t() if A.dtype is X.dtype else wide_mm(X, A.t())
-    XA.mul_(own).masked_fill_(others, 0)  # what overflows in another adapter's ranks is no number, nor is its product
+    XA.mul_(own).masked_fill_(others, 0)  # another adapter's XA may be inf or NaN
     Y = add_low_rank_(Y, XA, Bt)
     return Y if math.isfinite(Y[0].sum(dtype=torch.float32)) else None

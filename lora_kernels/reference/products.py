@@ -9,8 +9,8 @@ oneDNN by an operator of its own, which is called here where it was measured to 
 AMD processors with AVX-512. Everything else, other dtypes, devices and layouts, are PyTorch's usual operators.
 docs/lora_linear.md has the figures; ``LORA_KERNELS_CPU_GEMM`` = auto, torch or onednn decides otherwise.
 
-Operands of two dtypes are multiplied in the wider one, as float32 A and B of a float16 layer are. Such products are
-written in place: autocast narrows the operands of all others to 16 bit.
+Operands of two dtypes are multiplied in the wider one, for example float32 A and B of a float16 layer. Such products
+use in-place operations, since autocast narrows the operands of all other products to 16 bits.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lora_kernels.errors import ConfigError
 
 SWITCH = "LORA_KERNELS_CPU_GEMM"
 CHOICES = ("auto", "torch", "onednn")
-CHUNK = 1 << 17  # elements of a 16-bit Y whose wide update exists at a time
+CHUNK = 1 << 17  # elements of a 16-bit Y for which the wide update is computed at a time
 MULTIPLICATIONS = 1 << 22  # from which oneDNN gains more than its 12 us a call and its 0.5 ms a new shape
 _CPUINFO = Path("/proc/cpuinfo")
 
@@ -108,7 +108,7 @@ def wide_mm(P: Tensor, Q: Tensor, factor: float | None = None) -> Tensor:
         return mm(P, Q)
     dtype = torch.promote_types(P.dtype, Q.dtype)
     P, Q = P.to(dtype), Q.to(dtype)
-    if not torch.compiler.is_compiling() and _takes(P, Q, Q.size(1)):  # whose look at the sizes would be a guard
+    if not torch.compiler.is_compiling() and _takes(P, Q, Q.size(1)):  # reading the sizes would add a guard
         product = mm(P, Q)
         return product if factor in (None, 1.0) else product.mul_(factor)
     return P.new_empty(P.shape[0], Q.shape[1]).addmm_(P, Q, beta=0, alpha=1 if factor is None else factor)
@@ -135,7 +135,7 @@ def add_mm_(Y: Tensor, P: Tensor, Q: Tensor) -> Tensor:
 def add_low_rank_(Y: Tensor, P: Tensor, Q: Tensor) -> Tensor:
     """Y += P Q in place for P (M, r), Q (r, N), rounded to Y's dtype once where P and Q have a wider one.
 
-    A CPU adds so many rows at a time that the wide product stays in its cache.
+    On a CPU the rows are added in parts whose wide product fits the cache.
     """
     if P.dtype is Y.dtype:
         return Y.addmm_(P, Q)

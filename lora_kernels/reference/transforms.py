@@ -1,4 +1,4 @@
-"""What is active around a call: transforms of torch.func, forward-mode differentiation, autocast; and ways past it."""
+"""Tests for active transforms of torch.func and forward-mode differentiation, and ways around them and autocast."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ def batched(X: Tensor) -> bool:
 
 
 def bare(X: Tensor) -> Tensor:
-    """X without the wrappers of torch.func, for numbers that are read on the host; X is not mapped over."""
+    """X without the wrappers of torch.func, to read its numbers on the host. X must not be mapped over."""
     while not is_compiling() and _functorch.is_functorch_wrapped_tensor(X):
         X = _functorch.get_unwrapped(X)
     return X
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """A context in which autocast casts nothing; operands are cast before."""
+    """A context with autocast off; the caller has cast the operands."""
     on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if on else nullcontext()
 
 
 def in_thread(function: Callable[..., T], *args: Any) -> T:
-    """function(*args) in a thread of its own, where no transform is active: for random numbers that a seed fixes.
+    """function(*args) in a new thread, where no transform is active: for random numbers from a given seed.
 
-    vmap refuses them, or draws others. Of a CPU alone: a thread has a CUDA stream of its own.
+    vmap would refuse to draw them, or draw other numbers. For the CPU only: a thread has its own current CUDA stream.
     """
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function, *args).result()

@@ -29,13 +29,13 @@ _state = _State()
 
 
 def ensure_exact() -> None:
-    """Makes bf16 exact where nothing did so yet: what the package calls before its kernels are interpreted.
+    """Makes bf16 exact if it is not yet; the package calls this before its kernels are interpreted.
 
-    It concerns every kernel that this process interprets. A sum in bf16 is made in float32 and rounded once, and
+    It affects every kernel that this process interprets. A sum in bf16 is computed in float32 and rounded once, and
     float32 dots keep float32's precision, as without the patch.
 
     Raises:
-        BackendUnavailableError: Triton's interpreter has moved.
+        BackendUnavailableError: this Triton version's interpreter has other classes than the patch expects.
     """
     if _state.installed:
         return

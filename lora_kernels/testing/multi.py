@@ -137,7 +137,7 @@ def multi_truth(problem: MultiProblem) -> MultiResults:
 
 
 def multi_plain(problem: MultiProblem) -> MultiResults:
-    """What plain PyTorch gives in the problem's dtype, row by row, for A and B in lora_dtype, as PEFT computes it."""
+    """The result of plain PyTorch in the problem's dtype, row by row, for A and B in lora_dtype, as in PEFT."""
     return _differentiate(problem, problem.X.dtype)
 
 

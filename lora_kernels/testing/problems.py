@@ -1,8 +1,8 @@
 """Inputs shared by tests and benchmarks, with fp64 truth and plain PyTorch's answer for each.
 
 The LoRA term of a problem is as large as its base term. With B near zero, as after PEFT's initialisation, every
-tolerance accepts a kernel that does no LoRA at all. MAGNITUDES are what 16-bit intermediates cannot hold: there the
-gradients, which are as relatively exact for a small B as for any, are what shows an error.
+tolerance accepts a kernel that does no LoRA at all. MAGNITUDES are sizes that 16-bit intermediates cannot hold.
+There the gradients show an error: their relative error does not depend on the size of B.
 """
 
 import random
@@ -53,7 +53,7 @@ class Results:
 
 
 class Magnitudes(NamedTuple):
-    """Sizes of a problem's operands: the RMS of A, B and dY, None for the usual one, and the scaling.
+    """Sizes of a problem's operands: the RMS of A, B and dY (None: the usual one), and the scaling.
 
     ``wide``: only for float32 adapters, since A or gradients leave the range of float16.
     """
@@ -116,7 +116,7 @@ def make_problem(
     bias_values = normal(N) if bias else None
     rows = X[:_SAMPLED_ROWS]
     base_term, lora_term = (rows @ W.T).square().mean(), (scaling * (rows @ A.T) @ B.T).square().mean()
-    if lora_term > 0 and sizes.B is None:  # not so for M = 0, or for a scaling of 0
+    if lora_term > 0 and sizes.B is None:  # 0 if M = 0, or the scaling is 0
         B *= lora_scale * (base_term / lora_term).sqrt()
 
     def place(values: Tensor, dtype: torch.dtype, layout: str) -> Tensor:
@@ -155,16 +155,16 @@ def truth(problem: Problem, keep: Tensor | None = None) -> Results:
 
 
 def plain(problem: Problem, keep: Tensor | None = None) -> Results:
-    """What plain PyTorch gives in the problem's own dtype.
+    """The result of plain PyTorch in the problem's own dtype.
 
-    A and B are cast to X's dtype, as PEFT computes it under autocast; but float32 ones of a float16 X are not, and X
-    is cast for them, as PEFT computes it without autocast. In bfloat16, which has float32's range, both are as good.
+    A and B are cast to X's dtype, as in PEFT under autocast. Exception: for float32 A and B and a float16 X, X is cast
+    to float32, as in PEFT without autocast. In bfloat16, which has float32's range, both ways are equally good.
     """
     return _differentiate(problem, keep, problem.X.dtype)
 
 
 def lora_dtype(dtype: torch.dtype, adapter_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of plain's LoRA term for X in ``dtype``: its own, but float32 for float32 adapters over float16."""
+    """The dtype of plain's LoRA term for X in ``dtype``: the same, but float32 for float32 adapters and float16 X."""
     return adapter_dtype if dtype == torch.float16 and adapter_dtype == torch.float32 else dtype
 
 

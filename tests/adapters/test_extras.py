@@ -208,7 +208,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
     (llama, {"target_modules": BOTH, ROWS: {"norm": [1]}}, r"rows of nn\.Embedding and nn\.Linear"),
     (bert, {"target_modules": ["query"], ROWS: {"pooler.dense": [1]}}, "has a bias, which PEFT leaves out"),
     (llama, {"target_modules": BOTH, "layer_replication": [[0, 3]]}, "has 2 layers"),
-    (t5, {"target_modules": ["q"], "layer_replication": [[0, 1]]}, "has no list of layers where Llama"),
+    (t5, {"target_modules": ["q"], "layer_replication": [[0, 1]]}, "has no list of layers at the path of Llama"),
     (
         tied,
         {"target_modules": BOTH, ROWS: {"embed_tokens": [1], "lm_head": [2]}, "ensure_weight_tying": True},
@@ -262,5 +262,5 @@ def test_a_failure_after_the_injection_undoes_rows_and_replicas(tmp_path: Path) 
 
 def test_mica_is_read_but_not_trained_on(tmp_path: Path) -> None:
     theirs_of(llama, {"target_modules": BOTH, "init_lora_weights": "mica"}, tmp_path)
-    with pytest.raises(ConfigError, match="MiCA trains lora_A alone"):
+    with pytest.raises(ConfigError, match="'mica', which trains lora_A only"):
         load_adapter(llama(), tmp_path, trainable=True)

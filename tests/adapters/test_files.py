@@ -260,7 +260,7 @@ def test_a_folder_in_the_place_of_the_configuration_is_refused_before_anything_i
     (tmp_path / CONFIG_NAME).unlink()
     (tmp_path / CONFIG_NAME).mkdir()
     old = (tmp_path / WEIGHTS_NAME).read_bytes()
-    with pytest.raises(OSError, match="is a folder; nothing was written"):
+    with pytest.raises(OSError, match="is a folder, expected a file; nothing was written"):
         write_adapter(tmp_path, tensors(2), CONFIG)
     assert (tmp_path / WEIGHTS_NAME).read_bytes() == old
 

@@ -51,13 +51,13 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "huge header": (struct.pack("<Q", 2**63) + b"{}", "truncated"),
     "header no JSON": (file_of(b"{'a': 1}"), "is not JSON"),
     "header not UTF-8": (file_of(b'{"\xff\xfe": {}}'), "is not JSON"),
-    "header no object": (file_of([1, 2]), "no JSON object"),
+    "header no object": (file_of([1, 2]), "not a JSON object"),
     "header deep": (file_of(DEEP), "is not JSON"),
     "header with twins": (file_of(b'{"a":' + json.dumps(entry()).encode() + b',"a":1}'), "occurs twice"),
     "number of 5000 digits": (file_of(b'{"a": ' + b"9" * 5000 + b"}"), "is not JSON"),
-    "entry no object": (file_of({"a": 3}), "'a' has no description"),
+    "entry no object": (file_of({"a": 3}), "'a' is not described by a JSON object"),
     "no dtype": (file_of({"a": {"shape": [2], "data_offsets": [0, 8]}}, b"\0" * 8), "dtype"),
-    "unknown dtype": (file_of({"a": entry(dtype="F4")}, b"\0" * 8), "'a' has dtype 'F4'; known are BOOL"),
+    "unknown dtype": (file_of({"a": entry(dtype="F4")}, b"\0" * 8), "'a' has dtype 'F4'; accepted are BOOL"),
     "dtype no string": (file_of({"a": entry(dtype=["F32"])}, b"\0" * 8), "dtype"),
     "negative shape": (file_of({"a": entry((-2, -1))}, b"\0" * 8), "'a' has shape"),
     "float shape": (file_of({"a": entry((2.0,))}, b"\0" * 8), "'a' has shape"),
@@ -179,7 +179,7 @@ def test_the_way_to_convert_a_pickle_leads_to_an_adapter(tmp_path: Path) -> None
 
 def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(AdapterFormatError, match="is a file; name the folder that holds adapter_model"):
+    with pytest.raises(AdapterFormatError, match="is a file; give the folder that holds adapter_model"):
         read_adapter(tmp_path / "notes.txt")
     with pytest.raises(AdapterFormatError, match="No such file"):
         read_adapter(tmp_path / "nothing")

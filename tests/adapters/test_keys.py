@@ -80,7 +80,7 @@ def test_forms_of_pefts_own_keys(found: str, wanted: str) -> None:
 def test_several_adapters_or_one_key_twice_are_refused() -> None:
     with pytest.raises(AdapterFormatError, match=r"name 2 adapters \(one, two\)"):
         to_peft({"q.lora_A.one.weight": ONE, "q.lora_A.two.weight": ONE})
-    with pytest.raises(AdapterFormatError, match=r"two keys stand for 'base_model.model.q.lora_A.weight'"):
+    with pytest.raises(AdapterFormatError, match=r"two keys become 'base_model.model.q.lora_A.weight'"):
         to_peft({"q.lora_A.one.weight": ONE, "q.lora_A.weight": ONE})
 
 

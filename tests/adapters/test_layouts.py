@@ -164,7 +164,9 @@ def test_which_of_two_text_encoders_is_meant(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="lora_te1_"):
         assert_same(load_adapter(made(TextEncoder, 12, 3), file), second, made(TextEncoder, 12, 3), x)
     same = write(tmp_path / "same.safetensors", kohya("lora_te1_", parts(first)) | kohya("lora_te2_", parts(first)))
-    with pytest.raises(AdapterFormatError, match=r"TextEncoder may be each of 'lora_te1_', 'lora_te2_'.*key_mapping"):
+    with pytest.raises(
+        AdapterFormatError, match=r"several of them fit TextEncoder: 'lora_te1_', 'lora_te2_'.*key_mapping"
+    ):
         load_adapter(made(TextEncoder, 8, 2), same)
     ours = load_adapter(made(TextEncoder, 8, 2), same, key_mapping={"lora_te2_": None})
     assert_same(ours, first, made(TextEncoder, 8, 2), X)
@@ -221,11 +223,11 @@ REFUSED: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "CP": ({Q + "lora_mid.weight": ONE}, "belongs to a CP-decomposed"),
     "DoRA": ({Q + "dora_scale": ONE}, "belongs to DoRA"),
     "difference": ({Q + "diff": ONE}, "belongs to a full difference"),
-    "anything": ({"metadata": ONE}, "'metadata' is no key of an adapter; known ends are"),
+    "anything": ({"metadata": ONE}, "'metadata' is not a key of an adapter; accepted ends are"),
     "two alphas": ({Q + "alpha": torch.ones(2)}, "expected one finite number"),
     "infinite alpha": ({Q + "alpha": torch.tensor(float("inf"))}, "expected one finite number"),
     "huge alpha": ({Q + "alpha": torch.tensor(1e300, dtype=torch.float64)}, "accepted is"),
-    "alpha alone": ({"lora_unet_conv_in.alpha": torch.tensor(1.0)}, "conv_in has an alpha at most"),
+    "alpha alone": ({"lora_unet_conv_in.alpha": torch.tensor(1.0)}, "conv_in has no lora_A and lora_B"),
     "half a pair": ({Q + "lora_up.weight": None}, "mid_block.attn1.to_q.lora_B.weight' is missing"),
     "a vector": ({Q + "lora_down.weight": torch.ones(8)}, "expected a matrix"),
     "empty": ({Q + "lora_down.weight": torch.ones(0, 8)}, "expected a matrix"),
@@ -236,7 +238,7 @@ REFUSED: dict[str, tuple[dict[str, Tensor | None], str]] = {
     ),
     "twice": (
         {"base_model.model.mid_block.attn1.to_q.lora_A.weight": ONE, Q + "lora_down.weight": ONE},
-        "two keys stand for|may be each of|also holds",
+        "two keys become|several of them fit|also holds",
     ),
 }  # fmt: skip
 

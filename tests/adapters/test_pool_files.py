@@ -195,7 +195,7 @@ def test_a_head_that_is_the_models_own_is_served_and_another_is_refused_by_name(
     assert len(read(model, tensors, config, targets=["q"])) == 2
     tensors["base_model.model.head.weight"] = tensors["base_model.model.head.weight"] + 1
     with pytest.raises(
-        UnservableAdapterError, match=r"modules_to_save\), other than the model's, .*load_adapter serves it"
+        UnservableAdapterError, match=r"modules_to_save\) that differs from the model's, .*Load it with load_adapter"
     ):
         read(model, tensors, config, targets=["q"])
 

@@ -210,7 +210,9 @@ def test_guidance_gives_each_input_its_id(tmp_path: Path) -> None:
             model(*twice)
         with pool.batch(["a", "b"]):
             model(*inputs)
-            with pytest.raises(lk.AdapterPoolError, match=r"time sees x \(4, 1\), and the batch has 2 adapter ids"):
+            with pytest.raises(
+                lk.AdapterPoolError, match=r"time is called with x \(4, 1\), and the batch has 2 adapter ids"
+            ):
                 model(*twice)
         with pool.batch(["a", "b"] * 2):
             got = model(*twice)
@@ -285,7 +287,7 @@ def test_packed_patches_are_refused_unless_all_have_one_adapter(tmp_path: Path) 
     x = torch.randn(1, 6, K)
     with torch.no_grad():
         for names in (NAMES, [name for name in NAMES for _ in "12"]):
-            with pool.batch(names), pytest.raises(lk.AdapterPoolError, match=r"qkv sees x \(1, 6, 8\)"):
+            with pool.batch(names), pytest.raises(lk.AdapterPoolError, match=r"qkv is called with x \(1, 6, 8\)"):
                 model(x, [4, 1, 1])
         with pool.batch(["a"] * 3):
             assert close(model(x, [4, 1, 1]), references["a"](x, [4, 1, 1]))
@@ -311,7 +313,7 @@ def test_rows_in_an_order_by_length(by: str, tmp_path: Path) -> None:
         extents = {"lengths": torch.tensor(lengths)}
         if by == "mask":
             extents = {"mask": (torch.arange(6) < extents["lengths"][:, None]).long()}
-        with torch.no_grad(), pool.batch(NAMES), pytest.raises(lk.AdapterPoolError, match="core sees x"):
+        with torch.no_grad(), pool.batch(NAMES), pytest.raises(lk.AdapterPoolError, match="core is called with x"):
             model(x, **extents)
 
 
@@ -331,7 +333,7 @@ def test_rows_that_another_input_routes(order: bool, tmp_path: Path) -> None:
     model = Routed()
     pool, _ = served(model, tmp_path, ["core"])
     task = torch.tensor([[1, 0, 2], [0, 1, 2], [2, 0, 1]]) if order else torch.tensor([[0, 1, 0]] * 3)
-    with torch.no_grad(), pool.batch(NAMES), pytest.raises(lk.AdapterPoolError, match="core sees x"):
+    with torch.no_grad(), pool.batch(NAMES), pytest.raises(lk.AdapterPoolError, match="core is called with x"):
         model(torch.randn(3, 3, K), task)
 
 

@@ -52,7 +52,9 @@ def test_which_of_several_files_is_meant(tmp_path: Path) -> None:
     theirs = trained(made(UNet), UNET_TARGETS, lora_alpha=2)
     for name in ("a", "b"):
         save_file(diffusers("unet.", parts(theirs)), tmp_path / f"{name}.safetensors")
-    with pytest.raises(AdapterFormatError, match=r"2 .safetensors files \(a.safetensors, b.safetensors\); name one"):
+    with pytest.raises(
+        AdapterFormatError, match=r"2 .safetensors files \(a.safetensors, b.safetensors\); give the path of one"
+    ):
         load_adapter(made(UNet), tmp_path)
     assert_same(load_adapter(made(UNet), tmp_path / "b.safetensors"), theirs, made(UNet), X)
     (tmp_path / "a.safetensors").rename(tmp_path / "pytorch_lora_weights.safetensors")
@@ -63,7 +65,7 @@ def test_which_of_several_files_is_meant(tmp_path: Path) -> None:
     ("settings", "says"),
     [
         ("{", "is not JSON"),
-        ("[]", "is no JSON object"),
+        ("[]", "is not a JSON object"),
         ('{"unet.r": "two"}', "lora_adapter_metadata: r = 'two'"),
         ('{"unet.use_qalora": true}', "use_qalora = True is a feature of PEFT's"),
         ('{"unet.lora_alpha": 1, "unet.lora_alpha": 2}', "a name occurs twice"),
@@ -81,7 +83,7 @@ def test_a_configuration_beside_another_layout_is_refused(tmp_path: Path) -> Non
     theirs.save_pretrained(str(tmp_path))
     assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"] == 3
     save_file(diffusers("unet.", parts(theirs), "lora"), tmp_path / "adapter_model.safetensors")
-    with pytest.raises(AdapterFormatError, match=r"come without a configuration, which is derived from the tensors"):
+    with pytest.raises(AdapterFormatError, match=r"Kohya's layout, whose configuration is derived from the tensors"):
         load_adapter(made(UNet), tmp_path)
 
 

@@ -47,7 +47,7 @@ def raised_by(library, error, tmp_path, monkeypatch):
         (MemoryError(), "not enough memory: use smaller sizes"),
         (torch.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory: use smaller sizes"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "use smaller sizes"),
-        (json.JSONDecodeError("Expecting value", "x", 0), "is not what its kind asks for (JSONDecodeError"),
+        (json.JSONDecodeError("Expecting value", "x", 0), "could not be decoded as JSON or UTF-8 (JSONDecodeError"),
         (UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates"), "UnicodeEncodeError"),
     ],
 )

@@ -20,13 +20,13 @@ def test_the_study_is_in_its_folder_whatever_its_name(tmp_path, name):
 def test_a_damaged_study_is_one_sentence(tmp_path, content):
     file = tmp_path / "sweep.db"
     file.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"sweep\.db cannot be used .*--overwrite it"), usable(file):
+    with pytest.raises(ConfigError, match=r"sweep\.db cannot be used .*pass --overwrite"), usable(file):
         storage(file)
 
 
 def test_a_locked_study_is_one_sentence(tmp_path):
     file = tmp_path / "sweep.db"
-    with pytest.raises(ConfigError, match=r"database is locked.*wait for another sweep"), usable(file):
+    with pytest.raises(ConfigError, match=r"database is locked.*wait until no other sweep"), usable(file):
         raise sqlite3.OperationalError("database is locked")
 
 

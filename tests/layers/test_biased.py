@@ -61,5 +61,5 @@ def test_it_starts_as_its_base_and_a_plain_layer_refuses_the_setting() -> None:
     x = torch.randn(3, 6)
     assert torch.equal(layer(x), nn.functional.linear(x, linear.weight, linear.bias))
     assert BiasedLoRALinear.adapter_parameters == ("lora_A", "lora_B", "lora_bias")
-    with pytest.raises(ConfigError, match="make a BiasedLoRALinear"):
+    with pytest.raises(ConfigError, match="use BiasedLoRALinear"):
         LoRALinear.from_linear(linear, LoRAConfig(lora_bias=True))

@@ -105,7 +105,7 @@ def test_rows_that_no_probe_has_shown(shape: tuple[int, ...]) -> None:
     made = layer()
     batch(made, 0, 2)
     with pytest.raises(
-        AdapterPoolError, match=rf"its.path sees x \({shape[0]},.*the batch has 2 adapter ids"
+        AdapterPoolError, match=rf"its.path is called with x \({shape[0]},.*the batch has 2 adapter ids"
     ) as raised:
         made(torch.empty(shape))
     assert isinstance(raised.value, ShapeError)

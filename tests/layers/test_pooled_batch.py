@@ -48,7 +48,9 @@ def test_what_a_call_says_of_its_rows() -> None:
     for length in (3, 2):
         batch.enter(call(x=(2, length)))
         assert slots(batch, layer, 2 * length) == [4] * length + [6] * length
-        with pytest.raises(UnknownRowsError, match=r"its.path sees x \(8, 5\), and the batch has 2 adapter ids"):
+        with pytest.raises(
+            UnknownRowsError, match=r"its.path is called with x \(8, 5\), and the batch has 2 adapter ids"
+        ):
             batch.of(torch.empty(8, K), layer)
     batch.leave()
     with pytest.raises(UnknownRowsError):  # no call, no length

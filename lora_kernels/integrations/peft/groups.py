@@ -57,7 +57,7 @@ class Group:
         self.path, self.names = path, names
         self.reads = Reads(len(names), partners)
         self.layers: list[weakref.ref[FusedLinear] | None] = [None] * len(names)
-        self.traced: tuple[Tensor, Mode, dict[int, Tensor]] | None = None  # what Unclaimed is, in a graph being traced
+        self.traced: tuple[Tensor, Mode, dict[int, Tensor]] | None = None  # in a traced graph, for Unclaimed
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Group, (self.path, self.names, self.reads.partners)
@@ -123,17 +123,17 @@ class Seat:
         if torch.compiler.is_compiling():
             return self._traced(x)
         made = _aside.made
-        if x.is_inference():  # no version to see changes by
+        if x.is_inference():  # it has no version that would show changes
             if made is not None:
                 discard_unclaimed()
             return None
         if self.layer() is not layer:  # a replica
             return None
-        if derived():  # x and its version do not show the tangents and transforms that an output belongs to
+        if derived():  # x and its version do not show tangents and transforms
             return None
         group, mode = self.group, _mode(x)
         partners = group.reads.partners
-        if made is not None and made.group is group:  # whatever another thread has learned or forgotten since
+        if made is not None and made.group is group:  # also if another thread has learned or deleted partners since
             if made.holds_for(x, mode):
                 y, state = made.outputs.pop(self.index, (None, None))
                 if not made.outputs:
@@ -152,7 +152,7 @@ class Seat:
             if partners is None or not partners[self.index]:
                 return None
             discard_unclaimed()
-        pays = mode[0] or not x.is_cpu or drops(layer)  # else nothing is saved that is worth a group's own host work
+        pays = mode[0] or not x.is_cpu or drops(layer)  # otherwise a group costs more host work than it saves
         started = group.start(self.index, partners, x) if pays else None
         if started is None:
             return None

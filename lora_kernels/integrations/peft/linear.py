@@ -27,7 +27,7 @@ from lora_kernels.integrations.peft.why_not import FLOATS, PLAIN
 
 ROOT = "_lora_root"  # in one layer's __dict__, where PEFT keeps no tuner with the model: see accelerate.Root
 CALLS = "_peft_forward_calls"  # in a layer's __dict__: reason -> how many calls PEFT's own forward took
-UNCALLED = "_lora_uncalled"  # in a layer's __dict__: why its owner never calls it
+UNCALLED = "_lora_uncalled"  # in the __dict__ of a layer that its owner never calls: the reason
 BLOCK = "_lora_block"  # in a layer's __dict__: how the block it is part of runs in training, see mlp.py
 
 
@@ -154,7 +154,7 @@ def projection_of(layer: Linear, x: Tensor | None = None) -> tuple[Projection, f
 
 
 def drops(layer: Linear) -> bool:
-    """Whether a dropout of the layer is at work."""
+    """Whether a dropout of the layer is active."""
     return any(isinstance(dropout, nn.Dropout) and dropout.training for dropout in layer.lora_dropout.values())
 
 
@@ -249,8 +249,8 @@ def described(layer: Any, reason: str | None) -> tuple[str, str, str, str]:
 
 
 def _shown(scaling: Any) -> str:
-    """A scaling of any type in a few characters."""
+    """A scaling of any type as a short string."""
     try:
         return f"{scaling.detach() if isinstance(scaling, Tensor) else scaling:g}"
-    except (TypeError, ValueError, RuntimeError):  # of several elements, on the meta device, or no number
+    except (TypeError, ValueError, RuntimeError):  # several elements, on the meta device, or not a number
         return type(scaling).__name__

@@ -27,7 +27,7 @@ Partners = tuple[tuple[int, ...], ...]
 PATIENCE = 3  # rounds in which no two layers read one tensor, before nobody looks any more
 MISSES = 2  # rounds running in which an output made ahead was not asked for, before what was learned is forgotten
 
-_lock = fork_safe_lock()  # of what is learned, for all siblings of the program: it is held for a few microseconds
+_lock = fork_safe_lock()  # guards what is learned about all siblings of the program; held for a few microseconds
 _top_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks  # type: ignore[attr-defined]
 
 
@@ -45,8 +45,8 @@ class _Call(NamedTuple):
 class _Round(threading.local):
     """One thread's calls since each layer was last called, by seat; and the seats that read one tensor twice.
 
-    Calls are noted only while partners are unknown. What another thread learns in the midst of this thread's round
-    leaves the calls of that round here, see Reads.pending.
+    Calls are noted only while partners are unknown. If another thread learns the partners during this thread's round,
+    the calls of that round stay here, see Reads.pending.
     """
 
     def __init__(self) -> None:
@@ -79,13 +79,13 @@ class Reads:
 
     def observe(self, seat: int, x: Tensor, dropout: bool) -> Partners | None:
         """Note a call; what was learned, from the call on that begins a new round."""
-        with _lock:  # no thread learns between another's note that a call runs alone and that call
+        with _lock:  # no other thread may learn between this note and the call that it is about
             seen = self._round
             if not in_backward() and not x.is_inference():
                 version = x._version
                 before = seen.calls.get(seat)
                 if before is not None and seen.last == seat and before.reads(x, version):
-                    seen.twice.add(seat)  # made once for all, its output would be gone at the second call
+                    seen.twice.add(seat)  # the cached output would be used up at the second call
                 elif before is not None:
                     self._close(seen)
                 if self.partners is None:
@@ -96,8 +96,8 @@ class Reads:
             return self.partners
 
     def pending(self, seat: int, seats: tuple[int, ...], x: Tensor) -> tuple[int, ...]:
-        """Those of ``seats`` that this thread has not called with ``x`` yet: all, unless another thread learned them in
-        the midst of this thread's round. An output made for a layer that was called already would never be used."""
+        """The ``seats`` that this thread has not called with ``x`` yet: all of them, unless another thread learned the
+        partners during this thread's round. An output for a layer that was already called would never be used."""
         calls = self._round.calls
         if not calls:
             return seats
@@ -123,7 +123,7 @@ class Reads:
             self.partners = tuple(found)
 
     def begin(self, partners: Partners, dropout: bool) -> bool:
-        """Note that a call for ``partners`` runs now; False where another thread has forgotten them meanwhile."""
+        """Note that a call for ``partners`` runs now; False if another thread has deleted these partners since."""
         with _lock:
             if self.partners is partners:
                 self._ran(dropout)

@@ -68,7 +68,7 @@ def why_not(module: LoraLayer, fused: Mapping[type, type]) -> str | None:
 
 
 def mark_uncalled(model: nn.Module) -> None:
-    """Note on each LoRA layer that its owner reads its weight and never calls it: such an adapter has no effect."""
+    """Mark each LoRA layer whose owner reads its weight and never calls it, so that its adapter has no effect."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for path, reason in uncalled(model).items():
         layer, owner = modules.get(path), modules.get(path.rpartition(".base_layer.")[0])

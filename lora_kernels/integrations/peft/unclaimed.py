@@ -1,4 +1,4 @@
-"""Outputs that one call computed for several siblings, from then until each sibling is called, see groups.py."""
+"""Cache of outputs that one call computed for several siblings, until each sibling is called; see groups.py."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ State = list[Any]
 
 
 class Made:
-    """Outputs computed for siblings that have not been called yet, by seat, each with the state of its layer; and what
-    they were computed from."""
+    """Outputs computed for siblings that have not been called yet, by seat, each with the state of its layer; and the
+    input and the mode from which they were computed."""
 
     __slots__ = ("group", "mode", "outputs", "partners", "recomputed", "version", "x")
 
@@ -30,11 +30,11 @@ class Made:
         self.x: Tensor | None = x
         self.version, self.recomputed = x._version, in_backward()
         if self.recomputed and torch._C._current_graph_task_id() != -1:
-            # A recomputation may stop before the siblings are called, in a thread of the engine that calls no more.
+            # A recomputation may stop before the siblings are called, in an engine thread that makes no further calls.
             torch.autograd.Variable._execution_engine.queue_callback(self.drop)  # type: ignore[attr-defined]
 
     def holds_for(self, x: Tensor, mode: Mode) -> bool:
-        """Whether they are the outputs for ``x`` as it is now."""
+        """Whether these are the outputs for ``x`` in its current version, and for ``mode``."""
         return self.x is x and self.version == x._version and self.mode == mode
 
     def drop(self) -> None:
@@ -60,5 +60,5 @@ def discard_unclaimed() -> None:
     made, unclaimed.made = unclaimed.made, None
     if made is not None:
         made.drop()
-        if not made.recomputed:  # which may stop as soon as it has what it needs
+        if not made.recomputed:  # a recomputation may stop before it calls all siblings
             made.group.reads.miss(made.partners)

@@ -40,7 +40,7 @@ def state_reason(layer: LoraLayer) -> str | None:
 
 
 def unsavable(A: Tensor) -> bool:
-    """Whether no backward can save an adapter's weights: they were created in inference mode."""
+    """Whether autograd cannot save an adapter's weights because they were created in inference mode."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling() and A.is_inference()
 
 
@@ -71,7 +71,7 @@ def weight_of(module: nn.Module, name: str = "weight") -> Tensor | None:
 
 
 def base_weight(module: nn.Module) -> Tensor | None:
-    """The frozen weight of a base layer, for a backward to save."""
+    """The frozen weight of a base layer, in a form that autograd can save."""
     W = weight_of(module)
     if W is None or not torch.is_grad_enabled() or torch.compiler.is_compiling() or not W.is_inference():
         return W
@@ -90,7 +90,7 @@ def weight_reason(weight: Tensor | None, name: str) -> str | None:
 
 
 def storage_reason(tensor: Tensor, name: str) -> str | None:
-    """Why a tensor is not one block of memory that strides describe."""
+    """The reason why a tensor is not a dense strided tensor with data, or None."""
     if tensor.is_nested:
         return f"{name} is a nested tensor"
     if tensor.layout is not torch.strided:
@@ -99,8 +99,8 @@ def storage_reason(tensor: Tensor, name: str) -> str | None:
 
 
 def scaling_of(layer: LoraLayer, name: str) -> float | str:
-    """The scaling of an adapter as a finite float, or why it is none: a product with it may need a gradient, another
-    shape, or the arithmetic of its own type. A number on a GPU stays there: reading it would wait for the GPU."""
+    """The scaling of an adapter as a finite float, or the reason why it cannot be used as one: it requires a gradient,
+    has a shape, or has a type with its own arithmetic. A scaling on a GPU is not read: that would wait for the GPU."""
     scaling: Any = layer.scaling[name]
     if type(scaling) is not float:
         if isinstance(scaling, Tensor):
