@@ -31,7 +31,7 @@ def test_a_representative_part() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("arch", CHIPS)
 def test_everything(arch: str) -> None:
     _assert_all_may_ship((arch,), ())
@@ -74,7 +74,7 @@ def test_the_committed_page_has_what_ships() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(f"with Triton {version('triton')}:" not in PAGE.read_text(), reason="another Triton wrote the page")
 def test_the_committed_page_is_what_the_compiler_gives() -> None:
     written = {tuple(line) for line in _page()["sm_90"][2:]}

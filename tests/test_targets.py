@@ -264,7 +264,7 @@ def test_patterns_that_keep_re_busy_for_years_match_nothing_here(field: int, pat
 
 
 def test_many_patterns_for_many_layers_are_refused_by_count() -> None:
-    rank_pattern = {f".*.*{i}.?": 1 for i in range(3000)}
+    rank_pattern = {f".*.*{i}.?": 1 for i in range(1500)}
     matcher = Matcher(LoRAConfig(target_modules=["q"], rank_pattern=rank_pattern))
     with pytest.raises(ConfigError, match="take too many steps"):
         [matcher.rank_and_alpha(f"model.layers.{i}.q!") for i in range(300)]

@@ -207,7 +207,7 @@ def test_the_plan_by_its_name(device):
     assert_close(Y, multi_plain(q).Y, multi_truth(q).Y)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(1200)
 def test_fuzz(device):
     pool = Pool()
     for number, case in enumerate(fuzz_mixes(8, seed=7, max_M=64)):

@@ -47,7 +47,7 @@ def compiled():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("r", [16, 32, 64])
 @pytest.mark.parametrize("kernel", ["gluon_extend", "gluon_one_launch", "gluon_dx"])
 def test_operand_descriptors_are_canonical(kernel, r, compiled):
@@ -55,7 +55,7 @@ def test_operand_descriptors_are_canonical(kernel, r, compiled):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1200)
 def test_fences_and_barriers_stand_between_stores_and_their_readers(compiled):
     """What is stored through registers is fenced, and joined by a barrier, before a copy, a product or an arrival."""
     for name, told in compiled.items():

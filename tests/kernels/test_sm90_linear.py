@@ -53,7 +53,7 @@ def check(Y, XA, q):
     assert_close(XA, (q.scaling * (q.X @ q.A.to(q.X.dtype).mT)).to(q.X.dtype), exact, what="XA")
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kernel", ["tma_extend", "one_launch"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("M", "N", "K"), SIZES)
@@ -63,7 +63,7 @@ def test_sizes(M, N, K, dtype, kernel, device, flags):
     assert not any(taken.any() for taken in flags)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kernel", ["tma_extend", "one_launch"])
 @pytest.mark.parametrize("adapters", [torch.float32, None], ids=["float32", "same"])
 @pytest.mark.parametrize("r", [1, 8, 16, 17, 64])
@@ -72,7 +72,7 @@ def test_ranks(r, adapters, kernel, device):
     check(*run(kernel, q), q)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kernel", ["tma_extend", "one_launch"])
 def test_the_configuration_that_ships(kernel, device):
     q = make_problem(140, 272, 136, 16, torch.bfloat16, device)
@@ -81,7 +81,7 @@ def test_the_configuration_that_ships(kernel, device):
         check(*run(kernel, q, config, H100.units), q)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kernel", ["tma_extend", "one_launch"])
 def test_strided_operands(kernel, device):
     """Rows of X and W with gaps of NaN, A and B transposed, every second element of a bias."""
@@ -95,7 +95,7 @@ def test_strided_operands(kernel, device):
     check(*run(kernel, dataclasses.replace(q, X=gapped(q.X), W=gapped(q.W), bias=bias, **turned)), q)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("units", [1, 2, 7, 100])
 def test_same_bits_for_any_number_of_programs_and_again(units, device, flags):
     q = make_problem(200, 160, 192, 16, torch.bfloat16, device)
@@ -105,7 +105,7 @@ def test_same_bits_for_any_number_of_programs_and_again(units, device, flags):
     assert not any(taken.any() for taken in flags)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(1200)
 def test_both_plans_agree_to_the_bit(device):
     """The same products in the same order; only who makes XA differs."""
     q = make_problem(130, 96, 128, 16, torch.bfloat16, device)
@@ -113,7 +113,7 @@ def test_both_plans_agree_to_the_bit(device):
     assert torch.equal(tma_extend(q.X, q.W, XA, q.B, q.bias, SMALL, 3), Y)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("p", [0.0, 0.25])
 def test_through_the_operator(p, device):
     q = make_problem(70, 96, 128, 8, torch.bfloat16, device, dropout_p=p)

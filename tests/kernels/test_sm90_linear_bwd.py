@@ -41,7 +41,7 @@ def check(q, dense=None, **options):
     assert_close(dA, expected.dA, true.dA, what="dA", dtype=q.X.dtype)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("M", "N", "K"), SIZES)
@@ -49,7 +49,7 @@ def test_sizes(M, N, K, dtype, p, device):
     check(make_problem(M, N, K, 16 if M == 1 else 8, dtype, device, dropout_p=p))
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("adapters", [torch.float32, None], ids=["float32", "same"])
 @pytest.mark.parametrize("r", [1, 8, 16, 17, 64])
 def test_ranks(r, adapters, device):
@@ -57,7 +57,7 @@ def test_ranks(r, adapters, device):
     check(make_problem(130, 96, 136, r, torch.bfloat16, device, dropout_p=p, adapter_dtype=adapters))
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_120"])
 def test_the_configurations_that_ship(arch, device):
     for M, r in ((16384, 16), (8192, 16), (140, 64), (140, 20), (64, 8)):
@@ -65,7 +65,7 @@ def test_the_configurations_that_ship(arch, device):
         check(q, config=tma_dx_config(M, 4096, r, q.X.dtype, CHIPS[arch]), units=H100.units)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_strided_operands(p, device):
     """Rows of dY, W and X with gaps of NaN, A transposed."""
@@ -78,7 +78,7 @@ def test_strided_operands(p, device):
     check(dataclasses.replace(q, X=gapped(q.X), W=gapped(q.W), dY=gapped(q.dY), A=turned), dense=q)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(1200)
 def test_without_da_and_same_bits_for_any_number_of_programs(device):
     q = make_problem(200, 160, 264, 16, torch.bfloat16, device, dropout_p=0.25)
     first, dA, _ = run(q, units=1)
@@ -94,7 +94,7 @@ def test_without_da_and_same_bits_for_any_number_of_programs(device):
     assert torch.equal(alone, first)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(1200)
 def test_the_mask_is_read_bit_for_bit(device):
     """W = 0 and dYB A = 1 make dX the mask; X = 1 makes dA its column sums."""
     M, K, p = 70, 136, 0.5
@@ -108,7 +108,7 @@ def test_the_mask_is_read_bit_for_bit(device):
     assert torch.equal(dA, 2 * keep.sum(0, keepdim=True).to(dA.dtype))
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("p", [0.0, 0.25])
 def test_through_the_operators(p, device):
     """The forward keeps the bits that the backward reads."""
