@@ -287,8 +287,8 @@ def one_pass_config(M: int, dtype: torch.dtype, chip: Chip, dropout: bool, wide:
         return GemmConfig(rows, 64, 32, num_warps=8 if dropout and wide else 4, num_stages=3)
     step = 32 if dropout or chip.is_amd or not wide else 64
     rows = _rows(M, 32 if dropout and not wide else 64)
-    wide = (dropout and rows == 64 and chip.arch == "sm_100") or (dtype == torch.float16 and rows >= 32)
-    warps = 8 if wide else 4  # 4 spill there in float16, whose XA and A are float32
+    eight = (dropout and rows == 64 and chip.arch == "sm_100") or (dtype == torch.float16 and rows >= 32)
+    warps = 8 if eight else 4  # 4 spill there in float16, whose XA and A are float32
     return GemmConfig(rows, 64, step, num_warps=warps, num_stages=3 if wide and not chip.is_amd else 2)
 
 
