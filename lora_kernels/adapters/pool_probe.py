@@ -40,7 +40,7 @@ class Probe:
 
     def call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         """A call of the model with its inputs by name."""
-        return Call(args, kwargs, self.names, self._reads_media)
+        return Call(args, kwargs, self.names, self._reads_media, single=not self._main)
 
     def make_up(self) -> None:
         """Probe a model of transformers, once, with inputs that are generated from its configuration."""
@@ -149,7 +149,7 @@ class Probe:
         about = [tensor for name, tensor in call.main.items() if is_extent(name) and len_of(tensor, (0,)) == count]
         if found is not None and found.known() and about and dims == (0,):  # the model may sort sequences by length
             args, kwargs = with_other_extents(about, call.args, call.kwargs)
-            again = self._attempt(Call(args, kwargs, self.names, self._reads_media), content, dims, count, ())
+            again = self._attempt(self.call(args, kwargs), content, dims, count, ())
             found = found if again is None else found.agreeing(again)
         return found or NOTHING
 

@@ -108,7 +108,10 @@ class OpenBatch:
         kept = ids.now()
         if kept is None or self.problem or (layout is None and self.images is not None):
             return self._find(x, layer)
-        view = None if self.call is None or layout is None or layout.plain is not None else self.call.view(self.dims())
+        call = self.call
+        view = None
+        if call is not None and layout is not None and (layout.plain is None or call.numbers):
+            view = call.view(self.dims())
         key = layout, x.shape, x.device, self.expand, view and view[1]
         found = kept.get(key)
         if found is None:
@@ -157,6 +160,8 @@ class OpenBatch:
         if self.problem:
             return self.problem
         sizes, key = ({}, None) if self.call is None else self.call.view(self.dims())
+        if self.call is not None and self.call.numbers and not layout.has_seen(key):
+            return f"no probe has shown it for a call with these sizes and numbers{self.here.failure}. {REMEDY}"
         found = layout.find(lead, ids.count * self.expand, sizes, key)
         if found is not None:
             return found.spread(ids.repeated(self.expand), lead)

@@ -28,10 +28,20 @@ def tensors_of(args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[s
 
 class Call:
     """args, kwargs: arguments of the model. media: its image, audio and video inputs, if it reads text. main: the other
-    tensors."""
+    tensors. numbers: arguments that are lists of numbers, such as lengths, and may decide where rows are; with
+    ``single`` also numbers alone."""
 
-    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str], reads_media: bool) -> None:
+    def __init__(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        names: Sequence[str],
+        reads_media: bool,
+        single: bool = False,
+    ) -> None:
         self.args, self.kwargs, self.names = args, kwargs, names
+        given = (*args, *kwargs.values())
+        self.numbers = tuple(repr(value) for value in given if _are_numbers(value) or (single and _is_number(value)))
         self.main, self.media = dict[str, Tensor](), dict[str, Tensor]()
         for name, tensor in tensors_of(args, kwargs, names):
             (self.main if reads_media or not MEDIA.search(name) else self.media)[name] = tensor
@@ -59,12 +69,22 @@ class Call:
                 name: tuple(size for dim, size in enumerate(tensor.shape) if dim not in dims)
                 for name, tensor in (*self.main.items(), *self.media.items())
             }
-            made = self._views[dims] = {name: left[0] for name, left in rest.items() if left}, tuple(rest.items())
+            sizes = {name: left[0] for name, left in rest.items() if left}
+            made = self._views[dims] = sizes, (*rest.items(), self.numbers)
         return made
 
     def shapes(self) -> str:
         """The main inputs' shapes, for a message."""
         return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in self.main.items()) or "no tensor"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _are_numbers(value: Any) -> bool:
+    """Whether this is a list of numbers, or of such lists."""
+    return isinstance(value, list | tuple) and any(_is_number(item) or _are_numbers(item) for item in value)
 
 
 def len_of(tensor: Tensor, dims: Dims) -> int:

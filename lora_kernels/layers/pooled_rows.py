@@ -86,6 +86,10 @@ class RowLayout:
             answers.add(Found(axis, order if repeats > 1 else BLOCK, repeats))
         return answers.pop() if len(answers) == 1 else None
 
+    def has_seen(self, key: object) -> bool:
+        """Whether a probe of a call with this key from Call.view has run the layer."""
+        return any(at[1] == key for at in self.seen)
+
     def _repeats(self, axis: int, sizes: Sizes, key: object) -> frozenset[int]:
         exact = self.seen.get((axis, key))
         if exact is not None:

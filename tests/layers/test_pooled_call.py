@@ -43,9 +43,9 @@ def test_where_the_requests_can_be() -> None:
 
 def test_what_is_left_of_the_shapes() -> None:
     one = call(x=(4, 3, 8), steps=(4,))
-    assert one.view((0,)) == ({"x": 3}, (("x", (3, 8)), ("steps", ())))
-    assert one.view((1,)) == ({"x": 4, "steps": 4}, (("x", (4, 8)), ("steps", (4,))))
-    assert one.view((0, 1))[1] == (("x", (8,)), ("steps", ()))
+    assert one.view((0,)) == ({"x": 3}, (("x", (3, 8)), ("steps", ()), ()))
+    assert one.view((1,)) == ({"x": 4, "steps": 4}, (("x", (4, 8)), ("steps", (4,)), ()))
+    assert one.view((0, 1))[1] == (("x", (8,)), ("steps", ()), ())
     assert one.shapes() == "x (4, 3, 8), steps (4,)"
     assert call().shapes() == "no tensor"
     assert [len_of(torch.zeros(4, 3), dims) for dims in ((0,), (1,), (0, 1))] == [4, 3, 12]
