@@ -268,7 +268,8 @@ def gemm_config(M: int, N: int, dtype: torch.dtype, chip: Chip, wide: bool = Tru
     if rows < 128 or N <= 64:
         return GemmConfig(min(rows, 64), 64, 64, num_warps=8 if rows >= 64 else 4, num_stages=3)
     if chip.shared < 128 * KIB:  # two stages of 64 columns are one buffer: nothing under way beside it
-        return GemmConfig(128, 128, 32, num_warps=8, num_stages=4)
+        # dA's product of a float16 layer takes float32 tiles in shared memory: 128 KiB for 128 columns
+        return GemmConfig(128, 64 if dtype == torch.float16 else 128, 32, num_warps=8, num_stages=4)
     return GemmConfig(128, 128, 64, num_warps=8, num_stages=3)
 
 
