@@ -220,6 +220,8 @@ def _tma_refusal(config: TmaConfig | TmaDxConfig, dtype: torch.dtype, r: int, ch
 def _ptr_refusal(config: PtrConfig, dtype: torch.dtype, r: int, chip: Chip) -> str | None:
     if chip.is_amd:
         return f"{chip.arch} has no cp.async; sm_80 and newer have"
+    if chip.arch == "sm_100" and low_rank_dtype(dtype) is not dtype:
+        return f"the float32 XA of {dtype} needs 528 columns of tensor memory, sm_100 has 512"
     if r > rank_block(dtype):
         return f"r={r} is above {rank_block(dtype)}, one tile of ranks"
     spared = r <= 16 or (chip.arch in ("sm_90", "sm_100") and not _ragged(r))  # wide matrix units read shared memory
@@ -303,7 +305,8 @@ def shrink_config(M: int, dtype: torch.dtype, chip: Chip, r: int, dropout: bool,
         return ShrinkConfig(rows, 32, num_warps=8, num_stages=2)
     wide_low = dtype == torch.float16  # float32 operands: X and A take twice as many registers
     long = not dropout and not wide_low and r <= 32 and rank_tile(r, dtype) <= rows  # 64 ranks at 128 columns spill
-    return ShrinkConfig(rows, 128 if long else 64, num_warps=4, num_stages=stages)
+    warps = 8 if wide_low and chip.arch in ("sm_100", "sm_120") else 4  # 4 spill 3 to 15 registers there
+    return ShrinkConfig(rows, 128 if long else 64, num_warps=warps, num_stages=stages)
 
 
 def split_config(M: int, dtype: torch.dtype, chip: Chip, r: int) -> SplitConfig:

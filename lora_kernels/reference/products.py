@@ -104,7 +104,11 @@ def linear(X: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
 
 def wide_mm(P: Tensor, Q: Tensor, factor: float | None = None) -> Tensor:
     """factor * P Q in the wider dtype of the two, under autocast as well."""  # a 1.0 would be an input of a graph
-    if P.dtype is Q.dtype and factor is None and not torch.is_autocast_enabled("cpu" if P.is_cpu else P.device.type):
+    if (
+        P.dtype is Q.dtype
+        and factor is None
+        and not torch.is_autocast_enabled("cpu" if P.is_cpu or P.is_meta else P.device.type)
+    ):
         return mm(P, Q)
     dtype = torch.promote_types(P.dtype, Q.dtype)
     P, Q = P.to(dtype), Q.to(dtype)

@@ -112,7 +112,7 @@ def test_the_first_trial_is_what_train_does_by_default():
     ("change", "message"),
     [
         ("--targets nothing", "no layer of BertForSequenceClassification matches"),
-        ("--lr 1e-3 1e-4:1e-2", "give one LOW:HIGH alone, or learning rates"),
+        ("--lr 1e-3 1e-4:1e-2", "give either a single LOW:HIGH, or learning rates"),
         ("--alpha 3e38r", "lora_alpha = "),
     ],
 )

@@ -145,7 +145,7 @@ def test_mistakes_are_one_clear_line(options, tmp_path, capsys, change, message)
         ("--seed 99999999999999999999", "argument --seed: '99999999999999999999' was given"),
         ("--split-seed -1", "argument --split-seed: '-1' was given"),
         ("--resume --overwrite", "argument --overwrite: not allowed with argument --resume"),
-        ("--r=--", "argument --r: '--' was given, which is no value"),
+        ("--r=--", "argument --r: '--' was given, which is not a value"),
     ],
 )
 def test_values_are_refused_by_the_parser(options, tmp_path, capsys, change, message):

@@ -62,7 +62,7 @@ def test_threads_end_at_the_cores(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert [values.threads(text) for text in ("0", "1", "4")] == [0, 1, 4]
     for text in ("5", "30000", "100000", "2147483648", *HOSTILE):
-        assert "at least 0 and at most 4, the cores here" in refusal(values.threads, text)
+        assert "at least 0 and at most 4, the number of cores here" in refusal(values.threads, text)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)  # OMP_NUM_THREADS=8; reproduce.sh names it
     assert values.threads("8") == 8
 
