@@ -168,8 +168,11 @@ class Wanted:
 
 def ids_tensor(slots: list[int], device: torch.device) -> Tensor:
     """The slots as an int32 tensor (n,) on the device."""
+    if not torch.is_inference_mode_enabled():
+        ids = torch.tensor(slots, dtype=torch.int32, device="cpu")
+        return ids if device.type == "cpu" else ids.to(device)
     with torch.inference_mode(False):  # autograd may save it for a backward
-        return torch.tensor(slots, dtype=torch.int32, device="cpu").to(device)
+        return ids_tensor(slots, device)
 
 
 def check_ids(ids: Tensor) -> Tensor:

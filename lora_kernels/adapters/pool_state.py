@@ -39,10 +39,14 @@ class PoolState:
 
     def entry(self, name: object) -> AdapterInfo:
         """The adapter of this name. Raises UnknownAdapterError."""
-        if not isinstance(name, str) or name not in self.held:
-            raise UnknownAdapterError(f"no adapter {name!r} in the pool; loaded are {sorted(self.held) or 'none'}")
-        entry = self.held[name]
+        entry = self._held(name)
         return entry._replace(batches=self.users[entry.slot])
+
+    def _held(self, name: object) -> AdapterInfo:
+        entry = self.held.get(name) if isinstance(name, str) else None
+        if entry is None:
+            raise UnknownAdapterError(f"no adapter {name!r} in the pool; loaded are {sorted(self.held) or 'none'}")
+        return entry
 
     def entries(self) -> Iterator[AdapterInfo]:
         """All of them."""
@@ -62,7 +66,7 @@ class PoolState:
         """The slot of each name, -1 for None; they count as just used."""
         if isinstance(names, str) or not isinstance(names, Sequence):
             raise AdapterPoolError(f"{names!r:.80}: expected a list of names, one a sequence, None for no adapter")
-        slots = [-1 if name is None else self.entry(name).slot for name in names]
+        slots = [-1 if name is None else self._held(name).slot for name in names]
         for name in names:
             if name is not None:
                 self.held.move_to_end(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,9 +16,8 @@ Dims = tuple[int, ...]  # (0,) or (1,): the dimension of the requests; (0, 1): a
 
 def tensors_of(args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of a call, also inside lists, tuples and dicts. ``names``: names of the positional arguments."""
-    stack = [(name, value) for name, value in kwargs.items()]
-    stack = [(names[i] if i < len(names) else f"args.{i}", value) for i, value in enumerate(args)] + stack
-    for name, value in stack:
+    given = [(names[i] if i < len(names) else f"args.{i}", value) for i, value in enumerate(args)]
+    for name, value in (*given, *kwargs.items()):
         if isinstance(value, Tensor):
             yield name, value
         elif isinstance(value, list | tuple):
@@ -40,11 +40,11 @@ class Call:
         single: bool = False,
     ) -> None:
         self.args, self.kwargs, self.names = args, kwargs, names
-        given = (*args, *kwargs.values())
-        self.numbers = tuple(repr(value) for value in given if _are_numbers(value) or (single and _is_number(value)))
         self.main, self.media = dict[str, Tensor](), dict[str, Tensor]()
         for name, tensor in tensors_of(args, kwargs, names):
-            (self.main if reads_media or not MEDIA.search(name) else self.media)[name] = tensor
+            (self.main if reads_media or not _is_media(name) else self.media)[name] = tensor
+        others = [value for value in (*args, *kwargs.values()) if not (value is None or isinstance(value, Tensor))]
+        self.numbers = tuple(repr(value) for value in others if _are_numbers(value) or (single and _is_number(value)))
         self._views: dict[Dims, tuple[dict[str, int], object]] = {}
         self.probed = False
 
@@ -76,6 +76,11 @@ class Call:
     def shapes(self) -> str:
         """The main inputs' shapes, for a message."""
         return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in self.main.items()) or "no tensor"
+
+
+@functools.cache
+def _is_media(name: str) -> bool:
+    return bool(MEDIA.search(name))
 
 
 def _is_number(value: Any) -> bool:

@@ -156,10 +156,10 @@ def scaled_mm(P: Tensor, Q: Tensor, factor: float, like: Tensor | None = None) -
 
     ``like``: any tensor of the result's shape and dtype. addmm wants one, and reads nothing of it at beta=0.
     """
-    if P.dtype is not Q.dtype:
-        return wide_mm(P, Q, factor)
     if factor == 1.0:
         return mm(P, Q)
+    if P.dtype is not Q.dtype:
+        return wide_mm(P, Q, factor)
     if _takes(P, Q, Q.size(1)):
         return mm(P, Q).mul_(factor)
     if like is None or like.dtype != P.dtype:

@@ -15,6 +15,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn.modules import module as any_module
 from torch.nn.parameter import Parameter
 from transformers.pytorch_utils import Conv1D
@@ -41,7 +42,7 @@ def state_reason(layer: LoraLayer) -> str | None:
 
 def unsavable(A: Tensor) -> bool:
     """Whether autograd cannot save an adapter's weights because they were created in inference mode."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and A.is_inference()
+    return not is_compiling() and A.is_inference() and torch.is_grad_enabled()
 
 
 def active_in(layer: LoraLayer, held: dict[str, Any]) -> list[str]:
@@ -73,7 +74,7 @@ def weight_of(module: nn.Module, name: str = "weight") -> Tensor | None:
 def base_weight(module: nn.Module) -> Tensor | None:
     """The frozen weight of a base layer, in a form that autograd can save."""
     W = weight_of(module)
-    if W is None or not torch.is_grad_enabled() or torch.compiler.is_compiling() or not W.is_inference():
+    if W is None or is_compiling() or not W.is_inference() or not torch.is_grad_enabled():
         return W
     return savable(W) if type(W) in PLAIN and W.layout is torch.strided and not W.requires_grad else W
 
@@ -86,7 +87,9 @@ def weight_reason(weight: Tensor | None, name: str) -> str | None:
         return f"the weight of {name} is a {type(weight).__name__}"
     if weight.dtype not in FLOATS:
         return f"the weight of {name} is {str(weight.dtype).removeprefix('torch.')}"
-    return storage_reason(weight, f"the weight of {name}")
+    if weight.layout is not torch.strided or weight.is_meta or weight.is_nested:
+        return storage_reason(weight, f"the weight of {name}")
+    return None
 
 
 def storage_reason(tensor: Tensor, name: str) -> str | None:
@@ -108,19 +111,19 @@ def scaling_of(layer: LoraLayer, name: str) -> float | str:
                 return f"its scaling is a {type(scaling).__name__} of shape {tuple(scaling.shape)}"
             if scaling.requires_grad:
                 return "its scaling requires a gradient"
-            if not scaling.is_cpu or torch.compiler.is_compiling():
+            if not scaling.is_cpu or is_compiling():
                 return "its scaling is a tensor on a device, or in a graph: its number is not known on the host"
             if scaling.dtype not in SCALINGS:
                 return f"its scaling is {str(scaling.dtype).removeprefix('torch.')}"
         elif type(scaling) is not int and not isinstance(scaling, float | np.floating | np.integer):
             return f"its scaling is a {type(scaling).__name__}"
         scaling = float(scaling)
-    return scaling if torch.compiler.is_compiling() or math.isfinite(scaling) else f"its scaling is {scaling}"
+    return scaling if is_compiling() or math.isfinite(scaling) else f"its scaling is {scaling}"
 
 
 def call_reason() -> str | None:
     """Why this call, on any layer, needs operations that torch can trace or transform."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return "torch.export is tracing it" if torch.compiler.is_exporting() else None
     if any_module._global_forward_hooks or any_module._global_forward_pre_hooks:
         return "hooks are registered on all modules"
@@ -139,7 +142,7 @@ def input_reason(x: Tensor, weight: Tensor) -> str | None:
         return f"its input is a {type(x).__name__}"
     if x.is_nested or x.layout is not torch.strided or x.is_meta:
         return storage_reason(x, "its input")
-    if x.dim() == 0:
+    if x.ndim == 0:
         return "its input has no dimensions"
     if x.dtype is not weight.dtype:
         float64 = x.dtype is torch.float64 or weight.dtype is torch.float64
