@@ -7,6 +7,7 @@ import importlib
 import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one core a worker; read when numpy is
 import pytest
 import torch
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job of a script starts so, and its children too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = str(Path(__file__).resolve().parents[1])
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)  # the benchmarks and what tests share are not installed
