@@ -32,7 +32,7 @@ from benchmarks.models import SIZES, Batch, Size, batches, build
 from benchmarks.rows import Check, Row, this_machine
 from benchmarks.timing import Clock, CudaClock, HostClock, extra_peak_mib, interleaved
 from lora_kernels.finetune import values
-from lora_kernels.trial import spread
+from lora_kernels.planning.measure import spread
 
 PEFT, OURS, ALONE = "peft", "lora_kernels accelerated", "lora_kernels accelerated, group=False"
 ATTENTION = {"bert": ("query", "key", "value"), "llama": ("q_proj", "k_proj", "v_proj", "o_proj")}
@@ -64,7 +64,7 @@ class Setting:
         """PEFT's model and accelerated copies, all on the same frozen weights."""
         from peft import LoraConfig, get_peft_model
 
-        from lora_kernels.integrations.families import fill_adapters
+        from lora_kernels.check.compat.families import fill_adapters
         from lora_kernels.integrations.peft import accelerate
 
         targets: Any = "all-linear" if self.targets == "all-linear" else list(ATTENTION[self.model])
@@ -89,8 +89,8 @@ def step(model: Any, batch: Batch) -> Any:
 
 def judged(setting: Setting, models: dict[str, Any], given: Sequence[Batch]) -> Iterator[Check]:
     """Every accelerated copy beside PEFT's, with PEFT's model in float64 as the truth."""
-    from lora_kernels.integrations.compat.judge import Answers, errors, fault
-    from lora_kernels.integrations.compat.stage import gradients, one_mask_a_shape
+    from lora_kernels.check.compat.judge import Answers, errors, fault
+    from lora_kernels.check.compat.stage import gradients, one_mask_a_shape
 
     def answers(model: Any, batch: Batch) -> Answers:
         output = step(model, batch)

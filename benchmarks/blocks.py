@@ -18,8 +18,8 @@ from torch import Tensor
 import lora_kernels
 from benchmarks.cases import Case
 from benchmarks.rivals import ADDMM_CHAIN, FROZEN, PEFT, PEFT_FP32, Implementation, Layer, contenders, ours
-from lora_kernels.plan import split_name
-from lora_kernels.stacked_cost import PLANS
+from lora_kernels.planning.choose import split_name
+from lora_kernels.planning.stacked_cost import PLANS
 from lora_kernels.testing import Problem, make_problem
 
 Answers = dict[str, Tensor]

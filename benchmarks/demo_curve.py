@@ -20,10 +20,10 @@ from benchmarks.end_to_end import Outcome, Run
 from benchmarks.models import Batch, rows_reversed, rows_rotated
 from benchmarks.rows import Row
 from lora_kernels.config import LoRAConfig
-from lora_kernels.finetune.options import TrainOptions
-from lora_kernels.finetune.recipe import Recipe
+from lora_kernels.finetune.advise.recipe import Recipe
 from lora_kernels.finetune.tasks import Classification
-from lora_kernels.trial import spread
+from lora_kernels.finetune.train.options import TrainOptions
+from lora_kernels.planning.measure import spread
 
 ACCELERATED = "lora_kernels accelerated"
 RECIPE = Recipe(LoRAConfig(r=16, lora_alpha=32), TrainOptions())  # as the demo's

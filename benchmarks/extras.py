@@ -16,9 +16,9 @@ from benchmarks.measure import Bench, Found
 from benchmarks.models import SIZES
 from benchmarks.overhead import CONTENDERS, overhead
 from benchmarks.rows import Check
-from lora_kernels.cost import Problem
-from lora_kernels.tune import tune
-from lora_kernels.tuned import Entry
+from lora_kernels.planning.cost import Problem
+from lora_kernels.planning.tune import tune
+from lora_kernels.planning.tuned import Entry
 
 Unit = Callable[[Bench], Found]
 TUNE_SECONDS = 200.0  # of one problem: compiling its candidates takes most of it

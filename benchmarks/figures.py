@@ -16,7 +16,7 @@ from benchmarks.cases import OPS, case_of
 from benchmarks.roofline import Ceilings, passes
 from benchmarks.rows import Record
 from benchmarks.style import BLACK, OURS, legend, look_of, new_figure, ordered, ratio_scale, series_of
-from lora_kernels.plan import OPT_IN, PLANS
+from lora_kernels.planning.choose import OPT_IN, PLANS
 
 Drawn = tuple[Figure, str] | None
 PASSES = {"fwd": "forward", "fwd_bwd": "forward + backward"}

@@ -21,13 +21,13 @@ from benchmarks.roofline import forward_work
 from benchmarks.rows import Check, Row
 from benchmarks.timing import Call, interleaved
 from lora_kernels import BackendUnavailableError
-from lora_kernels.cost import Problem as Planned
 from lora_kernels.kernels.chip import Chip
-from lora_kernels.kernels.tuning import GemmConfig, gemm_config, is_valid
-from lora_kernels.plan import OPT_IN, chip_for, triton_kernels
+from lora_kernels.kernels.tiles import GemmConfig, gemm_config, is_valid
+from lora_kernels.planning.choose import OPT_IN, chip_for, triton_kernels
+from lora_kernels.planning.cost import Problem as Planned
+from lora_kernels.planning.measure import spread
+from lora_kernels.planning.plans import BY_NAME
 from lora_kernels.testing import Problem, poison, within_rule
-from lora_kernels.trial import spread
-from lora_kernels.variants import BY_NAME
 
 LIBRARY = "cublas"
 POINTER = "shrink_extend"
@@ -82,7 +82,7 @@ def plain_gemm(case: Case, rung: str, bench: Bench) -> Found:
 
 
 def _pointer(problem: Problem, case: Case, chip: Chip) -> Iterator[Product]:
-    from lora_kernels.kernels.lora_linear import extend
+    from lora_kernels.kernels.linear.lora_linear import extend
 
     X, W = problem.X, problem.W
     default = gemm_config(case.M, case.N, case.dtype, chip)
@@ -115,7 +115,7 @@ def _forward(problem: Problem, case: Case, chip: Chip, rung: str) -> Iterator[Pr
 
 
 def _backward(problem: Problem, case: Case, chip: Chip, rung: str) -> Iterator[Product]:
-    from lora_kernels.kernels.lora_linear_bwd import dx_da
+    from lora_kernels.kernels.linear.lora_linear_bwd import dx_da
 
     X, W, dY = problem.X, problem.W, problem.dY
     config, DX = _config(case, chip, rung, "bwd"), triton_kernels().DX

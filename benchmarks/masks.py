@@ -14,7 +14,7 @@ from benchmarks.checks import check_of
 from benchmarks.rivals import ours
 from benchmarks.rows import Check
 from lora_kernels import BackendUnavailableError, ops
-from lora_kernels.plan import FORWARD_ONLY
+from lora_kernels.planning.choose import FORWARD_ONLY
 from lora_kernels.reference import Needs, philox_keep_mask, unpack_keep
 
 _RANKS = 16  # one tile of ranks in any dtype

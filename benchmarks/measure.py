@@ -22,10 +22,10 @@ from benchmarks.roofline import Ceilings, Work, passes
 from benchmarks.rows import Check, Record, Row
 from benchmarks.timing import MIB, Call, Clock, extra_peak_mib, interleaved
 from lora_kernels import BackendUnavailableError
-from lora_kernels import plan as planner
-from lora_kernels.cost import Problem as PlannerProblem
+from lora_kernels.planning import choose as planner
+from lora_kernels.planning.cost import Problem as PlannerProblem
+from lora_kernels.planning.measure import captured, spread
 from lora_kernels.testing import Problem
-from lora_kernels.trial import captured, spread
 
 GRAPH_BYTES = 256 * MIB  # a graph walks over copies of the operands of at least this size: no L2 holds them
 GRAPH_COPIES = 48

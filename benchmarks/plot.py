@@ -27,7 +27,7 @@ from benchmarks.rows import REHEARSAL, Record, read_rows
 from benchmarks.style import caption_of, save
 from benchmarks.waterfall import note, waterfall
 from lora_kernels.finetune import values
-from lora_kernels.plan import OPT_IN, PLANS
+from lora_kernels.planning.choose import OPT_IN, PLANS
 
 NUMBERS = ("step", "loss", "difference", "allowed")
 

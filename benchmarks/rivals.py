@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_kernels import lora_linear
-from lora_kernels.plan import OPT_IN, PLANS, triton_missing
+from lora_kernels.planning.choose import OPT_IN, PLANS, triton_missing
 from lora_kernels.testing import Problem
 
 

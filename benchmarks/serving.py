@@ -2,7 +2,7 @@
 
 On a CPU BERT-base's layers with 64 sequences of 1, 16 and 128 tokens, in fp32 and bf16, beside PEFT's layer called with
 adapter_names; on a GPU the decode and prefill tables. Each contender is judged first and timed in turns with the
-others by the code of lora_kernels.serving, which `lora-kernels serve-bench` also runs. docs/serving_bench.md.
+others by the code of lora_kernels.check.serving, which `lora-kernels serve-bench` also runs. docs/serving_bench.md.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from benchmarks.run import SIDE
 from benchmarks.serving_cases import DECODE, PREFILL, cpu_cases, other_mixes
 from benchmarks.serving_lines import OP, lines
 from benchmarks.timing import MIB, Clock, CudaClock, HostClock, interleaved
+from lora_kernels.check.serving.cases import ServingCase
+from lora_kernels.check.serving.measure import Judgement, Timing, measure
+from lora_kernels.check.serving.rivals import ON_A_CPU, Contender, contenders
 from lora_kernels.finetune import values
-from lora_kernels.serving.cases import ServingCase
-from lora_kernels.serving.rivals import ON_A_CPU, Contender, contenders
-from lora_kernels.serving.trial import Judgement, Timing, measure
 
 
 def what_of(case: ServingCase) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from benchmarks.cases import MODELS
-from lora_kernels.serving.cases import ServingCase, ranks_from
+from lora_kernels.check.serving.cases import ServingCase, ranks_from
 
 LAYERS = {name: MODELS[name] for name in ("bert-base", "llama-3-8b")} | {
     "tinyllama-1.1b": {"q,o": (2048, 2048), "k,v": (256, 2048), "gate,up": (5632, 2048), "down": (2048, 5632)}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from benchmarks.cases import DTYPE_NAMES
 from benchmarks.rows import Record
 from benchmarks.serving_cases import PEFT_LIMIT, TARGETS
-from lora_kernels.serving.rivals import FROZEN, PEFT, PEFT_FP32
+from lora_kernels.check.serving.rivals import FROZEN, PEFT, PEFT_FP32
 
 OP = "multi_lora_linear"
 OURS = "lora_kernels"

@@ -21,8 +21,9 @@ from benchmarks.rows import Check
 from benchmarks.serving import check_of, checks_of, measured
 from benchmarks.serving_cases import CHECKED, DECODE, PREFILL, REPLAYED, SANITIZED, tiny
 from lora_kernels import BackendUnavailableError, multi_lora_linear
-from lora_kernels.serving.cases import ServingCase
-from lora_kernels.serving.rivals import (
+from lora_kernels.check.serving.cases import ServingCase
+from lora_kernels.check.serving.measure import judged, oracle_of
+from lora_kernels.check.serving.rivals import (
     ALL_SLOTS,
     FROZEN,
     TWO_LAUNCHES,
@@ -32,10 +33,9 @@ from lora_kernels.serving.rivals import (
     planned_launches,
     refusal,
 )
-from lora_kernels.serving.trial import judged, oracle_of
+from lora_kernels.planning.measure import captured
 from lora_kernels.testing import within_rule
 from lora_kernels.testing.multi import DISTRIBUTIONS, MultiProblem, mix_ids, multi_plain, multi_truth
-from lora_kernels.trial import captured
 
 Unit = Callable[[Bench], Found]
 PLANS = {"eager": "triton:eager", "extend": "triton:extend", "decode": "triton:decode", "cuda": "cuda"}

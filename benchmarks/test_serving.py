@@ -17,9 +17,9 @@ from benchmarks.cases import DTYPES
 from benchmarks.rows import this_machine
 from benchmarks.serving_cases import BIASED, LAYERS, served
 from benchmarks.test_operators import _device, _waited_for
-from lora_kernels.serving.cases import ServingCase
-from lora_kernels.serving.rivals import FROZEN, Contender, contenders, plan_label
-from lora_kernels.serving.trial import judged, oracle_of
+from lora_kernels.check.serving.cases import ServingCase
+from lora_kernels.check.serving.measure import judged, oracle_of
+from lora_kernels.check.serving.rivals import FROZEN, Contender, contenders, plan_label
 
 
 def _cases(config: pytest.Config) -> Iterator[ServingCase]:

@@ -1,7 +1,7 @@
 """Where the time over the frozen layer goes: the cost model's launches one by one, beside what was measured.
 
-The prediction is that of the planner (lora_kernels.cost) for a chip's data-sheet figures; it is not a measurement. A
-launch that contains the base product counts with what it takes beyond the vendor's plain product.
+The prediction is the planner's (lora_kernels.planning.cost) for a chip's data-sheet figures; it is not a measurement.
+A launch that contains the base product counts with what it takes beyond the vendor's plain product.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from benchmarks.cases import DTYPE_NAMES, Case, case_of
 from benchmarks.figures import Drawn
 from benchmarks.rows import Record
 from benchmarks.style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, YELLOW, new_figure
-from lora_kernels.cost import Problem, library, seconds
 from lora_kernels.kernels.chip import CHIPS, Chip
-from lora_kernels.plan import FORWARD_ONLY, OPT_IN, PLANS
-from lora_kernels.variants import BY_NAME, launches
+from lora_kernels.planning.choose import FORWARD_ONLY, OPT_IN, PLANS
+from lora_kernels.planning.cost import Problem, library, seconds
+from lora_kernels.planning.plans import BY_NAME, launches
 
 CASE = Case(8192, 4096, 4096, 16)
 COLORS = {
@@ -121,7 +121,8 @@ def note(arch: str = "sm_90") -> str:
     """What the prediction rests on."""
     chip = CHIPS[arch]
     return (
-        f"Predicted by lora_kernels.cost from the data sheet of {arch} ({chip.tflops:g} TFLOP/s, {chip.gbps:g} GB/s); "
+        f"Predicted by lora_kernels.planning.cost from the data sheet of {arch} ({chip.tflops:g} TFLOP/s, "
+        f"{chip.gbps:g} GB/s); "
         "not a measurement"
     )
 

@@ -81,7 +81,7 @@ def emulated(rehearse: bool) -> Iterator[None]:
     if not rehearse:
         yield
         return
-    from lora_kernels.testing.gluon_emulator import emulate
+    from lora_kernels.testing.emulator import emulate
 
     with emulate():
         yield

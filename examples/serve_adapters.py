@@ -1,7 +1,7 @@
 """Serving: three adapters over one SmolLM2-135M, and requests for all of them in one batch.
 
-`lora-kernels train` makes them, on text by a grammar (finetune/phrases.py): a sentence, and its passive, its parts as
-JSON, or a question. Each row is compared with PEFT running that request alone, and PEFT's own ways are timed beside.
+`lora-kernels train` makes them, on text by a grammar (finetune/data/phrases.py): a sentence, and its passive, its parts
+as JSON, or a question. Each row is compared with PEFT running that request alone, and PEFT's own ways are timed beside.
 
     python examples/serve_adapters.py --sentences 6 --repeats 3
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 import peft
 
 import lora_kernels as lk
-from lora_kernels.finetune.phrases import MAIN, TIMES, VERBS, phrases
+from lora_kernels.finetune.data.phrases import MAIN, TIMES, VERBS, phrases
 from lora_kernels.finetune.tasks.pretrained import SMOLLM2, load_pretrained, load_tokenizer, unpacked
 
 RANKS = {"passive": 16, "json": 4, "question": 8}

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_kernels.adapters import AdapterPool, load_adapter, merge_lora, save_adapter, unmerge_lora
+    from lora_kernels.adapters import load_adapter, merge_lora, save_adapter, unmerge_lora
     from lora_kernels.autograd.dora_linear import dora_linear
     from lora_kernels.autograd.lora_linear import lora_linear
     from lora_kernels.autograd.lora_linear_stacked import Projection, lora_linear_stacked
@@ -32,23 +32,24 @@ if TYPE_CHECKING:
         UnservableAdapterError,
     )
     from lora_kernels.finetune import LoRA, Trainer
-    from lora_kernels.finetune.loraplus import loraplus_groups
-    from lora_kernels.inject import apply_lora, explain
+    from lora_kernels.finetune.train.loraplus import loraplus_groups
     from lora_kernels.integrations.peft.accelerate import accelerate, decelerate
     from lora_kernels.layers import DoRALinear, LoRAGateUp, LoRALinear, LoRAMLP, LoRAQKV
-    from lora_kernels.plan import use_backend
-    from lora_kernels.slots import Slots
+    from lora_kernels.models.inject import apply_lora, explain
+    from lora_kernels.operands.slots import Slots
+    from lora_kernels.planning.choose import use_backend
+    from lora_kernels.pool import AdapterPool
 
 __version__ = "0.1.0"
 
 _HOME = {
     "dora_linear": "lora_kernels.autograd.dora_linear",
-    "loraplus_groups": "lora_kernels.finetune.loraplus",
+    "loraplus_groups": "lora_kernels.finetune.train.loraplus",
     "lora_linear": "lora_kernels.autograd.lora_linear",
     "lora_linear_stacked": "lora_kernels.autograd.lora_linear_stacked",
     "lora_mlp": "lora_kernels.autograd.lora_mlp",
     "multi_lora_linear": "lora_kernels.autograd.multi_lora_linear",
-    "Slots": "lora_kernels.slots",
+    "Slots": "lora_kernels.operands.slots",
     "Projection": "lora_kernels.autograd.lora_linear_stacked",
     "DoRALinear": "lora_kernels.layers",
     "LoRALinear": "lora_kernels.layers",
@@ -56,16 +57,16 @@ _HOME = {
     "LoRAGateUp": "lora_kernels.layers",
     "LoRAMLP": "lora_kernels.layers",
     "LoRAConfig": "lora_kernels.config",
-    "apply_lora": "lora_kernels.inject",
-    "explain": "lora_kernels.inject",
+    "apply_lora": "lora_kernels.models.inject",
+    "explain": "lora_kernels.models.inject",
     "accelerate": "lora_kernels.integrations.peft.accelerate",
     "decelerate": "lora_kernels.integrations.peft.accelerate",
-    "AdapterPool": "lora_kernels.adapters",
+    "AdapterPool": "lora_kernels.pool",
     "save_adapter": "lora_kernels.adapters",
     "load_adapter": "lora_kernels.adapters",
     "merge_lora": "lora_kernels.adapters",
     "unmerge_lora": "lora_kernels.adapters",
-    "use_backend": "lora_kernels.plan",
+    "use_backend": "lora_kernels.planning.choose",
     "LoRA": "lora_kernels.finetune",
     "Trainer": "lora_kernels.finetune",
     "LoRAKernelsError": "lora_kernels.errors",

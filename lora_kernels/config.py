@@ -25,7 +25,7 @@ class LoRAConfig:
     use_dora: the adapted weight's rows get a trained magnitude (lora_kernels.DoRALinear).
     target_modules: names (a module matches if its dotted path is the name or ends in ``.name``), a regular expression
         for the whole path, or "all-linear" (every nn.Linear but the output head). None: the query and value
-        projections, see lora_kernels.targets.
+        projections, see lora_kernels.models.targets.
     exclude_modules: names or a regular expression, matched likewise; exclusion wins.
     rank_pattern, alpha_pattern: {regular expression for the end of a path: rank or alpha}; the first match counts.
     layers_to_transform, layers_pattern: adapt only the layers with these indices (in module lists of these names).

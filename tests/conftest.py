@@ -90,7 +90,7 @@ def kernels_with(tmp_path: Path) -> Callable[..., list[ModuleType]]:
         copy = tmp_path / name
         source = Path(lora_kernels.kernels.__file__).parent
         shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__", "tuned"))
-        for path in copy.glob("*.py"):
+        for path in copy.rglob("*.py"):
             path.write_text(path.read_text().replace("lora_kernels.kernels.", f"{name}."))
         if file:
             right = (copy / file).read_text()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_kernels.finetune.movies import TEXT, cache_folder
+from lora_kernels.finetune.data.movies import TEXT, cache_folder
 from lora_kernels.finetune.tasks.pretrained import SMOLLM2, load_tokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

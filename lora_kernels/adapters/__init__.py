@@ -1,8 +1,7 @@
-"""Adapters as files, as part of the weights, and side by side in a pool."""
+"""Adapters as files, and as part of the weights."""
 
 from lora_kernels.adapters.checkpoint import load_adapter, save_adapter
 from lora_kernels.adapters.merge import merge_lora, unmerge_lora
-from lora_kernels.adapters.pool import AdapterPool
 from lora_kernels.layers.replication import replicate_layers
 
-__all__ = ["AdapterPool", "load_adapter", "merge_lora", "replicate_layers", "save_adapter", "unmerge_lora"]
+__all__ = ["load_adapter", "merge_lora", "replicate_layers", "save_adapter", "unmerge_lora"]

@@ -25,11 +25,11 @@ from lora_kernels.adapters.sharded import is_sharded, placed_like, whole, write_
 from lora_kernels.adapters.sources import open_source
 from lora_kernels.config import LoRAConfig, refuse_unsupported
 from lora_kernels.errors import AdapterFormatError, ConfigError, MergeError
-from lora_kernels.inject import build_layers, inject, plan_injection, rollback
 from lora_kernels.layers import LoRALinear
 from lora_kernels.layers.replication import replicate_layers
 from lora_kernels.layers.tokens import TrainedRows
-from lora_kernels.report import REMEMBERED_AS, Injection, injection_of, unwrap
+from lora_kernels.models.explain import REMEMBERED_AS, Injection, injection_of, unwrap
+from lora_kernels.models.inject import build_layers, inject, plan_injection, rollback
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:

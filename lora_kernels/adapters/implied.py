@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_kernels.adapters.keys import PREFIX, shown
 from lora_kernels.config import LoRAConfig
 from lora_kernels.errors import AdapterFormatError
-from lora_kernels.targets import Matcher
+from lora_kernels.models.targets import Matcher
 
 
 def number(key: str, tensor: Tensor) -> float:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from lora_kernels.adapters.keys import PREFIX, is_base_tensor, mismatch
 from lora_kernels.adapters.sharded import is_sharded
 from lora_kernels.config import BASE_CHANGING_INITS
-from lora_kernels.embeddings import embeddings
 from lora_kernels.errors import AdapterFormatError
 from lora_kernels.layers import BiasedLoRALinear, DoRALinear, LoRALinear
 from lora_kernels.layers.tokens import DELTA
-from lora_kernels.report import Injection
+from lora_kernels.models.embeddings import embeddings
+from lora_kernels.models.explain import Injection
 
 
 def keys_of(model: nn.Module, injection: Injection) -> dict[str, str]:

@@ -11,7 +11,7 @@ from lora_kernels.adapters.sharded import is_sharded
 from lora_kernels.errors import ConfigError, MergeError
 from lora_kernels.layers import LoRALinear
 from lora_kernels.layers.tokens import TrainedRows
-from lora_kernels.report import unwrap
+from lora_kernels.models.explain import unwrap
 
 
 def merge_lora(model: nn.Module) -> nn.Module:

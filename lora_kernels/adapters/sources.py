@@ -16,7 +16,7 @@ from lora_kernels.adapters.layouts import from_layout, implies_scaling, is_forei
 from lora_kernels.adapters.stored import Limits, open_stored, parse_json
 from lora_kernels.config import ALL_LINEAR, LoRAConfig
 from lora_kernels.errors import AdapterFormatError, ConfigError
-from lora_kernels.targets import Matcher
+from lora_kernels.models.targets import Matcher
 
 DIFFUSERS_NAME, DIFFUSERS_METADATA = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.errors import ConfigError, FrozenWeightError, ShapeError
+from lora_kernels.operands.dtypes import low_rank_dtype
 from lora_kernels.reference.transforms import batched, derived, no_autocast
 
 __all__ = [

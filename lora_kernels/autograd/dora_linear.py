@@ -24,7 +24,7 @@ from lora_kernels.autograd.lora_linear import _check, _rows, dropout_seed
 from lora_kernels.errors import ConfigError, ShapeError
 from lora_kernels.ops import dora_linear as ops
 from lora_kernels.ops.weight_norm import NormCache, weight_norm
-from lora_kernels.plan import resolve_backend
+from lora_kernels.planning.choose import resolve_backend
 from lora_kernels.reference import composition
 from lora_kernels.reference.dora_linear import DoRANeeds
 

@@ -23,8 +23,8 @@ from lora_kernels.autograd.call import (
     vjp,
 )
 from lora_kernels.autograd.lora_linear import dropout_seed
-from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.errors import ConfigError, ShapeError
+from lora_kernels.operands.dtypes import low_rank_dtype
 from lora_kernels.reference import composition
 from lora_kernels.reference.lora_conv import (
     ConvNeeds,

@@ -26,7 +26,7 @@ from lora_kernels.autograd.call import (
 )
 from lora_kernels.errors import ConfigError, ShapeError
 from lora_kernels.formats import format_of
-from lora_kernels.plan import resolve_backend
+from lora_kernels.planning.choose import resolve_backend
 from lora_kernels.reference import Needs, composition
 
 Call = tuple[float, float, str, bool]  # scaling, p, backend, keep_bits: whether the mask's bits stay for the backward

@@ -23,7 +23,7 @@ from lora_kernels.autograd.call import (
 from lora_kernels.autograd.lora_linear import _check, _rows, dropout_seed
 from lora_kernels.errors import ConfigError, ShapeError
 from lora_kernels.ops import lora_linear_stacked as ops
-from lora_kernels.plan import resolve_backend
+from lora_kernels.planning.choose import resolve_backend
 from lora_kernels.reference import composition
 from lora_kernels.reference.lora_linear_stacked import StackedNeeds
 

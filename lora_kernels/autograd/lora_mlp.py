@@ -25,7 +25,7 @@ from lora_kernels.autograd.lora_linear import _rows, dropout_seed
 from lora_kernels.autograd.lora_linear_stacked import Projection, check_mask, prepare
 from lora_kernels.errors import ShapeError
 from lora_kernels.ops import lora_mlp as ops
-from lora_kernels.plan import resolve_backend
+from lora_kernels.planning.choose import resolve_backend
 from lora_kernels.reference import composition
 from lora_kernels.reference.lora_mlp import MLPGrads, MLPNeeds
 

@@ -24,10 +24,10 @@ from lora_kernels.autograd.call import (
 )
 from lora_kernels.errors import ShapeError
 from lora_kernels.formats import format_of
-from lora_kernels.multi_plan import resolve
+from lora_kernels.operands.slots import Slots
+from lora_kernels.planning.multi_plan import resolve
 from lora_kernels.reference import Needs, composition
 from lora_kernels.reference.multi_infer import rows_of
-from lora_kernels.slots import Slots
 
 Packed = tuple[Tensor | Sequence[Tensor], Tensor | Sequence[Tensor], Sequence[int] | None, Sequence[float] | float]
 

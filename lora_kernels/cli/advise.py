@@ -15,7 +15,7 @@ from lora_kernels.cli.explain import AUTO_CLASSES
 from lora_kernels.cli.shapes import MODELS, configuration, on_meta
 from lora_kernels.errors import ConfigError
 from lora_kernels.finetune import values
-from lora_kernels.finetune.advise import HEAD_ONLY, Cost, Targets, advise, target_sets
+from lora_kernels.finetune.advise.advise import HEAD_ONLY, Cost, Targets, advise, target_sets
 
 MIB, GIB = 1 << 20, 1 << 30
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

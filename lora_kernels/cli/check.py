@@ -1,6 +1,6 @@
 """`lora-kernels check --compile`: what every shipped kernel takes of every architecture, and whether it may ship.
 
-The table is compiled, not measured: no GPU is needed. cli/compile_matrix.py makes its rows.
+The table is compiled, not measured: no GPU is needed. check/compile/matrix.py makes its rows.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from itertools import groupby
 
-from lora_kernels import cost
-from lora_kernels.cli.compile_csrc import csrc_rows, why_none
-from lora_kernels.cli.compile_matrix import Row, compile_matrix
+from lora_kernels.check.compile.csrc import csrc_rows, why_none
+from lora_kernels.check.compile.matrix import Row, compile_matrix
 from lora_kernels.finetune import values
 from lora_kernels.kernels.chip import CHIPS
+from lora_kernels.planning import cost
 
 QUICK_ARCHS = ("sm_80", "sm_90", "gfx942")
 QUICK_DTYPES = ("bfloat16",)

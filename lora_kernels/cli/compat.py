@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_kernels.errors import ConfigError
 from lora_kernels.finetune import values
-from lora_kernels.finetune.extras import require
+from lora_kernels.finetune.train.extras import require
 
 BEGIN, END = "<!-- compatibility: written by lora-kernels compat --readme -->", "<!-- end of compatibility -->"
 
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints a line a cell as it is found; 1 where one is wrong."""
     for library in ("transformers", "peft"):
         require(library)
-    table = importlib.import_module("lora_kernels.integrations.compat.table")
+    table = importlib.import_module("lora_kernels.check.compat.table")
     families, features = table.chosen(arguments.families, arguments.features)
     page = arguments.readme.read_text() if arguments.readme else ""
     if arguments.readme and not (BEGIN in page and END in page.partition(BEGIN)[2]):

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 import lora_kernels
-from lora_kernels import csrc
-from lora_kernels.finetune.extras import installed
-from lora_kernels.finetune.movies import TEXT, cache_folder
-from lora_kernels.plan import backend_status, requested_backend
+from lora_kernels.finetune.data.movies import TEXT, cache_folder
+from lora_kernels.finetune.train.extras import installed
+from lora_kernels.kernels import csrc
+from lora_kernels.planning.choose import backend_status, requested_backend
+from lora_kernels.planning.tuned import table_for, user_table
 from lora_kernels.reference.products import library
-from lora_kernels.tuned import table_for, user_table
 
 LIBRARIES = ("torch", "triton", "safetensors", "transformers", "peft", "scikit-learn", "matplotlib", "tqdm")
 

@@ -9,8 +9,8 @@ from lora_kernels.cli.train import names_or_pattern
 from lora_kernels.config import LoRAConfig
 from lora_kernels.finetune import values
 from lora_kernels.finetune.tasks.pretrained import MINILM, load_pretrained
-from lora_kernels.inject import apply_lora, explain
 from lora_kernels.kernels.chip import CHIPS
+from lora_kernels.models.inject import apply_lora, explain
 
 AUTO_CLASSES = {
     None: "AutoModel",

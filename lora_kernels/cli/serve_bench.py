@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
+from lora_kernels.check.serving.cases import ServingCase, check_distribution, ranks_from
+from lora_kernels.check.serving.measure import Timing, Trial, in_turns, measure
+from lora_kernels.check.serving.rivals import FROZEN, ON_A_CPU, PEFT, PEFT_FP32, SWAP, contenders
 from lora_kernels.cli.shapes import MODELS, Shape, shapes_from
 from lora_kernels.config import MAX_RANK
 from lora_kernels.errors import ConfigError
 from lora_kernels.finetune import values
-from lora_kernels.serving.cases import ServingCase, check_distribution, ranks_from
-from lora_kernels.serving.rivals import FROZEN, ON_A_CPU, PEFT, PEFT_FP32, SWAP, contenders
-from lora_kernels.serving.trial import Timing, Trial, in_turns, measure
 from lora_kernels.testing.multi import DISTRIBUTIONS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

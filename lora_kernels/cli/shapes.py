@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lora_kernels.cost import Problem, seconds
 from lora_kernels.errors import ConfigError, LoRAKernelsError
-from lora_kernels.finetune.extras import require
 from lora_kernels.finetune.tasks.pretrained import hub, locate, source_of
+from lora_kernels.finetune.train.extras import require
 from lora_kernels.kernels.chip import Chip
-from lora_kernels.tuned import bucket, key_of
-from lora_kernels.variants import launches
+from lora_kernels.planning.cost import Problem, seconds
+from lora_kernels.planning.plans import launches
+from lora_kernels.planning.tuned import bucket, key_of
 
 
 class Shape(NamedTuple):

@@ -17,13 +17,13 @@ from lora_kernels.cli.advise import aligned
 from lora_kernels.cli.train import INITS
 from lora_kernels.errors import ConfigError
 from lora_kernels.finetune import values
-from lora_kernels.finetune.advise import HEAD_ONLY, target_sets
-from lora_kernels.finetune.recipe import Recipe
-from lora_kernels.finetune.sweep import DATABASE, Axis, Params, Plan, Record, Sweep, show
-from lora_kernels.finetune.sweep_report import chance, plot, write_csv
-from lora_kernels.finetune.sweep_trial import FULL, LORA
+from lora_kernels.finetune.advise.advise import HEAD_ONLY, target_sets
+from lora_kernels.finetune.advise.recipe import Recipe
+from lora_kernels.finetune.sweep.report import chance, plot, write_csv
+from lora_kernels.finetune.sweep.sweep import DATABASE, Axis, Params, Plan, Record, Sweep, show
+from lora_kernels.finetune.sweep.trial import FULL, LORA
 from lora_kernels.finetune.tasks import TASKS, Task
-from lora_kernels.targets import TASK_HEADS
+from lora_kernels.models.targets import TASK_HEADS
 
 RSLORA = "rslora"
 # Of a command line that are not train's, or mean nothing to a search.

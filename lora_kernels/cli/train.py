@@ -13,12 +13,13 @@ import torch
 from lora_kernels.adapters.files import write_whole
 from lora_kernels.config import LoRAConfig
 from lora_kernels.errors import ConfigError
-from lora_kernels.finetune import processes, values
-from lora_kernels.finetune.checkpoint import checkpoints
-from lora_kernels.finetune.options import TrainOptions
-from lora_kernels.finetune.recipe import Recipe, run
-from lora_kernels.finetune.schedule import SCHEDULES
+from lora_kernels.finetune import values
+from lora_kernels.finetune.advise.recipe import Recipe, run
 from lora_kernels.finetune.tasks import TASKS, Task
+from lora_kernels.finetune.train import processes
+from lora_kernels.finetune.train.checkpoint import checkpoints
+from lora_kernels.finetune.train.options import TrainOptions
+from lora_kernels.finetune.train.schedule import SCHEDULES
 
 INITS: dict[str, bool | str] = {"default": True, "random": False, **{x: x for x in ("gaussian", "pissa", "olora")}}
 

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from lora_kernels.cli.shapes import MODELS, problems_of, shapes_from
-from lora_kernels.cost import Problem
 from lora_kernels.errors import ConfigError
 from lora_kernels.finetune import values
-from lora_kernels.finetune.extras import installed, require
-from lora_kernels.plan import chip_for, triton_missing
-from lora_kernels.tune import REHEARSAL, Outcome, Progress, tune
-from lora_kernels.tuned import Entry
+from lora_kernels.finetune.train.extras import installed, require
+from lora_kernels.planning.choose import chip_for, triton_missing
+from lora_kernels.planning.cost import Problem
+from lora_kernels.planning.tune import REHEARSAL, Outcome, Progress, tune
+from lora_kernels.planning.tuned import Entry
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -13,7 +13,7 @@ import torch
 
 from lora_kernels.config import MAX_ALPHA, MAX_RANK
 from lora_kernels.errors import ConfigError
-from lora_kernels.plan import split_name
+from lora_kernels.planning.choose import split_name
 
 Value = TypeVar("Value")
 MAX_COUNT = 2**31 - 1

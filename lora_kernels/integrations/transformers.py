@@ -19,8 +19,8 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_NAME
 import lora_kernels
 from lora_kernels.adapters import save_adapter
 from lora_kernels.errors import ConfigError
-from lora_kernels.finetune.run_state import changing_weights
-from lora_kernels.report import injection_of, unwrap
+from lora_kernels.finetune.train.run_state import changing_weights
+from lora_kernels.models.explain import injection_of, unwrap
 
 _SLIM = "lora_slim_checkpoints"
 

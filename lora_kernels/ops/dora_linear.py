@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels import plan as planner
 from lora_kernels.ops.lora_linear import _empty_bits, _keep, empty_low_rank, lora_linear_bwd, lora_linear_fwd
+from lora_kernels.planning import choose as planner
 from lora_kernels.reference import Needs, unpack_keep
 from lora_kernels.reference import dora_linear as reference
 from lora_kernels.reference.dora_linear import DoRANeeds, column_dots, dropped, magnitude_scale, scale_columns

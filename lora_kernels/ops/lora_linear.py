@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from lora_kernels import plan as planner
 from lora_kernels import reference
-from lora_kernels.dtypes import low_rank_dtype
+from lora_kernels.operands.dtypes import low_rank_dtype
+from lora_kernels.planning import choose as planner
 from lora_kernels.reference import Needs
 
 _FWD = (

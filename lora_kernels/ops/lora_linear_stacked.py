@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels import plan as planner
-from lora_kernels import stacked_cost
 from lora_kernels.formats.side_by_side import as_one
 from lora_kernels.ops.lora_linear import _empty_bits, _keep, empty_low_rank
+from lora_kernels.planning import choose as planner
+from lora_kernels.planning import stacked_cost
+from lora_kernels.planning.stacked_cost import StackedProblem
 from lora_kernels.reference import lora_linear_stacked as reference
 from lora_kernels.reference.lora_linear_stacked import StackedNeeds
-from lora_kernels.stacked_cost import StackedProblem
 
 Tensors = Sequence[Tensor]
 Grads = list[Tensor | None]

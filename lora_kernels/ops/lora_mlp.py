@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels import plan as planner
-from lora_kernels import stacked_cost
 from lora_kernels.ops.lora_linear import _empty_bits, _keep, empty_low_rank, lora_linear_fwd
 from lora_kernels.ops.lora_linear_stacked import (
     Tensors,
@@ -21,6 +19,8 @@ from lora_kernels.ops.lora_linear_stacked import (
     no_grads_as_empty,
     stacked_problem,
 )
+from lora_kernels.planning import choose as planner
+from lora_kernels.planning import stacked_cost
 from lora_kernels.reference import lora_mlp as reference
 from lora_kernels.reference.lora_mlp import MLPGrads, MLPNeeds
 

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from lora_kernels import multi_plan, reference
-from lora_kernels.dtypes import low_rank_dtype
+from lora_kernels import reference
+from lora_kernels.operands.dtypes import low_rank_dtype
+from lora_kernels.operands.slots import Slots
+from lora_kernels.planning import multi_plan
 from lora_kernels.reference import Needs
 from lora_kernels.reference.products import linear
-from lora_kernels.slots import Slots
 
 ON_CPU = ("reference", "auto", "cpp")  # what multi_plan.resolve says where no kernel of a GPU runs
 _SLOTS = "Tensor A, Tensor B, Tensor starts, Tensor ranks, Tensor scalings, int max_rank, Tensor ids"

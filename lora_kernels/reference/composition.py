@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn.functional import embedding, linear, silu
 
+from lora_kernels.operands.slots import Slots
 from lora_kernels.reference.dropout import generator_keep_mask, philox_keep_mask
 from lora_kernels.reference.lora_conv import Geometry, Mask
 from lora_kernels.reference.lora_conv import keep_mask as conv_keep_mask
 from lora_kernels.reference.lora_linear import _inv_keep
 from lora_kernels.reference.multi_infer import places
 from lora_kernels.reference.transforms import bare, batched, in_thread, no_autocast
-from lora_kernels.slots import Slots
 
 
 def keep_mask(X: Tensor, width: int, p: float, seed: Tensor | None, philox: bool) -> Tensor | None:

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels.dtypes import low_rank_dtype
+from lora_kernels.operands.dtypes import low_rank_dtype
 from lora_kernels.reference.lora_linear import Needs, _as, _inv_keep, lora_linear_bwd, lora_linear_fwd
 from lora_kernels.reference.products import add_low_rank_, linear, mm, scaled_mm
 from lora_kernels.reference.weight_norm import row_blocks, wide

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels.dtypes import low_rank_dtype
+from lora_kernels.operands.dtypes import low_rank_dtype
 from lora_kernels.reference.dropout import generator_keep_mask, philox_keep_mask
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}

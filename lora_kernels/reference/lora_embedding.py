@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_kernels.dtypes import low_rank_dtype
+from lora_kernels.operands.dtypes import low_rank_dtype
 from lora_kernels.reference.products import CHUNK, wide_mm
 
 

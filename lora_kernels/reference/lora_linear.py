@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lora_kernels.dtypes import low_rank_dtype
+from lora_kernels.operands.dtypes import low_rank_dtype
 from lora_kernels.reference.products import add_low_rank_, linear, mm, scaled_mm, wide_mm
 
 

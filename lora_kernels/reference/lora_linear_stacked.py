@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels.dtypes import low_rank_dtype
+from lora_kernels.operands.dtypes import low_rank_dtype
 from lora_kernels.reference.lora_linear import _as, _inv_keep
 from lora_kernels.reference.products import add_low_rank_, add_mm_, linear, mm, scaled_mm, wide_mm
 

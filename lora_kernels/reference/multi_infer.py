@@ -25,9 +25,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels.dtypes import low_rank_dtype
+from lora_kernels.operands.dtypes import low_rank_dtype
+from lora_kernels.operands.slots import Slots
 from lora_kernels.reference.products import add_low_rank_, linear, wide_mm
-from lora_kernels.slots import Slots
 
 RUN_ROWS = 64  # mean run from which slices beat gathered rows
 SORTED_ROWS = 512  # up to which moving whole rows of X and Y costs less than adding to scattered ones

@@ -21,11 +21,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lora_kernels.dtypes import low_rank_dtype
+from lora_kernels.operands.dtypes import low_rank_dtype
+from lora_kernels.operands.slots import Slots
 from lora_kernels.reference.lora_linear import Needs, _as
 from lora_kernels.reference.multi_infer import owned, places, rows_of
 from lora_kernels.reference.products import add_low_rank_, linear, mm, scaled_mm
-from lora_kernels.slots import Slots
 
 
 class Part(NamedTuple):

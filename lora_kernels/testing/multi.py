@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_kernels.slots import Slots
+from lora_kernels.operands.slots import Slots
 from lora_kernels.testing.problems import Magnitudes, lora_dtype
 
 DISTRIBUTIONS = ("distinct", "uniform", "skewed", "identical", "none", "half")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels.slots import Slots
+from lora_kernels.operands.slots import Slots
 from lora_kernels.testing.multi import MultiProblem, make_multi_problem, mix_ids
 from lora_kernels.testing.problems import in_layout
 

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_kernels.adapters import AdapterPool, save_adapter
+from lora_kernels.adapters import save_adapter
 from lora_kernels.adapters.files import CONFIG_NAME, WEIGHTS_NAME
 from lora_kernels.config import LoRAConfig
-from lora_kernels.inject import apply_lora
-from lora_kernels.report import injection_of
+from lora_kernels.models.explain import injection_of
+from lora_kernels.models.inject import apply_lora
+from lora_kernels.pool import AdapterPool
 from lora_kernels.testing import Pool
 
 CONFIG = LoRAConfig(r=2, lora_alpha=6, target_modules=["q", "v"], modules_to_save=["head"], bias="lora_only")

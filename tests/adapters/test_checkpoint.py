@@ -19,8 +19,8 @@ from lora_kernels.adapters.files import CONFIG_NAME, WEIGHTS_NAME
 from lora_kernels.config import LoRAConfig
 from lora_kernels.errors import AdapterFormatError, ConfigError, MergeError
 from lora_kernels.finetune import LoRA
-from lora_kernels.inject import apply_lora
 from lora_kernels.layers import LoRALinear
+from lora_kernels.models.inject import apply_lora
 
 
 def test_keys_are_pefts(toy: Any, folder: Path) -> None:

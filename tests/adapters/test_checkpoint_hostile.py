@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_kernels.adapters import AdapterPool, load_adapter
+from lora_kernels.adapters import load_adapter
 from lora_kernels.config import LoRAConfig
 from lora_kernels.errors import AdapterFormatError, ConfigError
-from lora_kernels.inject import apply_lora, plan_injection
-from lora_kernels.report import injection_of
+from lora_kernels.models.explain import injection_of
+from lora_kernels.models.inject import apply_lora, plan_injection
+from lora_kernels.pool import AdapterPool
 
 A = "base_model.model.blocks.0.q.lora_A.weight"
 BIAS = "base_model.model.blocks.0.q.base_layer.bias"

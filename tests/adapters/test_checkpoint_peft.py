@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora_kernels.adapters import load_adapter, merge_lora, save_adapter
 from lora_kernels.config import LoRAConfig
-from lora_kernels.inject import apply_lora
+from lora_kernels.models.inject import apply_lora
 
 peft = pytest.importorskip("peft")
 

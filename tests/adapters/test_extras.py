@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lora_kernels.adapters import load_adapter, merge_lora, save_adapter, unmerge_lora
 from lora_kernels.config import LoRAConfig
 from lora_kernels.errors import AdapterFormatError, ConfigError
-from lora_kernels.inject import apply_lora
+from lora_kernels.models.inject import apply_lora
 from tests.adapters.oracle import assert_same, outputs, randomised
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -8,7 +8,7 @@ import torch
 from lora_kernels.adapters.implied import implied_config, number, settings_of
 from lora_kernels.config import LoRAConfig
 from lora_kernels.errors import AdapterFormatError
-from lora_kernels.targets import Matcher
+from lora_kernels.models.targets import Matcher
 
 BASE = "base_model.model."
 

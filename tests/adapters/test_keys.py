@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_kernels.adapters import AdapterPool, load_adapter
+from lora_kernels.adapters import load_adapter
 from lora_kernels.adapters.keys import is_base_tensor, mismatch, renamed, shown, to_peft
 from lora_kernels.errors import AdapterFormatError
+from lora_kernels.pool import AdapterPool
 from tests.adapters.oracle import assert_same, randomised
 from tests.adapters.unets import UNet, made, trained
 

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_kernels.adapters import AdapterPool, load_adapter, merge_lora, save_adapter, unmerge_lora
+from lora_kernels.adapters import load_adapter, merge_lora, save_adapter, unmerge_lora
 from lora_kernels.adapters.layouts import from_layout
 from lora_kernels.errors import AdapterFormatError, UnservableAdapterError
+from lora_kernels.pool import AdapterPool
 from tests.adapters.oracle import assert_same
 from tests.adapters.unets import (
     TEXT_TARGETS,

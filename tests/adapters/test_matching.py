@@ -11,7 +11,7 @@ from torch import nn
 from lora_kernels.adapters.matching import check_shared, check_tensors, converted, is_finite, keys_of, with_replaced
 from lora_kernels.config import LoRAConfig
 from lora_kernels.errors import AdapterFormatError
-from lora_kernels.inject import apply_lora, plan_injection
+from lora_kernels.models.inject import apply_lora, plan_injection
 
 BASE = "base_model.model."
 

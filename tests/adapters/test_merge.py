@@ -14,8 +14,8 @@ from torch import nn
 from lora_kernels.adapters import merge_lora, unmerge_lora
 from lora_kernels.config import LoRAConfig
 from lora_kernels.errors import ConfigError, MergeError
-from lora_kernels.inject import apply_lora
 from lora_kernels.layers import LoRALinear
+from lora_kernels.models.inject import apply_lora
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

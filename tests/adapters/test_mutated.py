@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 from torch import nn
 
-from lora_kernels.adapters import AdapterPool, load_adapter, save_adapter
+from lora_kernels.adapters import load_adapter, save_adapter
 from lora_kernels.adapters.files import CONFIG_NAME, WEIGHTS_NAME
 from lora_kernels.config import UNSUPPORTED_FIELDS, LoRAConfig
 from lora_kernels.errors import AdapterFormatError, ConfigError, UnservableAdapterError
-from lora_kernels.inject import apply_lora
+from lora_kernels.models.inject import apply_lora
+from lora_kernels.pool import AdapterPool
 
 FIELDS = [*LoRAConfig(target_modules=["q"]).to_peft_dict(), *UNSUPPORTED_FIELDS, "field_of_a_later_release"]
 VALUES: list[Any] = [

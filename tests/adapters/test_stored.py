@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lora_kernels.adapters import AdapterPool, load_adapter
+from lora_kernels.adapters import load_adapter
 from lora_kernels.adapters.files import CONFIG_NAME, WEIGHTS_NAME
 from lora_kernels.adapters.stored import DTYPES, Limits, StoredTensors, open_stored
 from lora_kernels.errors import AdapterFormatError, AdapterPoolError
+from lora_kernels.pool import AdapterPool
 
 A = "base_model.model.blocks.0.q.lora_A.weight"
 MIB, GIB = 1 << 20, 1 << 30

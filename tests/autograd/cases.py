@@ -5,7 +5,7 @@ import torch
 import lora_kernels as lk
 from lora_kernels.autograd.lora_conv import lora_conv
 from lora_kernels.autograd.lora_embedding import lora_embedding
-from lora_kernels.slots import Slots
+from lora_kernels.operands.slots import Slots
 
 SEED = 5
 

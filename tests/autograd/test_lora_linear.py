@@ -210,7 +210,7 @@ def test_bad_settings():
 
 
 def test_the_reference_alone_answers_where_triton_is_missing(monkeypatch):
-    from lora_kernels import plan
+    from lora_kernels.planning import choose as plan
 
     monkeypatch.setattr(plan, "triton_missing", lambda device_type: "the package triton is not installed")
     operands = small(torch.float32)

@@ -1,4 +1,4 @@
-"""lk.multi_lora_linear: gradients, shapes of ids, autocast, compile; refusals are in tests/test_multi_refused.py."""
+"""lk.multi_lora_linear: gradients, shapes of ids, autocast, compile; refusals: tests/kernels/multi/test_refused.py."""
 
 import pytest
 import torch

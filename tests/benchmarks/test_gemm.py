@@ -8,7 +8,7 @@ from benchmarks.gemm import plain_gemm, rungs
 from benchmarks.measure import Bench
 from benchmarks.roofline import Ceilings
 from benchmarks.timing import RehearsalClock
-from lora_kernels.plan import triton_kernels
+from lora_kernels.planning.choose import triton_kernels
 
 BENCH = Bench(torch.device("cpu"), RehearsalClock(), lambda: Ceilings({"bf16": 1.0}, 1.0), rounds=1)
 

@@ -11,7 +11,7 @@ from benchmarks import gpu_round
 from benchmarks.phases import Round
 from benchmarks.rows import REHEARSAL, Journal
 from benchmarks.schedule import PHASES, Phase
-from lora_kernels.plan import OPT_IN, PLANS
+from lora_kernels.planning.choose import OPT_IN, PLANS
 
 ROOT = Path(gpu_round.__file__).resolve().parents[1]
 

@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 
 from benchmarks import compare
-from lora_kernels.multi_plan import cpp_missing
+from lora_kernels.planning.multi_plan import cpp_missing
 
 ROOT = Path(compare.__file__).resolve().parents[1]
 

@@ -10,8 +10,8 @@ from benchmarks.roofline import Ceilings
 from benchmarks.rows import read_rows
 from benchmarks.serving_cases import served
 from benchmarks.timing import RehearsalClock
-from lora_kernels.serving import rivals
-from lora_kernels.serving.rivals import ALL_SLOTS, FROZEN, ours
+from lora_kernels.check.serving import rivals
+from lora_kernels.check.serving.rivals import ALL_SLOTS, FROZEN, ours
 
 CPU = torch.device("cpu")
 CASE = served(12, (40, 24), 3, "half", "2,5", 4, torch.float32, bias=True)

@@ -10,8 +10,8 @@ from benchmarks.roofline import Ceilings
 from benchmarks.rows import Machine, Record, record
 from benchmarks.serving_cases import TARGETS, served
 from benchmarks.timing import RehearsalClock
-from lora_kernels.serving.rivals import FROZEN, PEFT, ours
-from lora_kernels.serving.trial import Timing
+from lora_kernels.check.serving.measure import Timing
+from lora_kernels.check.serving.rivals import FROZEN, PEFT, ours
 
 CASE = served(12, (40, 24), 3, "half", "2,5", 4, torch.float32, bias=True)
 MACHINE = Machine("GPU", "1", "2", "3", "4", "5", "6")

@@ -5,7 +5,7 @@ import pytest
 from benchmarks.cases import Case
 from benchmarks.waterfall import CASE, COLORS, frozen_seconds, note, steps, waterfall
 from lora_kernels.kernels.chip import CHIPS
-from lora_kernels.plan import OPT_IN, PLANS
+from lora_kernels.planning.choose import OPT_IN, PLANS
 
 CHIP = CHIPS["sm_90"]
 

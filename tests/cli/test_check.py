@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lora_kernels.check.compile.matrix import Row
 from lora_kernels.cli import check
-from lora_kernels.cli.compile_matrix import Row
 
 ROW = Row(
     "sm_90", "extend", "r=16", "bfloat16", "128x128x64 w8 s3", 8192, 4096, 4096, 16,

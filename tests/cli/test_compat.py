@@ -1,8 +1,8 @@
 import pytest
 
+from lora_kernels.check.compat import table
+from lora_kernels.check.compat.cells import Cell
 from lora_kernels.cli import compat, main
-from lora_kernels.integrations.compat import table
-from lora_kernels.integrations.compat.cells import Cell
 
 ASKED = ["--families", "GPT-2", "--features", "rsLoRA;disable_adapter"]
 

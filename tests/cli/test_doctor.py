@@ -3,10 +3,10 @@ import sys
 
 import torch
 
-from lora_kernels import csrc
 from lora_kernels.cli import doctor, main
 from lora_kernels.cli.doctor import report
-from lora_kernels.plan import backend_status
+from lora_kernels.kernels import csrc
+from lora_kernels.planning.choose import backend_status
 
 
 def test_says_what_is_here(capsys):

@@ -3,11 +3,12 @@ import csv
 import pytest
 import torch
 
+from lora_kernels.check.serving import measure as trial
+from lora_kernels.check.serving import rivals
+from lora_kernels.check.serving.rivals import FROZEN, ours
 from lora_kernels.cli import main
 from lora_kernels.cli import serve_bench as command
 from lora_kernels.cli.shapes import MODELS, Shape
-from lora_kernels.serving import rivals, trial
-from lora_kernels.serving.rivals import FROZEN, ours
 
 
 @pytest.fixture(autouse=True)

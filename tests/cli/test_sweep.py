@@ -7,8 +7,8 @@ import pytest
 
 from lora_kernels.cli import main, train
 from lora_kernels.cli.sweep import first_of, settings_of
-from lora_kernels.finetune import sweep as module
-from lora_kernels.finetune.sweep import Axis
+from lora_kernels.finetune.sweep import sweep as module
+from lora_kernels.finetune.sweep.sweep import Axis
 from lora_kernels.finetune.tasks import Classification
 
 

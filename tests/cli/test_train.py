@@ -11,7 +11,7 @@ import torch
 
 from lora_kernels.cli import main
 from lora_kernels.cli.train import names_or_pattern
-from lora_kernels.finetune.trainer import Trainer
+from lora_kernels.finetune.train.trainer import Trainer
 
 
 @pytest.fixture

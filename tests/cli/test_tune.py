@@ -3,10 +3,10 @@ import json
 import pytest
 import torch
 
-from lora_kernels import tune as tuner
-from lora_kernels import tuned
 from lora_kernels.cli import main
 from lora_kernels.cli import tune as command
+from lora_kernels.planning import tune as tuner
+from lora_kernels.planning import tuned
 
 
 @pytest.fixture(autouse=True)

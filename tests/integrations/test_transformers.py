@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
 import lora_kernels as lk
+from lora_kernels.check.compat.families import FAMILIES, fill_adapters
 from lora_kernels.errors import ConfigError
-from lora_kernels.integrations.families import FAMILIES, fill_adapters
 from lora_kernels.integrations.transformers import AccelerateCallback, has_peft_layers, slim_checkpoints
 from lora_kernels.testing import assert_close
 

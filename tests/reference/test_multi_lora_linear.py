@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from lora_kernels import reference
+from lora_kernels.operands.slots import Slots
 from lora_kernels.reference import Needs
 from lora_kernels.reference.multi_lora_linear import parts
-from lora_kernels.slots import Slots
 from lora_kernels.testing import Pool
 from lora_kernels.testing.multi import (
     DISTRIBUTIONS,

@@ -9,12 +9,12 @@ import sys
 
 import torch
 
-from lora_kernels.kernels import launchers
+from lora_kernels.check.compile.dry_gpu import DryGPU
+from lora_kernels.check.compile.ttir_lint import narrow_offsets
 from lora_kernels.kernels.chip import CHIPS
+from lora_kernels.kernels.linear import launchers
 from lora_kernels.reference import packed_width
 from lora_kernels.testing import make_problem
-from lora_kernels.testing.dry_gpu import DryGPU
-from lora_kernels.testing.ttir_lint import narrow_offsets
 
 if __name__ == "__main__":
     found: dict[str, list[str]] = {}

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
-from lora_kernels.finetune.trainer import Metric, Trainer
+from lora_kernels.finetune.train.trainer import Metric, Trainer
 
 Options = argparse.ArgumentParser | argparse._ArgumentGroup  # both have add_argument
 PARTS = ("train", "validation", "test")

@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader
 
 from lora_kernels.errors import ConfigError
 from lora_kernels.finetune import values
-from lora_kernels.finetune.data import DataError, Splits
-from lora_kernels.finetune.movies import movie_reviews
+from lora_kernels.finetune.data.files import DataError, Splits
+from lora_kernels.finetune.data.movies import movie_reviews
 from lora_kernels.finetune.tasks.base import PARTS, Options, Task
 from lora_kernels.finetune.tasks.pretrained import DTYPES, SMOLLM2, check_positions, load_pretrained, load_tokenizer
 from lora_kernels.finetune.tasks.tokens import IGNORED, TokenLoss, perplexity, token_accuracy
-from lora_kernels.finetune.trainer import Metric, Trainer
+from lora_kernels.finetune.train.trainer import Metric, Trainer
 
 MOVIES = "movies"
 Blocks = list[list[int]]

@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader
 
 from lora_kernels.errors import ConfigError
 from lora_kernels.finetune import values
-from lora_kernels.finetune.data import Examples, LengthBatches, Splits, read_table, split
-from lora_kernels.finetune.extras import require
-from lora_kernels.finetune.movies import ARCHIVE, NEUTRAL, movie_reviews
+from lora_kernels.finetune.data.files import Examples, LengthBatches, Splits, read_table, split
+from lora_kernels.finetune.data.movies import ARCHIVE, NEUTRAL, movie_reviews
 from lora_kernels.finetune.tasks.base import PARTS, Options, Task
 from lora_kernels.finetune.tasks.pretrained import DTYPES, MINILM, check_positions, load_pretrained, load_tokenizer
-from lora_kernels.finetune.trainer import Metric, Trainer
+from lora_kernels.finetune.train.extras import require
+from lora_kernels.finetune.train.trainer import Metric, Trainer
 
 MOVIES = "movies"
 EXAMPLES = ("I love programming", "I hate programming")

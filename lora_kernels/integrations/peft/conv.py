@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import Identity
 
 from lora_kernels.autograd.lora_conv import lora_conv
-from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.integrations.peft import why_not as conditions
 from lora_kernels.integrations.peft.linear import Told, count_peft_call
+from lora_kernels.operands.dtypes import low_rank_dtype
 
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

@@ -19,11 +19,11 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_kernels.autograd.lora_linear import run as run_lora_linear
 from lora_kernels.autograd.lora_linear_stacked import Projection
-from lora_kernels.dtypes import low_rank_dtype
 from lora_kernels.integrations.peft import why_not as conditions
 from lora_kernels.integrations.peft.dora import dora_forward, is_dora, why_not_dora
 from lora_kernels.integrations.peft.mixed import mixed_forward
 from lora_kernels.integrations.peft.why_not import FLOATS, PLAIN
+from lora_kernels.operands.dtypes import low_rank_dtype
 
 ROOT = "_lora_root"  # in one layer's __dict__, where PEFT keeps no tuner with the model: see accelerate.Root
 CALLS = "_peft_forward_calls"  # in a layer's __dict__: reason -> how many calls PEFT's own forward took

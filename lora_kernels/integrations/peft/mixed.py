@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.autograd.multi_lora_linear import run
-from lora_kernels.slots import BASE, Slots
+from lora_kernels.operands.slots import BASE, Slots
 
 Part = tuple[Tensor, Tensor, Tensor | None, float, float]  # A (r, K), B (N, r), lora_bias, scaling, dropout's p
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels.fork import fork_safe_lock
+from lora_kernels.locks import fork_safe_lock
 
 Partners = tuple[tuple[int, ...], ...]
 """For each seat the seats, itself included, that read what it reads; empty where it reads alone."""

@@ -14,7 +14,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from lora_kernels.integrations.peft.linear import UNCALLED, described
-from lora_kernels.targets import uncalled
+from lora_kernels.models.targets import uncalled
 
 SHOWN = 3  # paths named for one reason
 

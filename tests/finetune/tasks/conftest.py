@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_kernels.finetune.phrases import phrases
+from lora_kernels.finetune.data.phrases import phrases
 
 
 def save_tokenizer(folder: Path, words: list[str], eos: bool) -> None:

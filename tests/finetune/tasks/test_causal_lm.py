@@ -5,7 +5,7 @@ import torch
 
 from lora_kernels.cli import main
 from lora_kernels.errors import ConfigError
-from lora_kernels.finetune.data import DataError
+from lora_kernels.finetune.data.files import DataError
 from lora_kernels.finetune.tasks import CausalLM
 from lora_kernels.finetune.tasks.pretrained import SMOLLM2
 from lora_kernels.finetune.tasks.tokens import IGNORED

@@ -4,7 +4,7 @@ from torch import nn
 
 from lora_kernels.errors import ConfigError
 from lora_kernels.finetune.tasks import Classification
-from lora_kernels.finetune.trainer import Trainer
+from lora_kernels.finetune.train.trainer import Trainer
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from lora_kernels.errors import ConfigError
-from lora_kernels.finetune.extras import MissingLibraryError
 from lora_kernels.finetune.tasks import pretrained
 from lora_kernels.finetune.tasks.pretrained import (
     MINILM,
@@ -13,6 +12,7 @@ from lora_kernels.finetune.tasks.pretrained import (
     locate,
     unpacked,
 )
+from lora_kernels.finetune.train.extras import MissingLibraryError
 
 
 def test_the_packaged_model_loads_offline(monkeypatch, capfd):

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from lora_kernels.finetune.batch import loss_weight
 from lora_kernels.finetune.tasks.tokens import IGNORED, TokenLoss, perplexity, token_accuracy
+from lora_kernels.finetune.train.batch import loss_weight
 
 
 def test_loss_and_accuracy_are_means_over_the_tokens_that_count():

@@ -6,8 +6,8 @@ import torch
 
 from lora_kernels.cli import main
 from lora_kernels.errors import ConfigError
-from lora_kernels.finetune.pairs import Pairs
-from lora_kernels.finetune.phrases import phrases
+from lora_kernels.finetune.data.pairs import Pairs
+from lora_kernels.finetune.data.phrases import phrases
 from lora_kernels.finetune.tasks import Translation
 from lora_kernels.finetune.tasks.tokens import IGNORED
 from lora_kernels.finetune.tasks.translation import bleu
@@ -91,7 +91,7 @@ def test_train_command(task, tmp_path, capsys):
 
 def test_report_measures_the_trainers_model(task, monkeypatch):
     """A model that knows the test's references has a BLEU of 100; the untrained one has not."""
-    from lora_kernels.finetune.trainer import Trainer
+    from lora_kernels.finetune.train.trainer import Trainer
 
     model = task.load_model()
     known = dict(zip(task.splits.test.sources, task.splits.test.targets, strict=True))

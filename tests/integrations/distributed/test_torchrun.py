@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch.distributed import run as torch_run
 
 from lora_kernels.cli import main
-from lora_kernels.finetune import recipe
+from lora_kernels.finetune.advise import recipe
 from lora_kernels.testing import assert_close
 
 pytestmark = pytest.mark.slow

@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import lora_kernels as lk
 from lora_kernels.errors import ConfigError
-from lora_kernels.finetune import processes
-from lora_kernels.finetune.checkpoint import CheckpointError, checkpoints
-from lora_kernels.finetune.options import History, TrainOptions
-from lora_kernels.finetune.trainer import Trainer
+from lora_kernels.finetune.train import processes
+from lora_kernels.finetune.train.checkpoint import CheckpointError, checkpoints
+from lora_kernels.finetune.train.options import History, TrainOptions
+from lora_kernels.finetune.train.trainer import Trainer
 
 ROWS, IGNORED = 25, -100  # of batches of 8 the last has one row: nothing for the second process
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_kernels as lk
-from lora_kernels.integrations.families import fill_adapters
+from lora_kernels.check.compat.families import fill_adapters
 from lora_kernels.integrations.peft import accelerate, groups, mlp
 from lora_kernels.integrations.peft import linear as fused_linear
 from lora_kernels.testing import Pool

@@ -13,8 +13,8 @@ from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
 import lora_kernels as lk
+from lora_kernels.check.compat.families import FAMILIES, fill_adapters
 from lora_kernels.errors import ConfigError
-from lora_kernels.integrations.families import FAMILIES, fill_adapters
 from lora_kernels.integrations.peft import accelerate as by_package
 from lora_kernels.integrations.peft.accelerate import FUSED, TUNERS, accelerate, decelerate
 from lora_kernels.integrations.peft.linear import FusedLinear

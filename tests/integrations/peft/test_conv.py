@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lora_kernels.integrations.families import fill_adapters
+from lora_kernels.check.compat.families import fill_adapters
 from lora_kernels.integrations.peft import accelerate, decelerate
 from lora_kernels.integrations.peft.conv import FusedConv1d, FusedConv2d, FusedConv3d
 from lora_kernels.testing import assert_close

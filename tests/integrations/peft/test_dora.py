@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_kernels.autograd import dora_linear as autograd
-from lora_kernels.integrations.families import FAMILIES, fill_adapters
+from lora_kernels.check.compat.families import FAMILIES, fill_adapters
 from lora_kernels.integrations.peft import dora
 from lora_kernels.integrations.peft.dora import dora_forward, is_dora, why_not_dora
 from lora_kernels.ops.weight_norm import NormCache

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
-from lora_kernels.integrations.families import fill_adapters
+from lora_kernels.check.compat.families import fill_adapters
 from lora_kernels.integrations.peft import accelerate, decelerate
 from lora_kernels.integrations.peft.embedding import FusedEmbedding
 from lora_kernels.testing import assert_close

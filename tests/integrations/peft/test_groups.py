@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lora_kernels.integrations.compat.judge import errors, fault
-from lora_kernels.integrations.families import FAMILIES, fill_adapters
+from lora_kernels.check.compat.families import FAMILIES, fill_adapters
+from lora_kernels.check.compat.judge import errors, fault
 from lora_kernels.integrations.peft import accelerate, groups
 from lora_kernels.integrations.peft.groups import dissolve, form_groups, groups_of
 from tests.integrations.peft.siblings import (

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import LoraVariant
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels.integrations.families import fill_adapters
+from lora_kernels.check.compat.families import fill_adapters
 from lora_kernels.integrations.peft import accelerate
 from lora_kernels.integrations.peft.linear import FusedLinear, operands, projection_of
 from lora_kernels.reference import generator_keep_mask

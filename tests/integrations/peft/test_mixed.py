@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from lora_kernels.integrations.families import fill_adapters
+from lora_kernels.check.compat.families import fill_adapters
 from lora_kernels.integrations.peft import mixed
 from lora_kernels.integrations.peft.accelerate import accelerate
 

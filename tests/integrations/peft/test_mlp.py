@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import distributed, nn
 
 import lora_kernels as lk
-from lora_kernels.integrations.families import FAMILIES, fill_adapters
+from lora_kernels.check.compat.families import FAMILIES, fill_adapters
 from lora_kernels.integrations.peft import accelerate, decelerate
 from lora_kernels.integrations.peft.linear import projection_of
 from lora_kernels.integrations.peft.mlp import dissolve_mlps, mlps_of

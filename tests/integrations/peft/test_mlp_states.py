@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lora_kernels.integrations.families import fill_adapters
+from lora_kernels.check.compat.families import fill_adapters
 from lora_kernels.integrations.peft import accelerate
 from lora_kernels.integrations.peft.mlp import mlps_of
 from tests.integrations.peft.gated import TARGETS, F, Gated, K, Net, adapted, blocks, example, gradients, same, twins

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import lora_kernels as lk
-from lora_kernels.integrations.families import fill_adapters
+from lora_kernels.check.compat.families import fill_adapters
 from lora_kernels.integrations.peft.linear import CALLS, projection_of
 from tests.integrations.peft.gated import K, plain_model
 from tests.integrations.peft.siblings import adapted as siblings

@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import lora_kernels as lk
+from lora_kernels.check.compat.families import fill_adapters
 from lora_kernels.errors import ConfigError
-from lora_kernels.integrations.families import fill_adapters
 from lora_kernels.integrations.peft.linear import UNCALLED
 
 TARGETS = {"linears": ["linear1", "linear2"], "one": ["linear1"], "attention": ["self_attn"]}

@@ -1,0 +1,1 @@
+"""Evidence without a GPU: compilation for every architecture, PEFT's features, the judge of a serving benchmark."""

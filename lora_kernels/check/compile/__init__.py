@@ -1,0 +1,1 @@
+"""Compiles every kernel for every architecture and reports registers, spills, shared memory and instructions."""

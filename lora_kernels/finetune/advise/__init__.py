@@ -1,0 +1,1 @@
+"""The recipe of a fine-tuning, and what `lora-kernels advise` prints of a model."""

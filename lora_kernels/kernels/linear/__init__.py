@@ -1,0 +1,1 @@
+"""Kernels of one LoRA linear layer."""

@@ -1,0 +1,1 @@
+"""Kernels of a LoRA MLP: the SwiGLU between its projections."""

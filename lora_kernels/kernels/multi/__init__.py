@@ -1,0 +1,1 @@
+"""Kernels of a batch in which each row has its own adapter."""

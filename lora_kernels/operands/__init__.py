@@ -1,0 +1,1 @@
+"""Records of tensors that operators, kernels and reference share."""

@@ -1,0 +1,1 @@
+"""Which plan an operator runs for its shape and chip: cost model, plans, measured tables, tuning."""
