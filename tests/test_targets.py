@@ -176,6 +176,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("name", "config"), CASES, ids=[f"{name}-{config}" for name, config in CASES])
 def test_same_layers_ranks_and_scalings_as_peft(name: str, config: dict[str, Any]) -> None:
     model = model_called(name)
