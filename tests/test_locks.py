@@ -169,6 +169,7 @@ def test_a_pool_into_which_another_thread_writes_is_refused_in_the_child():
     assert printed.startswith("AdapterPoolError: this process was forked while another thread wrote an adapter")
 
 
+@pytest.mark.slow
 def test_siblings_of_which_another_thread_learns():
     setup = """
         import torch

@@ -138,6 +138,7 @@ def assert_same(found: nn.Module, expected: nn.Module, base: nn.Module, merged: 
     assert (logits(found) - reference).abs().max() <= tolerance * scale
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("make", "config"), CASES, ids=IDENTITIES)
 def test_peft_computes_with_our_files_what_we_compute(make: Any, config: dict[str, Any], tmp_path: Path) -> None:
@@ -153,6 +154,7 @@ def test_peft_computes_with_our_files_what_we_compute(make: Any, config: dict[st
     assert_same(load_adapter(make(), tmp_path / "again"), ours, make())
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("make", "config"), CASES, ids=IDENTITIES)
 def test_we_compute_with_pefts_files_what_peft_computes(make: Any, config: dict[str, Any], tmp_path: Path) -> None:

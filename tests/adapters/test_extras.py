@@ -130,6 +130,7 @@ def theirs_of(make: Callable[[], nn.Module], config: dict[str, Any], folder: Pat
     return model
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("make", "config"), CASES, ids=IDENTITIES)
 def test_we_compute_what_peft_computes_and_it_reads_ours_back(make: Any, config: Any, tmp_path: Path) -> None:
     theirs = theirs_of(make, config, tmp_path / "theirs")

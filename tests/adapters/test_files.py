@@ -338,6 +338,7 @@ def killed_save(folder: Path, value: int, after: int) -> bool:
     return status == 0
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("state", ["nothing", "adapter", "broken", "link"])
 def test_a_save_killed_at_any_call_leaves_the_old_or_the_new_adapter(tmp_path: Path, state: str) -> None:
     results, kills = list[int](), 0

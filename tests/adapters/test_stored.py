@@ -122,6 +122,7 @@ def write_config(folder: Path) -> None:
     (folder / CONFIG_NAME).write_text(json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ["q", "v"]}))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", BOMBS)
 def test_no_tensor_is_read_of_a_file_that_has_no_place_in_the_model(
     tmp_path: Path, name: str, reader: tuple[nn.Module, Callable[[Path], Any]], monkeypatch: pytest.MonkeyPatch

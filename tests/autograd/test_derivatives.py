@@ -13,6 +13,7 @@ def ids(params):
     return "-".join(map(str, params))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("given", CASES, ids=ids)
 def test_derivatives_of_every_kind_against_finite_differences(given):
     function, leaves = case(*given)

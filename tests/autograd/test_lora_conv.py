@@ -143,6 +143,7 @@ def test_autocast_runs_in_its_dtype():
     torch.testing.assert_close(got, lora_conv(X, W, A, B, bias))
 
 
+@pytest.mark.slow
 def test_compiles_whole_for_any_batch_and_any_scaling():
     torch._dynamo.reset()
     _, W, A, B, bias, lora_bias = operands(torch.float32)

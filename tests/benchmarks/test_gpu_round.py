@@ -27,6 +27,7 @@ def _table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_the_rehearsal_walks_through_every_phase_and_goes_on_where_it_was(tmp_path: Path) -> None:
     done = _round("--rehearse", "--budget", "600", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
@@ -75,6 +76,7 @@ def test_the_rehearsal_walks_through_every_phase_and_goes_on_where_it_was(tmp_pa
     assert "holds rows of rehearsal" in mixed.stderr
 
 
+@pytest.mark.slow
 def test_a_phase_that_does_not_fit_the_budget_is_skipped_in_words(tmp_path: Path) -> None:
     done = _round("--rehearse", "--budget", "1", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr

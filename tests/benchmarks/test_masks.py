@@ -13,6 +13,7 @@ from lora_kernels.reference import philox_keep_mask
 NAMED = TRITON_BACKENDS[1:]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("backend", NAMED)
 def test_masks_agree_bit_for_bit(device: str, backend: str) -> None:
     case = Case(19, 16, 40, 16, 0.3)

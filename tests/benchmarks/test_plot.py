@@ -63,6 +63,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
     return plotting.plot([_folder(place / "rows")], place)
 
 
+@pytest.mark.slow
 def test_every_figure_is_drawn_as_png_and_svg_and_none_is_empty(written: dict[str, list[Path]]) -> None:
     assert set(written) == EXPECTED
     for name, (png, svg) in written.items():
@@ -98,6 +99,7 @@ def test_a_rehearsal_says_so_and_machines_are_not_mixed(tmp_path: Path, capsys: 
     assert "rows of GPU X, rehearsal: name rows of one machine" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_committed_rows_can_be_drawn(tmp_path: Path) -> None:
     results = Path(plotting.__file__).parent / "results"
     for folder in sorted(path.parent for path in results.rglob("rows.csv")):

@@ -6,6 +6,7 @@ import pytest
 from benchmarks import run
 
 
+@pytest.mark.slow
 def test_a_cpu_run_measures_the_reference_beside_its_rivals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--device", "cpu", "--shapes", "24,48,40,4", "--rounds", "2", "--threads", "1"]
     assert run.main([*arguments, "--out", str(tmp_path)]) == 0

@@ -29,6 +29,7 @@ def test_tells_what_fits(tiny_model, tmp_path, capsys):
     assert "arXiv 2106.09685" in shown
 
 
+@pytest.mark.slow
 def test_half_the_bytes_in_half_the_dtype(tiny_model, tmp_path, capsys):
     weights = {}
     for dtype in ("float32", "bfloat16"):

@@ -108,6 +108,7 @@ sys.meta_path.insert(0, Finder())
 RAISE, SIGNAL = "raise KeyboardInterrupt", "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("action", [RAISE, SIGNAL], ids=["raised", "signalled"])
 @pytest.mark.parametrize(
     "module",
@@ -147,6 +148,7 @@ def test_an_ignored_signal_stays_ignored():
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("arguments", "status"), [(["doctor"], 141), (["train", "--help"], 0)])  # argparse passes on
 def test_a_closed_pipe_ends_quietly(arguments, status):
     read, write = os.pipe()
@@ -169,6 +171,7 @@ def test_a_full_disk_behind_stdout_is_one_sentence():
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_narrow_and_closed_streams(tmp_path):
     assert run(["explain", "--model", "é"], {"PYTHONIOENCODING": "ascii"}).returncode == 2
     done = subprocess.run(
@@ -177,6 +180,7 @@ def test_narrow_and_closed_streams(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_arguments_that_are_no_text_are_refused():
     done = run([b"train", b"--out", b"\xff\xfe"])
     assert done.returncode == 2

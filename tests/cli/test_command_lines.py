@@ -69,6 +69,7 @@ def parsed(monkeypatch, tmp_path):
     return found
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("command", sorted({command for command, *_ in REFUSED}))
 def test_values_that_no_option_takes(command, parsed, capsys):
     mine = [(option, value) for of, option, value in REFUSED if of == command]
@@ -106,6 +107,7 @@ HOSTILE = (
 )
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("module", RUNS, ids=lambda module: module.__name__.rpartition(".")[2])
 def test_any_value_is_refused_or_a_number_of_use(module, parsed, capsys):
     """Every option there is, found in the parser: exit status 2, or values that are finite."""
@@ -170,6 +172,7 @@ def test_the_last_of_two_counts(parsed):
     assert parsed[0].r == 8
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("threads", ["30000", "100000", "2147483647", "2147483648"])
 def test_more_threads_than_cores_crashed_the_process(threads):
     command = [sys.executable, "-m", "lora_kernels.cli", "train", "--threads", threads]
@@ -235,6 +238,7 @@ def test_ids_beyond_the_vocabulary_are_one_sentence(tiny_model, tiny_data, tmp_p
     assert "torch refused (IndexError: index out of range in self)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="limits of a process")
 def test_a_full_disk_is_one_sentence(tiny_model, tiny_data, tmp_path):
     """A limit on the size of files stands in for a full disk: the error comes from the same writes."""

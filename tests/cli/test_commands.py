@@ -27,6 +27,7 @@ def test_the_module_runs():
     assert (done.returncode, done.stdout.strip()) == (0, f"lora-kernels {__version__}")
 
 
+@pytest.mark.slow
 def test_threads_wait_asleep_unless_told_otherwise():
     """The policy is set before torch is imported, which is when OpenMP reads it."""
     code = (

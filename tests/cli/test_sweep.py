@@ -32,6 +32,7 @@ def trained(command, out):
     return figures["training"]["epochs"][-1]["val_accuracy"], figures["parameters"]["trainable"]
 
 
+@pytest.mark.slow
 def test_the_best_command_and_any_other_repeat_the_numbers(options, tmp_path, capsys):
     more = "--trials 4 --repeats 1 --baselines --full-lr 0.01 --head-lr 0.1 --loraplus 4 --dropout 0.1 --alpha 2r 8"
     assert main([*options, *more.split()]) == 0
@@ -53,6 +54,7 @@ def test_the_best_command_and_any_other_repeat_the_numbers(options, tmp_path, ca
     assert shown.splitlines()[-1].endswith((out / "best.sh").read_text().strip())
 
 
+@pytest.mark.slow
 def test_resumed_and_overwritten(options, tmp_path, monkeypatch, capsys):
     options += ["--repeats", "0", "--targets", "q,v", "key", "--init", "default", "rslora"]
     assert main([*options, "--trials", "3"]) == 0

@@ -53,6 +53,7 @@ def test_trains_saves_and_reports(options, tmp_path, capsys):
     assert sum(map(sum, figures["test"]["confusion_matrix"])) == 32
 
 
+@pytest.mark.slow
 def test_the_reproducing_command_reproduces(options, tmp_path, capsys):
     assert main([*options, "--dropout", "0.1", "--out", str(tmp_path / "a")]) == 0
     command = shlex.split((tmp_path / "a" / "reproduce.sh").read_text())

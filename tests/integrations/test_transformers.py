@@ -109,6 +109,7 @@ def losses(run):
     return [record["loss"] for record in run.state.log_history if "loss" in record]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "options",
     [
@@ -153,6 +154,7 @@ def dropping(adapter, tmp_path):
     return folder
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumed_run_ends_as_an_uninterrupted_one(kind, dropping, tmp_path):
     adapter = dropping
@@ -195,6 +197,7 @@ class Stop(transformers.TrainerCallback):
         control.should_save = control.should_save and not control.should_training_stop
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_best_model_is_loaded_at_the_end(kind, adapter, tmp_path):
     run = trainer(
@@ -214,6 +217,7 @@ def test_the_best_model_is_loaded_at_the_end(kind, adapter, tmp_path):
     assert not torch.equal(seen[1], seen[3])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_save_model_leaves_an_adapter_that_both_read(kind, adapter, tmp_path):
     run = trainer(build(kind, adapter), tmp_path / "run")
@@ -265,6 +269,7 @@ def test_slim_checkpoints_are_an_adapter_and_the_trained_weights(adapter, tmp_pa
         slim_checkpoints(BERT.model())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", PEFT_KINDS)
 def test_peft_layers_are_ours_before_training_begins(kind, adapter, tmp_path, capsys):
     run = trainer(build(kind, adapter), tmp_path, callback=False)
@@ -322,6 +327,7 @@ def test_inside_ddp(kind, adapter, tmp_path):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_trl_trains_an_accelerated_peft_model_as_peft_does(tmp_path):
     import datasets
     import trl

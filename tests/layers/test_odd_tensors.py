@@ -92,6 +92,7 @@ def test_the_memory_of_a_base_of_inference_mode_is_shared():
     assert layer.bias.data_ptr() == base.bias.data_ptr()
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("default", [False, True])
 @pytest.mark.parametrize("name", [name for name in BUILD if name != "pissa"])

@@ -167,13 +167,22 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         {"target_modules": r".*(?<=layers\.)[0-1]\.self_attn\.\w+", "exclude_modules": r".*(?!k_)\w_proj(?<!v_proj)"},
     ),
     ("llama", {"target_modules": r"(?:.*?(?:self_attn|mlp).*?(?:q_proj|up_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.x)"}),
-    ("llama", {"target_modules": r"(\w+\.)+(q|v)_proj", "rank_pattern": {r"(\w*\.?)*v_proj": 3}}),
+    ("llama", {"target_modules": r"(\w+\.)+(q|v)_proj", "rank_pattern": {r"(\w*\.)*v_proj": 3}}),
     ("llama", {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["(no|lm)_head", r"layers\.1"]}),
     ("llama", {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"k_proj)|(q_proj": 3, "(?:[qv])_proj": 4}}),
     ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [0, 2], "layers_pattern": r"la\w*"}),
     ("llama", {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": ["(h|layers)", "x"]}),
     ("plain", {"target_modules": ["0", "my_q"], "layers_to_transform": [1], "layers_pattern": ".*?h"}),
 ]
+
+
+BACKTRACKING = ("llama", {"target_modules": ["v_proj"], "rank_pattern": {r"(\w*\.?)*v_proj": 3}})  # re takes a minute
+
+
+@pytest.mark.slow
+def test_a_pattern_on_which_re_backtracks_gives_pefts_ranks() -> None:
+    name, config = BACKTRACKING
+    assert our_choice(model_called(name), **config) == pefts_choice(model_called(name), **config) is not None
 
 
 @pytest.mark.parametrize(("name", "config"), CASES, ids=[f"{name}-{config}" for name, config in CASES])

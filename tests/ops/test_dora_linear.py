@@ -20,6 +20,7 @@ def operands(device, p=0.0, dtype=torch.float32):
     return (q.X, q.W, q.A, q.B, m, norm, q.bias, 1.7, p, q.seed if p else None), q.dY
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("keep_z", [True, False])
@@ -29,6 +30,7 @@ def test_opcheck_forward(dtype, backend, p, keep_z, device):
     torch.library.opcheck(torch.ops.lora_kernels.dora_linear_fwd.default, (*args, backend, keep_z))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("needs", [DoRANeeds(bias=True), DoRANeeds(False, True, False, False)], ids=str)

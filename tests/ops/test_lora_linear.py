@@ -14,6 +14,7 @@ def fwd_args(dtype, device, backend, p=0.0):
     return (q.X, q.W, q.A, q.B, q.bias, 1.7, p, q.seed if p else None, backend, True)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -15,6 +15,7 @@ def operands(device, p=0.0, dtype=torch.float32):
     return problems[0].X, *map(list, parts), p, problems[0].seed if p else None
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -65,6 +65,7 @@ def random_pattern(rng: random.Random, depth: int) -> str:
     return f"{rng.choice(['(?=', '(?!'])}{inner})" if kind < 0.97 else f"(?<={rng.choice(BEHIND)}){inner}"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("seed", range(8))
 def test_random_patterns_match_what_re_matches(seed: int) -> None:
     rng = random.Random(seed)

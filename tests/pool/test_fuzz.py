@@ -78,6 +78,7 @@ def mix(rng: random.Random, names: list[str]) -> list[str | None]:
     return [rng.choice([*few, None]) for _ in range(rng.choice((1, 2, 3, 5)))]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("seed", range(4))
 def test_every_token_as_its_adapter_alone(served: Any, adapter: Any, seed: int) -> None:
     rng, did, together = random.Random(seed), set(), Pool()

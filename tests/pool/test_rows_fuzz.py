@@ -133,6 +133,7 @@ def alone(make: Any, x: Tensor, tensors: dict[str, Tensor] | None) -> Tensor:
         return model(x)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("seed", range(48))
 def test_each_request_as_alone_or_refused(seed: int) -> None:
     rng = random.Random(seed)

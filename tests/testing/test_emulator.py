@@ -130,6 +130,7 @@ def test_the_copy_itself_is_right(gluon_with):
         judge_all(kernels, only)
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("what", "file", "text", "replacement"), BUGS, ids=[bug[0] for bug in BUGS])
 def test_a_planted_bug_is_caught(what, file, text, replacement, gluon_with):

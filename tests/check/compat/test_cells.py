@@ -11,6 +11,7 @@ from lora_kernels.integrations.peft import linear
 TRAIN, HALF = FEATURES["train, float32"], FEATURES["bfloat16 base and adapters"]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("feature", [TRAIN, HALF, FEATURES["lora_dropout"]], ids=lambda f: f.name)
 @pytest.mark.parametrize("off", [1.001, 0.0])
 def test_a_wrong_layer_is_wrong(feature, off, monkeypatch):

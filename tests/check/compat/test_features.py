@@ -11,6 +11,7 @@ def test_every_linear_layer_of_every_family_is_fused(family):
     assert (cell.status, cell.reasons) == (FUSED, ())
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("feature", "family"),
     [

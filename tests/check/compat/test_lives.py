@@ -8,6 +8,7 @@ from lora_kernels.check.compat.features import FEATURES
 from lora_kernels.integrations.peft import linear
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("feature", "family"),
     [

@@ -30,6 +30,7 @@ def compiled(cache: Path) -> dict[str, dict]:
     return _run_dry(cache)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("case", "unit"),
     [("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("sm_90 few rows", "HMMA"), ("sm_100", "UTCMMA"), ("gfx942", "MFMA")],

@@ -83,6 +83,7 @@ def test_the_committed_page_is_what_the_compiler_gives() -> None:
     assert {tuple(cells(row)[i] for i in keep) for row in rows} == written
 
 
+@pytest.mark.slow
 def test_offsets_are_wide_enough_whatever_the_strides() -> None:
     script = Path(__file__).parents[2] / "testing" / "strided_kernels.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

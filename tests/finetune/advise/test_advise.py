@@ -138,6 +138,7 @@ def test_dropout_in_attention_keeps_no_scores():
     assert keeps[0] < keeps[1] <= keeps[0] + 5 * masks < keeps[0] + scores + masks
 
 
+@pytest.mark.slow
 def test_ranks_between_are_as_if_they_had_been_run():
     ranks = [2, 5, 16]
     rows = advise(lambda: bert("meta"), "SEQ_CLS", ranks, BATCH, TOKENS)

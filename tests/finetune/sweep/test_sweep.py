@@ -211,6 +211,7 @@ module.Sweep(t.Rows((1, 2)), t.plan(), t.Fake, Path({out!r})).run(lambda line: N
 """
 
 
+@pytest.mark.slow
 def test_kill_9_and_resume_ends_the_same(made, tmp_path):
     whole = made("whole")
     whole.run(lambda line: None)

@@ -251,6 +251,7 @@ def kill_and_resume(folder: Path, kills: int) -> None:
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_kill_9_and_resume_ends_with_the_same_result(tmp_path):
     kill_and_resume(tmp_path, kills=2)
 

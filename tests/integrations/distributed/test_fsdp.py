@@ -3,6 +3,7 @@
 import pytest
 
 
+@pytest.mark.slow
 def test_our_layers_train_and_save_as_in_one_process(processes):
     processes("fsdp", "units_of_blocks", "saving_gathers", "loading_places_pieces")
 

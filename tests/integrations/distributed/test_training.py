@@ -3,6 +3,7 @@
 import pytest
 
 
+@pytest.mark.slow
 def test_trains_as_in_one_process(processes):
     processes("training", "steps_are_those_of_the_whole_batch", "interrupted_and_resumed_is_the_same")
 

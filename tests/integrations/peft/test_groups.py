@@ -39,6 +39,7 @@ TOGETHER = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", TOGETHER)
 def test_families_compute_what_peft_computes(name):
     family = FAMILIES[name]

@@ -180,6 +180,7 @@ def test_bfloat16(case, whole):
     by_rule(got, expected, truth, dtype=torch.bfloat16)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_compiles_whole_and_once(p):
     torch.compiler.reset()

@@ -101,6 +101,7 @@ def result(model, kind, name, mode):
         return error
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("kind", "name", "inference"), CASES)
 def test_the_result_is_pefts(kind, name, inference, mode):

@@ -90,6 +90,7 @@ def test_strided_operands(kernel):
     check(*run(kernel, dataclasses.replace(q, X=gapped(q.X), W=gapped(q.W), bias=bias, **turned)), q)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_same_bits_in_every_order_of_events(kernel, flags):

@@ -61,6 +61,7 @@ def test_the_configurations_that_ship():
         check(q, *run(q, gluon_config(M, 4096, 16, q.X.dtype, CHIPS["sm_90"])))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("p", [0.0, 0.25])
 def test_same_bits_in_every_order_of_events(p):

@@ -84,6 +84,7 @@ def test_the_copy_itself_is_right(kernels_with, device, monkeypatch):
     judge(dict(zip(MODULES, kernels_with(MODULES), strict=True)), device, monkeypatch)
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("what", "file", "text", "replacement"), BUGS, ids=[bug[0] for bug in BUGS])
 def test_a_planted_bug_is_caught(what, file, text, replacement, kernels_with, device, monkeypatch):

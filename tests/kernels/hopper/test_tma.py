@@ -55,6 +55,7 @@ def check(Y, XA, q):
     assert_close(XA, (q.scaling * (q.X @ q.A.to(q.X.dtype).mT)).to(q.X.dtype), exact, what="XA")
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kernel", ["tma_extend", "one_launch"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -97,6 +98,7 @@ def test_strided_operands(kernel, device):
     check(*run(kernel, dataclasses.replace(q, X=gapped(q.X), W=gapped(q.W), bias=bias, **turned)), q)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("units", [1, 2, 7, 100])
 def test_same_bits_for_any_number_of_programs_and_again(units, device, flags):

@@ -49,6 +49,7 @@ def test_sizes(M, N, K, dtype, p, device):
     check(make_problem(M, N, K, 16 if M == 1 else 8, dtype, device, dropout_p=p))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("adapters", [torch.float32, None], ids=["float32", "same"])
 @pytest.mark.parametrize("r", [1, 8, 16, 17, 64])
@@ -57,6 +58,7 @@ def test_ranks(r, adapters, device):
     check(make_problem(130, 96, 136, r, torch.bfloat16, device, dropout_p=p, adapter_dtype=adapters))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_120"])
 def test_the_configurations_that_ship(arch, device):
@@ -78,6 +80,7 @@ def test_strided_operands(p, device):
     check(dataclasses.replace(q, X=gapped(q.X), W=gapped(q.W), dY=gapped(q.dY), A=turned), dense=q)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_without_da_and_same_bits_for_any_number_of_programs(device):
     q = make_problem(200, 160, 264, 16, torch.bfloat16, device, dropout_p=0.25)
@@ -108,6 +111,7 @@ def test_the_mask_is_read_bit_for_bit(device):
     assert torch.equal(dA, 2 * keep.sum(0, keepdim=True).to(dA.dtype))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("p", [0.0, 0.25])
 def test_through_the_operators(p, device):

@@ -49,6 +49,7 @@ def check(q, close=assert_close, **options):
     close(XA, (q.scaling * product).to(low), exact, what="XA")
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("regime", [r for r in REGIMES if r.M], ids=lambda regime: regime.name)
@@ -71,6 +72,7 @@ def test_ranks(r, adapters, device):
     check(make_problem(70, 72, 80, r, torch.bfloat16, device, bias=r % 2 == 0, adapter_dtype=adapters))
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_configurations_that_ship(arch, device):

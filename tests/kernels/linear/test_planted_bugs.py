@@ -75,6 +75,7 @@ def test_the_copy_itself_is_right(kernels_with, device):
     judge(*kernels_with(("linear.launchers",)), device)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(("what", "file", "text", "replacement"), BUGS, ids=[bug[0] for bug in BUGS])
 def test_a_planted_bug_is_caught(what, file, text, replacement, kernels_with, device):
     (launchers,) = kernels_with(("linear.launchers",), file, text, replacement)

@@ -48,6 +48,7 @@ CASES = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("plan", ["eager", "shrink_extend"])
 @pytest.mark.parametrize("case", CASES)
 def test_cases(case, plan, device):
@@ -56,6 +57,7 @@ def test_cases(case, plan, device):
     check(make_mlp(M, K, F, N, ranks, dtype, device, dropout_p=0.25, **how), plan, keep_bits=True)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("plan", ["eager", "shrink_extend"])
 @pytest.mark.parametrize("sizes", MAGNITUDES[::2], ids=lambda sizes: sizes.name)
 def test_sizes_beyond_float16_intermediates(sizes, plan, device):

@@ -55,6 +55,7 @@ def check(q, close=assert_close, **options):
     close(run(q, **options), multi_plain(q).Y, multi_truth(q).Y, what="Y")
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_mixes(distribution, dtype, device):

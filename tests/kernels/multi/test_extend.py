@@ -65,6 +65,7 @@ def test_ids_that_name_no_slot_and_slots_that_point_outside(device):
     check(replace(p, ids=wild))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 3e4])
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy's, which interprets
 def test_what_is_not_finite_in_one_adapter_stays_with_its_rows(value, device):

@@ -224,6 +224,7 @@ def test_mixes(shard, device, monkeypatch):
     assert play(200, shard, device, orders=ORDERS) > 4000
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("plan", ["eager", "extend"])
 @pytest.mark.parametrize("shard", shards(5))
 def test_mixes_of_triton_kernels(shard, plan, device, poisoned):
@@ -235,6 +236,7 @@ def test_mixes_of_triton_kernels(shard, plan, device, poisoned):
 BROKEN = [(backend, value) for backend in ("triton:eager", "triton:extend") for value in (float("inf"), float("nan"))]
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(("backend", "value"), [("auto", 3e4), ("triton:eager", 3e4), ("triton:extend", 3e4), *BROKEN])
 @pytest.mark.parametrize("M", [6, 70])
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy's, which interprets

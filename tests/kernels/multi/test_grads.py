@@ -37,6 +37,7 @@ def check(p, close=assert_close, slots=None, **how):
         close(got, getattr(plain, name), true, what=name, dtype=p.X.dtype)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("spans", [1, 3])
 @pytest.mark.parametrize("regime", REGIMES, ids=lambda regime: regime.name)
 def test_regimes(regime, spans, device):

@@ -120,12 +120,14 @@ CASES = [
 ]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy's, which interprets
 @pytest.mark.parametrize(("plan", "dtype", "poison"), CASES, ids=str)
 def test_what_one_slot_or_row_holds_reaches_no_other(plan, dtype, poison, monkeypatch):
     check(plan, dtype, dtype, poison, monkeypatch)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 @pytest.mark.parametrize("poison", [Poison("A", 1e38), Poison("B", 3.4e38), Poison("A and B", NAN)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

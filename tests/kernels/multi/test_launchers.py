@@ -34,6 +34,7 @@ def check(p, plan, close=assert_close, got=None, **how):
             close(getattr(got, name), getattr(plain, name), getattr(truth, name), what=name, dtype=p.X.dtype)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", WHOLE)
 def test_regimes(name, plan, device):

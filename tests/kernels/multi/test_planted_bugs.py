@@ -125,6 +125,7 @@ def test_the_copy_itself_is_right(kernels_with, device):
     judge(kernels_with(MODULES), device)
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 @pytest.mark.parametrize(("what", "file", "text", "replacement"), BUGS, ids=[bug[0] for bug in BUGS])
 def test_a_planted_bug_is_caught(what, file, text, replacement, kernels_with, device):

@@ -71,6 +71,7 @@ def test_the_copy_itself_is_right(kernels_with, device):
     judge(kernels_with(MODULES), device)
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize(("what", "text", "replacement"), BUGS, ids=[bug[0] for bug in BUGS])
 def test_a_planted_bug_is_caught(what, text, replacement, kernels_with, device):
     modules = kernels_with(MODULES, "multi/decode.py", text, replacement)

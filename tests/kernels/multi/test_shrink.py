@@ -32,6 +32,7 @@ def check(p, close=assert_close, config=SMALL, slots=None, meant=None):
         assert torch.equal(S == 0, truth == 0), f"{name} is to be zero where a row has no rank"
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("regime", REGIMES, ids=lambda regime: regime.name)
 def test_regimes(regime, device):
     for config in (SMALL, LARGE):

@@ -59,6 +59,7 @@ CASES = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("case", CASES)
 def test_cases(case, plan, device):
@@ -116,6 +117,7 @@ def test_outputs_of_one_product_are_not_views(device):
     assert torch.equal(Y[1], kept)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
 @pytest.mark.parametrize("sizes", MAGNITUDES, ids=lambda sizes: sizes.name)

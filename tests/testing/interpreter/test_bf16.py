@@ -170,6 +170,7 @@ print("all is right")
 """
 
 
+@pytest.mark.slow
 def test_bf16_is_exact_in_a_program_that_installs_nothing(tmp_path: Path) -> None:
     """The package makes the interpreter exact itself, where TRITON_INTERPRET=1 is all that a user did."""
     program = tmp_path / "program.py"
