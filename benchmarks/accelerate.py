@@ -32,7 +32,7 @@ from benchmarks.models import SIZES, Batch, Size, batches, build
 from benchmarks.rows import Check, Row, this_machine
 from benchmarks.timing import Clock, CudaClock, HostClock, extra_peak_mib, interleaved
 from lora_kernels.finetune import values
-from lora_kernels.planning.measure import spread
+from lora_kernels.tuning.measure import spread
 
 PEFT, OURS, ALONE = "peft", "lora_kernels accelerated", "lora_kernels accelerated, group=False"
 ATTENTION = {"bert": ("query", "key", "value"), "llama": ("q_proj", "k_proj", "v_proj", "o_proj")}

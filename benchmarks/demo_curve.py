@@ -23,7 +23,7 @@ from lora_kernels.config import LoRAConfig
 from lora_kernels.finetune.advise.recipe import Recipe
 from lora_kernels.finetune.tasks import Classification
 from lora_kernels.finetune.train.options import TrainOptions
-from lora_kernels.planning.measure import spread
+from lora_kernels.tuning.measure import spread
 
 ACCELERATED = "lora_kernels accelerated"
 RECIPE = Recipe(LoRAConfig(r=16, lora_alpha=32), TrainOptions())  # as the demo's

@@ -29,7 +29,7 @@ from benchmarks.rows import Check, Machine, Record, Row, columns, record, this_m
 from benchmarks.timing import MIB
 from lora_kernels import load_adapter, use_backend
 from lora_kernels.finetune import values
-from lora_kernels.planning.measure import spread
+from lora_kernels.tuning.measure import spread
 
 RANK, ALPHA, RATE = 8, 16, 1e-3
 ORDERS = {REVERSED: rows_reversed, ROTATED: rows_rotated}

@@ -17,8 +17,8 @@ from benchmarks.models import SIZES
 from benchmarks.overhead import CONTENDERS, overhead
 from benchmarks.rows import Check
 from lora_kernels.planning.cost import Problem
-from lora_kernels.planning.tune import tune
 from lora_kernels.planning.tuned import Entry
+from lora_kernels.tuning.tune import tune
 
 Unit = Callable[[Bench], Found]
 TUNE_SECONDS = 200.0  # of one problem: compiling its candidates takes most of it

@@ -25,9 +25,9 @@ from lora_kernels.kernels.chip import Chip
 from lora_kernels.kernels.tiles import GemmConfig, gemm_config, is_valid
 from lora_kernels.planning.choose import OPT_IN, chip_for, triton_kernels
 from lora_kernels.planning.cost import Problem as Planned
-from lora_kernels.planning.measure import spread
 from lora_kernels.planning.plans import BY_NAME
 from lora_kernels.testing import Problem, poison, within_rule
+from lora_kernels.tuning.measure import spread
 
 LIBRARY = "cublas"
 POINTER = "shrink_extend"

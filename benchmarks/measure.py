@@ -24,8 +24,8 @@ from benchmarks.timing import MIB, Call, Clock, extra_peak_mib, interleaved
 from lora_kernels import BackendUnavailableError
 from lora_kernels.planning import choose as planner
 from lora_kernels.planning.cost import Problem as PlannerProblem
-from lora_kernels.planning.measure import captured, spread
 from lora_kernels.testing import Problem
+from lora_kernels.tuning.measure import captured, spread
 
 GRAPH_BYTES = 256 * MIB  # a graph walks over copies of the operands of at least this size: no L2 holds them
 GRAPH_COPIES = 48

@@ -20,8 +20,8 @@ from benchmarks.roofline import Ceilings
 from benchmarks.rows import Record, Row
 from benchmarks.timing import Call, HostClock, interleaved
 from lora_kernels import LoRALinear
-from lora_kernels.planning.measure import spread
 from lora_kernels.testing import Problem, make_problem
+from lora_kernels.tuning.measure import spread
 
 CALLS = 50
 MODES = ("fwd_no_grad", "fwd", "fwd_bwd")

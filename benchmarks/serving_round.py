@@ -33,9 +33,9 @@ from lora_kernels.check.serving.rivals import (
     planned_launches,
     refusal,
 )
-from lora_kernels.planning.measure import captured
 from lora_kernels.testing import within_rule
 from lora_kernels.testing.multi import DISTRIBUTIONS, MultiProblem, mix_ids, multi_plain, multi_truth
+from lora_kernels.tuning.measure import captured
 
 Unit = Callable[[Bench], Found]
 PLANS = {"eager": "triton:eager", "extend": "triton:extend", "decode": "triton:decode", "cuda": "cuda"}

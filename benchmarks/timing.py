@@ -1,7 +1,7 @@
 """Clocks, and calls timed in turns.
 
 Turns (A B C, B C A, ...) let drifting clocks, power and temperature fall on every contender alike; what is reported is
-the median with the 20th and 80th percentile (spread of lora_kernels.planning.measure). Warm-up calls and the first
+the median with the 20th and 80th percentile (spread of lora_kernels.tuning.measure). Warm-up calls and the first
 round are not counted. The L2 cache holds nothing of the operands when a GPU call starts: a buffer larger than it is
 read in between (read, not written: dirty lines would be written back during the measured call).
 """

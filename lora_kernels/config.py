@@ -7,13 +7,20 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import InitVar, asdict, dataclass, field, fields
 from typing import Any
 
-from lora_kernels import patterns, peft_fields
+from lora_kernels import patterns
 from lora_kernels.errors import ConfigError
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 BASE_CHANGING_INITS = ("pissa", "olora")
 ALL_LINEAR = "all-linear"
 MAX_RANK, MAX_ALPHA = 2**31 - 1, 3e38  # sizes are int32 and scaling is a float32 in the kernels
+
+# Initialisations of PEFT that do not change the base, and those whose change of the base is not in the adapter's files.
+TRACELESS_INITS = ("eva", "orthogonal", "mica")
+LOSSY_INITS = ("pissa_niter_", "corda", "lora_ga", "loftq")
+MAX_LAYERS = 4096
+# Fields that PEFT's loader ignores: information about the writer, and settings of one process.
+NOT_PART_OF_THE_ADAPTER = ("peft_version", "runtime_config")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +96,9 @@ class LoRAConfig:
 
     def __post_init__(self, *unsupported: Any) -> None:
         refuse_unsupported(dict(zip(UNSUPPORTED_FIELDS, unsupported, strict=True)))
-        _check(peft_fields.is_int(self.r) and 1 <= self.r <= MAX_RANK, "r", self.r, "an integer of at least 1")
+        _check(is_int(self.r) and 1 <= self.r <= MAX_RANK, "r", self.r, "an integer of at least 1")
         _check(_is_alpha(self.lora_alpha), "lora_alpha", self.lora_alpha, "a finite number")
-        drops = peft_fields.is_number(self.lora_dropout) and 0 <= self.lora_dropout <= 1
+        drops = is_number(self.lora_dropout) and 0 <= self.lora_dropout <= 1
         _check(drops, "lora_dropout", self.lora_dropout, "a probability from 0 to 1")
         _check(self.bias in ("none", "all", "lora_only"), "bias", self.bias, '"none", "all" or "lora_only"')
         for name in ("use_rslora", "use_dora", "inference_mode", "lora_bias", "ensure_weight_tying"):
@@ -123,7 +130,7 @@ class LoRAConfig:
 
     def _check_patterns(self) -> None:
         for name, accepts, what in (
-            ("rank_pattern", lambda v: peft_fields.is_int(v) and v >= 1, "integers of at least 1"),
+            ("rank_pattern", lambda v: is_int(v) and v >= 1, "integers of at least 1"),
             ("alpha_pattern", _is_alpha, "finite numbers"),
         ):
             pattern = {} if getattr(self, name) is None else getattr(self, name)
@@ -137,9 +144,7 @@ class LoRAConfig:
 
     def _check_layers(self) -> None:
         layers, names = self.layers_to_transform, self.layers_pattern
-        indices = peft_fields.is_int(layers) or (
-            isinstance(layers, list) and all(peft_fields.is_int(i) for i in layers)
-        )
+        indices = is_int(layers) or (isinstance(layers, list) and all(is_int(i) for i in layers))
         _check(layers is None or indices, "layers_to_transform", layers, "an index or a list of them")
         _check(names is None or isinstance(names, str) or _is_names(names), "layers_pattern", names, "a name or a list")
         names = [names] if isinstance(names, str) else names or []
@@ -156,12 +161,12 @@ class LoRAConfig:
         _check(plain or not self.lora_bias, "lora_bias", True, "False with use_dora or a named init_lora_weights")
         tokens = {} if self.trainable_token_indices is None else self.trainable_token_indices
         tokens = tokens if isinstance(tokens, dict) else {"embed_tokens": tokens}
-        fits = all(isinstance(name, str) and name and peft_fields.are_rows(rows) for name, rows in tokens.items())
+        fits = all(isinstance(name, str) and name and are_rows(rows) for name, rows in tokens.items())
         accepted = "a list of different rows, or {name of a module: such a list}"
         _check(fits, "trainable_token_indices", self.trainable_token_indices, accepted)
         runs = self.layer_replication or None
-        accepted = f"a list of [start, end] with 0 <= start < end, up to {peft_fields.MAX_LAYERS} layers in all"
-        _check(runs is None or peft_fields.are_runs(runs), "layer_replication", runs, accepted)
+        accepted = f"a list of [start, end] with 0 <= start < end, up to {MAX_LAYERS} layers in all"
+        _check(runs is None or are_runs(runs), "layer_replication", runs, accepted)
         object.__setattr__(self, "layer_replication", None if runs is None else [list(run) for run in runs])
 
     def _check_bookkeeping(self) -> None:
@@ -196,7 +201,7 @@ class LoRAConfig:
         if not isinstance(values, Mapping):
             raise ConfigError(f"an adapter configuration is a JSON object, not {type(values).__name__}")
         _check(values.get("peft_type") == "LORA", "peft_type", values.get("peft_type"), '"LORA"')
-        values = peft_fields.without_traces(values)
+        values = without_traces(values)
         refuse_unsupported(values)
         return cls(**{name: value for name, value in values.items() if name in OWN_FIELDS})
 
@@ -207,11 +212,11 @@ UNSUPPORTED_FIELDS = tuple(name for name in LoRAConfig.__dataclass_fields__ if n
 
 def refuse_unsupported(values: Mapping[str, Any]) -> None:
     """Raise ConfigError if `values` switches on something of PEFT's that this package does not have."""
-    why_not = peft_fields.lossy(values)
+    why_not = lossy(values)
     if why_not:
         raise ConfigError(why_not)
     for name, value in values.items():
-        if name in OWN_FIELDS or name in peft_fields.NOT_PART_OF_THE_ADAPTER:
+        if name in OWN_FIELDS or name in NOT_PART_OF_THE_ADAPTER:
             continue
         off = getattr(LoRAConfig, name, None) if name in UNSUPPORTED_FIELDS else None
         if value is None or value is False or value in ({}, []) or (type(value) is type(off) and value == off):
@@ -244,8 +249,68 @@ def _check_amount(name: str, values: Collection[str]) -> None:
 
 
 def _is_alpha(value: Any) -> bool:
-    return peft_fields.is_number(value) and -MAX_ALPHA <= value <= MAX_ALPHA
+    return is_number(value) and -MAX_ALPHA <= value <= MAX_ALPHA
 
 
 def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+
+
+def without_traces(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a stored adapter without those that have no effect when it is read: how lora_A and lora_B were
+    initialised, and how the base stores W."""
+    result, init = dict(values), values.get("init_lora_weights")
+    method = init.lower() if isinstance(init, str) else None
+    if method in TRACELESS_INITS:
+        result["init_lora_weights"] = True
+    if isinstance(result.get("fan_in_fan_out"), bool):
+        result["fan_in_fan_out"] = False
+    for name in ("lora_bias", "ensure_weight_tying"):
+        if name in result and result[name] is None:
+            result[name] = False
+    for name in ("eva", "corda", "lora_ga", "loftq"):
+        if method != name or method in TRACELESS_INITS:  # PEFT ignores the settings of another method
+            result.pop(f"{name}_config", None)
+    return result
+
+
+def lossy(values: Mapping[str, Any]) -> str | None:
+    """The reason why the adapter's base weights cannot be computed from its files; None if they can."""
+    init = values.get("init_lora_weights")
+    if not isinstance(init, str) or not init.lower().startswith(LOSSY_INITS):
+        return None
+    return (
+        f"init_lora_weights = {reprlib.repr(init)} changed the base weights, and the adapter's files do not hold it; "
+        "save it in PEFT with path_initial_model_for_weight_conversion, or save the changed base too"
+    )
+
+
+def is_int(value: Any) -> bool:
+    """Whether this is an integer and not a bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is an integer or a float."""
+    return is_int(value) or isinstance(value, float)
+
+
+def are_rows(value: Any) -> bool:
+    """Whether this is a list of distinct row indices."""
+    rows = isinstance(value, list) and all(_is_index(row) and row < 2**31 for row in value)
+    return rows and len(set(value)) == len(value)
+
+
+def are_runs(value: Any) -> bool:
+    """Whether this is a list of [start, end] with 0 <= start < end, of at most MAX_LAYERS layers in all."""
+    if not isinstance(value, list | tuple) or not all(_is_run(run) for run in value):
+        return False
+    return sum(end - start for start, end in value) <= MAX_LAYERS
+
+
+def _is_index(value: Any) -> bool:
+    return is_int(value) and value >= 0
+
+
+def _is_run(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_index, value)) and value[0] < value[1]

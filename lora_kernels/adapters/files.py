@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ import torch
 from safetensors.torch import save
 
 from lora_kernels.adapters.stored import PICKLE, Limits, StoredTensors, open_plain, open_stored, parse_json
+from lora_kernels.atomic_write import atomic_write
 from lora_kernels.errors import AdapterFormatError
 
 try:
@@ -63,9 +63,9 @@ def write_adapter(folder: str | os.PathLike[str], tensors: Mapping[str, torch.Te
         metadata = {"format": "pt", CONFIG_METADATA: text.decode(), REPLACED_METADATA: replaced}
         old = _inode(folder / WEIGHTS_NAME)
         try:
-            write_whole(folder / WEIGHTS_NAME, _with_metadata(data, metadata))
+            atomic_write(folder / WEIGHTS_NAME, _with_metadata(data, metadata))
             if before != _digest(text):
-                write_whole(folder / CONFIG_NAME, text)
+                atomic_write(folder / CONFIG_NAME, text)
         except OSError as error:
             _, now = _read_config(folder / CONFIG_NAME, follow_symlinks=False)
             if _inode(folder / WEIGHTS_NAME) == old or now == _digest(text):
@@ -184,24 +184,3 @@ def _sole_writer(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write ``path`` so that a reader, or a crash at any moment, sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # so that the new name survives a power cut, too
-        finally:
-            os.close(folder)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lora_kernels.adapters.files import write_whole
+from lora_kernels.atomic_write import atomic_write
 from lora_kernels.cli import train
 from lora_kernels.cli.advise import aligned
 from lora_kernels.cli.train import INITS
@@ -119,7 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
     print("\n".join(chance(best, records, sweep.monitor, sweep.lower)))
     print(f"by the validation data of {best.outcome.rows:,} rows; the test data has not been looked at")
     command = train.reproduce(_in(settings(best.params, best.seed), out / "best"))
-    write_whole(out / "best.sh", f"{command}\n".encode())
+    atomic_write(out / "best.sh", f"{command}\n".encode())
     print(f"results: {out}/sweep.csv, {out}/sweep.png, {out}/sweep.svg\nthe best again, and its test: {command}")
     return 0
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lora_kernels.adapters.files import write_whole
+from lora_kernels.atomic_write import atomic_write
 from lora_kernels.config import LoRAConfig
 from lora_kernels.errors import ConfigError
 from lora_kernels.finetune import values
@@ -119,7 +119,7 @@ def _train(arguments: argparse.Namespace) -> int:
     run(task, recipe, out, resume=arguments.resume)
     if first:
         command = reproduce(arguments)
-        write_whole(out / "reproduce.sh", f"{command}\n".encode())
+        atomic_write(out / "reproduce.sh", f"{command}\n".encode())
         print(f"results: {out}/adapter, {out}/metrics.json, {out}/training.png\nto reproduce: {command}")
     return 0
 

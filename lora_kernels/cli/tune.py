@@ -20,8 +20,8 @@ from lora_kernels.finetune import values
 from lora_kernels.finetune.train.extras import installed, require
 from lora_kernels.planning.choose import chip_for, triton_missing
 from lora_kernels.planning.cost import Problem
-from lora_kernels.planning.tune import REHEARSAL, Outcome, Progress, tune
 from lora_kernels.planning.tuned import Entry
+from lora_kernels.tuning.tune import REHEARSAL, Outcome, Progress, tune
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

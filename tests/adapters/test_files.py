@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_kernels.adapters import files
-from lora_kernels.adapters.files import CONFIG_NAME, WEIGHTS_NAME, read_adapter, write_adapter, write_whole
+from lora_kernels.adapters.files import CONFIG_NAME, WEIGHTS_NAME, read_adapter, write_adapter
+from lora_kernels.atomic_write import atomic_write
 from lora_kernels.errors import AdapterFormatError
 
 CONFIG = {"peft_type": "LORA", "r": 2}
@@ -106,7 +107,7 @@ def test_the_same_save_again_gives_the_same_bytes(
     write_adapter(tmp_path / "once", tensors(), CONFIG)
     with monkeypatch.context() as patch:
         if interrupted:
-            patch.setattr(files, "write_whole", only_weights)
+            patch.setattr(files, "atomic_write", only_weights)
         write_adapter(tmp_path / "twice", tensors(), CONFIG)
     write_adapter(tmp_path / "twice", tensors(), CONFIG)
     for name in (WEIGHTS_NAME, CONFIG_NAME):
@@ -152,7 +153,7 @@ def test_the_copy_counts_where_a_save_was_interrupted_between_the_two_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str
 ) -> None:
     before(tmp_path, state)
-    monkeypatch.setattr(files, "write_whole", only_weights)
+    monkeypatch.setattr(files, "atomic_write", only_weights)
     write_adapter(tmp_path, tensors(1), CONFIG)
     read, config = read_adapter(tmp_path, follow_symlinks=state == "link")
     assert (float(read["a"][0, 0]), config) == (1, CONFIG)
@@ -165,7 +166,7 @@ def test_the_copy_counts_where_a_save_was_interrupted_between_the_two_files(
 
 def only_weights(path: Path, data: bytes) -> None:
     if path.name == WEIGHTS_NAME:
-        write_whole(path, data)
+        atomic_write(path, data)
 
 
 def test_a_file_that_was_linked_to_is_judged_by_the_link_and_its_content(tmp_path: Path) -> None:
@@ -238,13 +239,13 @@ def test_a_write_that_fails_after_the_weights_were_replaced_says_so(
         with monkeypatch.context() as patch:
             if path.name == name:
                 patch.setattr(files.os, fails, full)
-            write_whole(path, data)
+            atomic_write(path, data)
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "write_whole", write)
+        patch.setattr(files, "atomic_write", write)
         with pytest.raises(OSError, match="No space left on device") as caught:
             write_adapter(tmp_path, tensors(2), CONFIG | {"r": 9})
     assert caught.value.errno == 28
@@ -379,13 +380,13 @@ def test_saving_replaces_a_link_and_not_what_it_points_to(tmp_path: Path) -> Non
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
-    files.write_whole(path, b"old")
+    atomic_write(path, b"old")
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
-        files.write_whole(path, b"new")
+        atomic_write(path, b"new")
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.timing import CudaClock, extra_peak_mib, interleaved
-from lora_kernels.planning.measure import captured
+from lora_kernels.tuning.measure import captured
 
 
 class _Event:

@@ -5,8 +5,8 @@ import torch
 
 from lora_kernels.cli import main
 from lora_kernels.cli import tune as command
-from lora_kernels.planning import tune as tuner
 from lora_kernels.planning import tuned
+from lora_kernels.tuning import tune as tuner
 
 
 @pytest.fixture(autouse=True)

@@ -16,9 +16,9 @@ from torch import Tensor
 from lora_kernels.check.serving.cases import ServingCase
 from lora_kernels.check.serving.rivals import FROZEN, Contender, plan_label
 from lora_kernels.errors import BackendUnavailableError
-from lora_kernels.planning.measure import SWEEP_BYTES, SWEEP_HOST_US, Spread, _cuda_round, _host_round, captured, spread
 from lora_kernels.testing import poison, within_rule
 from lora_kernels.testing.multi import MultiProblem
+from lora_kernels.tuning.measure import SWEEP_BYTES, SWEEP_HOST_US, Spread, _cuda_round, _host_round, captured, spread
 
 JUDGED_ROWS = 1024  # at most, spread over the batch: a row does not depend on the others
 RIVAL_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lora_kernels.adapters import load_adapter, merge_lora, save_adapter
-from lora_kernels.adapters.files import write_whole
+from lora_kernels.atomic_write import atomic_write
 from lora_kernels.config import LoRAConfig
 from lora_kernels.errors import ConfigError
 from lora_kernels.finetune.tasks.base import Task
@@ -141,7 +141,7 @@ def _run(task: Task, recipe: Recipe, out: Path, say: Say, resume: bool) -> dict[
         figures["beside_peft"] = _beside_peft(task, model, loaders["train"], recipe, out / "adapter", say)
     plot_history(history, out / "training.png", task.monitor)
     figures["seconds"] = time.perf_counter() - started
-    write_whole(out / "metrics.json", (json.dumps(figures, indent=2) + "\n").encode())
+    atomic_write(out / "metrics.json", (json.dumps(figures, indent=2) + "\n").encode())
     return figures
 
 

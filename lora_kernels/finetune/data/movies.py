@@ -15,7 +15,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from lora_kernels.adapters.files import write_whole
+from lora_kernels.atomic_write import atomic_write
 from lora_kernels.finetune.data.files import DataError, Examples
 
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
@@ -42,7 +42,7 @@ def movie_reviews(archive: Path | None = None, neutral: float = NEUTRAL) -> Exam
         return parse(check(text_of(read_archive(archive)), TEXT_SHA256, TEXT), neutral)
     cached = cache_folder() / TEXT
     if not cached.exists():
-        write_whole(cached, check(text_of(fetch()), TEXT_SHA256, TEXT))
+        atomic_write(cached, check(text_of(fetch()), TEXT_SHA256, TEXT))
     return parse(check(cached.read_bytes(), TEXT_SHA256, f"{cached} (delete it to fetch it again)"), neutral)
 
 

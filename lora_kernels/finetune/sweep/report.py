@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lora_kernels.adapters.files import write_whole
+from lora_kernels.atomic_write import atomic_write
 from lora_kernels.finetune.sweep.sweep import Record, show, spread
 from lora_kernels.finetune.sweep.trial import LORA
 from lora_kernels.finetune.train.extras import require
@@ -76,7 +76,7 @@ def write_csv(records: Sequence[Record], path: Path, commands: Mapping[int, str]
         told: dict[str, Any] = {"kind": record.kind, "seed": record.seed, **asdict(record.outcome)}
         cells = [told[name] for name in COLUMNS] + [record.params.get(name, "") for name in names]
         writer.writerow([*cells, commands.get(i, "")])
-    write_whole(path, text.getvalue().encode())
+    atomic_write(path, text.getvalue().encode())
 
 
 def plot(

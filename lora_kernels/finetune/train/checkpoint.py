@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from lora_kernels.adapters.files import write_whole
+from lora_kernels.atomic_write import atomic_write
 from lora_kernels.errors import LoRAKernelsError
 from lora_kernels.finetune.train.digest import digest
 
@@ -80,7 +80,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 
     tensors: dict[str, torch.Tensor] = {}
     metadata = {"format": "pt", "state": json.dumps(pack(state, tensors))}
     path = folder / f"step-{step:09d}.safetensors"
-    write_whole(path, save(tensors, metadata=metadata | {"sha256": _sha256(metadata, tensors)}))
+    atomic_write(path, save(tensors, metadata=metadata | {"sha256": _sha256(metadata, tensors)}))
     later = [old for old in checkpoints(folder) if old.name > path.name]
     for old in (*later, *[old for old in checkpoints(folder) if old not in later][keep:]):
         old.unlink(missing_ok=True)

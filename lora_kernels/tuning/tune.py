@@ -21,13 +21,13 @@ from pathlib import Path
 
 import torch
 
-from lora_kernels.adapters.files import write_whole
+from lora_kernels.atomic_write import atomic_write
 from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.kernels.chip import Chip
 from lora_kernels.planning import choose as planner
 from lora_kernels.planning.cost import Problem
-from lora_kernels.planning.measure import Call, Candidate, Trial, candidate_label, candidates, timed
 from lora_kernels.planning.tuned import Entry, Measured, Table, TableError, dumps, loads, read, user_table
+from lora_kernels.tuning.measure import Call, Candidate, Trial, candidate_label, candidates, timed
 
 REHEARSAL = "rehearsal"
 HOPELESS = 1.25  # times the fastest: not timed any further
@@ -112,7 +112,7 @@ def tune(
                 continue
             entry = _entry(q, measured, where)
             merged = Table([*_entries(outcome.path, gpu, rehearse), entry])  # read again: another tune may have written
-            write_whole(outcome.path, dumps(gpu, merged.entries, rehearse).encode())
+            atomic_write(outcome.path, dumps(gpu, merged.entries, rehearse).encode())
         assert entry is not None
         outcome.entries.append(entry)
     if not outcome.left:

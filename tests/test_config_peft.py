@@ -4,9 +4,8 @@ from typing import Any
 
 import pytest
 
-from lora_kernels.config import LoRAConfig
+from lora_kernels.config import LoRAConfig, are_rows, are_runs, lossy, without_traces
 from lora_kernels.errors import ConfigError
-from lora_kernels.peft_fields import are_rows, are_runs, lossy, without_traces
 
 
 @pytest.mark.parametrize(

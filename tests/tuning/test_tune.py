@@ -11,11 +11,11 @@ import torch
 
 from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.kernels.tiles import GemmConfig
-from lora_kernels.planning import tune as tuner
 from lora_kernels.planning import tuned
 from lora_kernels.planning.cost import Problem
-from lora_kernels.planning.measure import Trial
-from lora_kernels.planning.tune import Outcome, Progress, tune
+from lora_kernels.tuning import tune as tuner
+from lora_kernels.tuning.measure import Trial
+from lora_kernels.tuning.tune import Outcome, Progress, tune
 
 FWD = Problem("fwd", 33, 80, 64, 8, torch.bfloat16)
 TWO = (FWD, dataclasses.replace(FWD, op="bwd"))

@@ -8,10 +8,10 @@ import torch
 from lora_kernels.kernels.chip import CHIPS
 from lora_kernels.kernels.tiles import GemmConfig, TmaConfig
 from lora_kernels.planning import choose as plan
-from lora_kernels.planning import measure as trial
 from lora_kernels.planning.cost import Problem
-from lora_kernels.planning.measure import Trial
 from lora_kernels.planning.plans import BY_NAME
+from lora_kernels.tuning import measure as trial
+from lora_kernels.tuning.measure import Trial
 
 H100 = CHIPS["sm_90"]
 LAYER = Problem("fwd", 8192, 4096, 4096, 16, torch.bfloat16)
