@@ -89,7 +89,7 @@ def test_they_are_the_locks_of_the_standard_library():
 POOL = """
     import torch
     import lora_kernels as lk
-    from lora_kernels.adapters import pool, pool_state
+    from lora_kernels.pool import pool, state as pool_state
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 6))

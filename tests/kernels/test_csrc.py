@@ -320,7 +320,7 @@ def test_the_module_without_cuda_builds_loads_and_registers(tmp_path):
     subprocess.run(build, cwd=source, env=environment, check=True, capture_output=True)
     assert json.loads((tmp_path / "lib/lora_kernels/_build_info.json").read_text())["built"] == "without CUDA"
     code = (
-        "import torch; from lora_kernels import csrc; print(csrc.available(), csrc.update_missing()); "
+        "import torch; from lora_kernels.kernels import csrc; print(csrc.available(), csrc.update_missing()); "
         "print(torch.ops.lora_kernels.multi_lora_decode.default._schema)"
     )
     done = subprocess.run(

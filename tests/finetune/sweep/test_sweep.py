@@ -199,7 +199,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_sweep as t
-from lora_kernels.finetune import sweep as module
+from lora_kernels.finetune.sweep import sweep as module
 done = []
 def dying(*args, **kwargs):
     done.append(1)
