@@ -17,6 +17,7 @@ from types import ModuleType
 if "PYTEST_XDIST_WORKER" in os.environ:  # one core a worker; read when numpy is imported
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
 import torch
 
@@ -33,6 +34,13 @@ if DEVICE == "cpu":
     interpreter.install()
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+hypothesis.settings.register_profile(
+    "house",  # the same examples in every run, and no verdict by the clock
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("house")
 
 
 @pytest.hookimpl(tryfirst=True)

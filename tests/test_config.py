@@ -232,7 +232,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     st.dictionaries(st.sampled_from([*OWN_FIELDS, *UNSUPPORTED_FIELDS]) | st.text(max_size=8), json_values, max_size=4)
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -181,7 +181,7 @@ drawn_configs = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(config=drawn_configs)
 @pytest.mark.filterwarnings("ignore:rank_pattern")
 def test_any_configuration_comes_back(toy: Any, tmp_path: Path, config: LoRAConfig) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
@@ -138,7 +138,7 @@ def test_links_are_followed_where_that_is_meant(tmp_path: Path) -> None:
     assert read_adapter(tmp_path / "snapshot", follow_symlinks=True)[1] == CONFIG
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400)
 @given(st.data())
 def test_damaged_files_are_refused_or_read_whole(tmp_path: Path, data: st.DataObject) -> None:
     damaged = bytearray(GOOD)

@@ -145,7 +145,7 @@ def test_a_phase_with_retries_begins_a_hung_process_anew_without_blame(
     monkeypatch.setattr(Round, "units", lambda self, phase: {"gemm/a": None})
     tries = tmp_path / "tries"
     hang = f"open({str(tries)!r}, 'a').write('.'); import time; time.sleep(60)"
-    outcome = _conductor(tmp_path, monkeypatch, hang, limit=30, patience=0.4, retries=2)
+    outcome = _conductor(tmp_path, monkeypatch, hang, limit=30, patience=2, retries=2)
     assert outcome.done == 1
     assert tries.read_text() == "..."
     (check,) = Journal(tmp_path).checks()

@@ -18,7 +18,7 @@ def build(folder: Path, headers: Path, *options: str) -> Path:
     return program
 
 
-def run(program: Path, *arguments: object, timeout: int = 120) -> subprocess.CompletedProcess:
+def run(program: Path, *arguments: object, timeout: int = 900) -> subprocess.CompletedProcess:
     command = [str(program), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 

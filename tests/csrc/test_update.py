@@ -49,7 +49,7 @@ def build(tmp_path_factory):
 
 
 def run(program: Path, seed: int, cases: int) -> subprocess.CompletedProcess:
-    return subprocess.run([program, str(seed), str(cases)], capture_output=True, text=True, timeout=120)
+    return subprocess.run([program, str(seed), str(cases)], capture_output=True, text=True, timeout=900)
 
 
 @pytest.mark.slow

@@ -218,7 +218,7 @@ configs = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(configs)
 def test_drawn_configurations_select_as_peft_does(config: dict[str, Any]) -> None:
     assume(not (isinstance(config["target_modules"], str) and {"layers_to_transform", "layers_pattern"} & set(config)))

@@ -180,10 +180,10 @@ def test_threads_load_while_others_run_batches(served: Any, adapter: Any) -> Non
     for thread in serving + loading:
         thread.start()
     for thread in serving:
-        thread.join(timeout=120)
+        thread.join(timeout=900)
     stop.set()
     for thread in loading:
-        thread.join(timeout=30)
+        thread.join(timeout=900)
     assert not errors, errors[0]
     together.close()
     assert not any(thread.is_alive() for thread in serving + loading)

@@ -1,33 +1,35 @@
-import time
-
 import pytest
 import torch
 from torch import nn
 
 from lora_kernels import LoRAConfig, apply_lora, save_adapter
 from lora_kernels.finetune.train.compare import interleaved, peft_model
+from tests.clocks import Stopwatch
 
 
 class Slow(nn.Module):
-    def __init__(self, milliseconds):
+    def __init__(self, milliseconds, clock):
         super().__init__()
+        self.clock = clock
         self.linear, self.milliseconds, self.calls = nn.Linear(3, 2), milliseconds, []
 
     def forward(self, x):
         self.calls.append(x)
-        time.sleep(self.milliseconds / 1e3)
+        self.clock.now += self.milliseconds / 1e3
         return self.linear(x)
 
 
-def test_both_see_the_same_batches_and_times_are_told_apart():
+def test_both_see_the_same_batches_and_each_has_its_time(monkeypatch):
+    clock = Stopwatch(monkeypatch)
     batches = [(torch.full((2, 3), float(i)), torch.zeros(2, dtype=torch.long)) for i in range(3)]
-    ours, theirs = Slow(10).eval(), Slow(40)
+    ours, theirs = Slow(10, clock).eval(), Slow(40, clock)
     figures = interleaved(ours, theirs, batches, nn.CrossEntropyLoss(), rounds=6)
     assert all(a is b for a, b in zip(ours.calls, theirs.calls, strict=True))
     assert len(ours.calls) == 7
     assert ours.training
-    assert 10 <= figures["ours_ms"] < figures["theirs_ms"]
-    assert figures["ratio_p20"] <= figures["ratio"] <= figures["ratio_p80"] < 1
+    assert figures["ours_ms"] == pytest.approx(10)
+    assert figures["theirs_ms"] == pytest.approx(40)
+    assert [figures[name] for name in ("ratio_p20", "ratio", "ratio_p80")] == pytest.approx([0.25] * 3)
     assert ours.linear.weight.grad is None
 
 
@@ -48,6 +50,6 @@ def test_peft_trains_the_saved_adapter(tmp_path):
     assert interleaved(ours, theirs, [(x, torch.zeros(4).long())], nn.CrossEntropyLoss(), rounds=2)["rounds"] == 2
 
 
-def test_it_needs_batches():
+def test_it_needs_batches(monkeypatch):
     with pytest.raises(IndexError):
-        interleaved(Slow(0), Slow(0), [], nn.CrossEntropyLoss())
+        interleaved(Slow(0, Stopwatch(monkeypatch)), Slow(0, Stopwatch(monkeypatch)), [], nn.CrossEntropyLoss())

@@ -243,7 +243,7 @@ def kill_and_resume(folder: Path, kills: int) -> None:
             process.send_signal(signal.SIGKILL)
             killed += process.wait() == -signal.SIGKILL
         else:
-            assert process.wait(120) == 0
+            assert process.wait(900) == 0
         process.stdout.close()
     assert killed == kills
     weights, steps = torch.load(parts / "result", weights_only=False)

@@ -14,10 +14,10 @@ HERE = Path(__file__).parent
 
 @pytest.fixture
 def processes(tmp_path: Path) -> Callable[..., None]:
-    """processes(MODULE, CASE, ..., timeout=120) runs functions of a module beside this file in two processes of one
+    """processes(MODULE, CASE, ..., timeout=900) runs functions of a module beside this file in two processes of one
     gloo group, which find each other by a file: no port. A failed case, or one that does not end, fails the test."""
 
-    def spawn(module: str, *cases: str, timeout: float = 120, world: int = 2) -> None:
+    def spawn(module: str, *cases: str, timeout: float = 900, world: int = 2) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "GLOO_SOCKET_IFNAME": "lo"}
         folder, group = Path(tempfile.mkdtemp(dir=tmp_path)), []
         for rank in range(world):
@@ -38,11 +38,11 @@ def processes(tmp_path: Path) -> Callable[..., None]:
                 process.wait()
         late = time.monotonic() > deadline
         for case in cases:
-            told = {rank: folder / f"{case}.{rank}.json" for rank in range(world)}
-            failures = [f"rank {r}: {f}" for r, p in told.items() if p.exists() and (f := json.loads(p.read_text()))]
+            paths = {rank: folder / f"{case}.{rank}.json" for rank in range(world)}
+            failures = [f"rank {r}: {f}" for r, p in paths.items() if p.exists() and (f := json.loads(p.read_text()))]
             if failures:
                 pytest.fail(f"{case}\n" + "\n".join(failures), pytrace=False)
-            if not all(path.exists() for path in told.values()):
+            if not all(path.exists() for path in paths.values()):
                 errors = "\n".join((folder / f"{rank}.err").read_text()[-2000:] for rank in range(world))
                 pytest.fail(f"{case} {'did not end in time' if late else 'ended early'}\n{errors}", pytrace=False)
 

@@ -5,4 +5,4 @@ import pytest
 
 @pytest.mark.slow
 def test_transformers_plan_and_refusals(processes):
-    processes("tp", "transformers_plan", "our_layers_refuse", timeout=240)
+    processes("tp", "transformers_plan", "our_layers_refuse")
