@@ -1,5 +1,6 @@
 """Checks the documentation against the files and names that it mentions."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -60,6 +61,20 @@ def test_the_architecture_page_shows_every_part():
     parts = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix in ("", ".py")}
     for part in parts - {"__init__", "__pycache__"}:
         assert re.search(rf"\b{part}\b", picture), part
+
+
+def test_the_arrows_of_the_architecture_page_are_imports():
+    picture = (DOCS / "architecture.md").read_text().partition("```mermaid")[2].partition("```")[0]
+    for line in picture.splitlines():
+        chain = line.split(" --> ")
+        for imported, importer in itertools.pairwise(chain):
+            names = "errors|atomic_write|locks|patterns" if imported.strip() == "base" else imported.strip()
+            path = PACKAGE / importer
+            files = path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]
+            pattern = re.compile(
+                rf"^ *(from|import) (lora_kernels\.({names})\b|lora_kernels import .*\b({names})\b)", re.M
+            )
+            assert any(pattern.search(file.read_text()) for file in files), f"{importer} does not import {imported}"
 
 
 def test_the_workflow_calls_targets_of_the_makefile():
