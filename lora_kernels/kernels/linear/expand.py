@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_kernels.kernels.chip import Chip
 from lora_kernels.kernels.common import Dropout, dropout_args, inv_keep, keep_tile, low_rank, precision_of
+from lora_kernels.kernels.launch import launch
 from lora_kernels.kernels.tiles import GemmConfig, expand_config, rank_tile, wide_loads
 from lora_kernels.operands.dtypes import low_rank_dtype
 
@@ -66,7 +67,10 @@ def expand_add_(dX: Tensor, dYB: Tensor, A: Tensor, drop: Dropout | None, config
     dYB's ranks are side by side, and so are the columns of dX; A has any strides.
     """
     (M, K), r = dX.shape, A.shape[0]
-    _expand_kernel[(triton.cdiv(M, config.BLOCK_M), triton.cdiv(K, config.BLOCK_N))](
+    launch(
+        _expand_kernel,
+        (triton.cdiv(M, config.BLOCK_M), triton.cdiv(K, config.BLOCK_N)),
+        dX.device,
         dX,
         dYB,
         A,

@@ -25,6 +25,7 @@ from lora_kernels.kernels.common import (
     store_keep,
     unpack_keep,
 )
+from lora_kernels.kernels.launch import launch
 from lora_kernels.kernels.tiles import ShrinkConfig, rank_tile
 from lora_kernels.operands.dtypes import low_rank_dtype
 
@@ -109,7 +110,10 @@ def shrink(
     (M, K), r = X.shape, A.shape[0]
     XA = torch.empty(M, r, dtype=low_rank_dtype(X.dtype), device=X.device)
     BLOCK_R = rank_tile(r, X.dtype)
-    _shrink_kernel[(triton.cdiv(M, config.BLOCK_M), triton.cdiv(r, BLOCK_R))](
+    launch(
+        _shrink_kernel,
+        (triton.cdiv(M, config.BLOCK_M), triton.cdiv(r, BLOCK_R)),
+        X.device,
         X,
         A,
         XA,

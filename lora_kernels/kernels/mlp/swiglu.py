@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.kernels.launch import launch
 from lora_kernels.kernels.tiles import ShrinkConfig
 
 TILES = ShrinkConfig(1, 1024, num_warps=4, num_stages=1)  # 8 elements, 16 bytes of 16 bits, a thread
@@ -59,7 +60,7 @@ def swiglu(G: Tensor, U: Tensor) -> Tensor:
     M, F = G.shape
     H = torch.empty(M, F, dtype=G.dtype, device=G.device)
     strides = G.stride(0), U.stride(0)
-    _swiglu_kernel[_grid(M, F)](G, U, H, F, *strides, BLOCK=TILES.BLOCK_K, num_warps=TILES.num_warps)
+    launch(_swiglu_kernel, _grid(M, F), G.device, G, U, H, F, *strides, BLOCK=TILES.BLOCK_K, num_warps=TILES.num_warps)
     return H
 
 
@@ -70,7 +71,10 @@ def swiglu_bwd(dH: Tensor, G: Tensor, U: Tensor, make_h: bool) -> tuple[Tensor, 
     """
     M, F = G.shape
     dG, dU = torch.empty_like(dH), torch.empty_like(dH)
-    _swiglu_bwd_kernel[_grid(M, F)](
+    launch(
+        _swiglu_bwd_kernel,
+        _grid(M, F),
+        G.device,
         dH,
         G,
         U,
