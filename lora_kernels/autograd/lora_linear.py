@@ -27,7 +27,7 @@ from lora_kernels.autograd.call import (
 from lora_kernels.errors import ConfigError, ShapeError
 from lora_kernels.formats import format_of
 from lora_kernels.planning.choose import resolve_backend
-from lora_kernels.reference import Needs, composition
+from lora_kernels.reference import GradMask, composition
 
 Call = tuple[float, float, str, bool]  # scaling, p, backend, keep_bits: whether the mask's bits stay for the backward
 
@@ -48,7 +48,7 @@ class _LoRALinear(torch.autograd.Function):
         X, W, A, B, XA, seed, keep = ctx.saved_tensors
         scaling, p, backend, _ = ctx.call
         need_x, _, need_a, need_b, need_bias, *_ = ctx.needs_input_grad
-        needs = Needs(need_x, need_a, need_b, need_bias)
+        needs = GradMask(need_x, need_a, need_b, need_bias)
         if again(dY):
             mask = composition.keep_mask(X, X.shape[-1], p, seed, backend != "reference")
             dX, dA, dB, dbias = vjp(
@@ -161,10 +161,10 @@ def lora_linear(
     if dropout_mask not in ("bits", "seed"):
         raise ConfigError(f"dropout_mask={dropout_mask!r}; accepted are 'bits' and 'seed'")
     p = dropout_p if training else 0.0
-    return run(X, W, A, B, bias, scaling, p, seed, backend, dropout_mask == "bits", trusted=False)
+    return lora_linear_unchecked(X, W, A, B, bias, scaling, p, seed, backend, dropout_mask == "bits", trusted=False)
 
 
-def run(
+def lora_linear_unchecked(
     X: Tensor,
     W: Tensor,
     A: Tensor,

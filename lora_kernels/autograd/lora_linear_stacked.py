@@ -217,10 +217,10 @@ def lora_linear_stacked(
     if not 0.0 <= dropout_p <= 1.0:
         raise ConfigError(f"dropout_p={dropout_p}; accepted is a probability from 0 to 1")
     p = dropout_p if training else 0.0
-    return run_stacked(X, projections, p, seed, backend, dropout_mask == "bits", trusted=False)
+    return lora_linear_stacked_unchecked(X, projections, p, seed, backend, dropout_mask == "bits", trusted=False)
 
 
-def run_stacked(
+def lora_linear_stacked_unchecked(
     X: Tensor,
     projections: Sequence[Projection],
     p: float,
@@ -229,7 +229,7 @@ def run_stacked(
     keep_bits: bool = True,
     trusted: bool = True,
 ) -> tuple[Tensor, ...]:
-    """lora_linear_stacked for layers, p 0 where nothing is dropped; ``trusted`` as in autograd.lora_linear.run."""
+    """lora_linear_stacked for layers, p 0 where nothing is dropped; ``trusted`` as in lora_linear_unchecked."""
     device_type = "cpu" if X.is_cpu else kind_of(X)
     checked = not trusted or torch.is_autocast_enabled(device_type)
     if checked:

@@ -26,7 +26,7 @@ from lora_kernels.errors import ShapeError
 from lora_kernels.formats import format_of
 from lora_kernels.operands.slots import Slots
 from lora_kernels.planning.multi_plan import resolve
-from lora_kernels.reference import Needs, composition
+from lora_kernels.reference import GradMask, composition
 from lora_kernels.reference.multi_infer import rows_of
 
 Packed = tuple[Tensor | Sequence[Tensor], Tensor | Sequence[Tensor], Sequence[int] | None, Sequence[float] | float]
@@ -49,7 +49,7 @@ class _MultiLoRALinear(torch.autograd.Function):
         X, W, A, B, starts, ranks, scalings, ids, XA = ctx.saved_tensors
         need_x, _, need_a, need_b, need_bias, *_ = ctx.needs_input_grad
         slots = Slots(A, B, starts, ranks, scalings, ctx.max_rank)
-        needs = Needs(need_x, need_a, need_b, need_bias)
+        needs = GradMask(need_x, need_a, need_b, need_bias)
         if again(dY):
             dX, dA, dB, dbias = vjp(
                 lambda X, A, B, bias: _composed(X, W, slots._replace(A=A, B=B), ids, bias),
@@ -194,14 +194,16 @@ def multi_lora_linear(
     if W.device != X.device or (bias is not None and bias.device != X.device):
         raise ShapeError(f"X is on {X.device}, W on {W.device}; expected one device for X, W and bias")
     check_slots(slots, N, K, X.device)
-    return run(X, W, slots, token_ids(adapter_ids, X, slots.ranks.shape[0]), bias, backend)
+    return multi_lora_linear_unchecked(X, W, slots, token_ids(adapter_ids, X, slots.ranks.shape[0]), bias, backend)
 
 
 def _wants(T: Tensor | None) -> bool:
     return T is not None and T.requires_grad
 
 
-def run(X: Tensor, W: Tensor, slots: Slots, ids: Tensor, bias: Tensor | None, backend: str = "auto") -> Tensor:
+def multi_lora_linear_unchecked(
+    X: Tensor, W: Tensor, slots: Slots, ids: Tensor, bias: Tensor | None, backend: str = "auto"
+) -> Tensor:
     """multi_lora_linear for layers that have looked at their operands: ids int32 (M,), one a row of X (..., K)."""
     X, W, bias = _autocast(X, W, bias)
     backend = resolve(backend, X.device.type, X.dtype)

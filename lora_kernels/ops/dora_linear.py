@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_kernels.ops.lora_linear import _empty_bits, _keep, empty_low_rank, lora_linear_bwd, lora_linear_fwd
 from lora_kernels.planning import choose as planner
-from lora_kernels.reference import Needs, unpack_keep
+from lora_kernels.reference import GradMask, unpack_keep
 from lora_kernels.reference import dora_linear as reference
 from lora_kernels.reference.dora_linear import DoRANeeds, column_dots, dropped, magnitude_scale, scale_columns
 
@@ -105,11 +105,11 @@ def dora_linear_bwd(
     if seed is None and X.dtype is not torch.float16:
         if needs.m and Z is not None:
             dm = column_dots(dY, Z).div_(norm).to(m.dtype)
-        inner = Needs(needs.X, needs.A, needs.B)
+        inner = GradMask(needs.X, needs.A, needs.B)
         operands = scale_columns(dY, g), X, W, A, B, XA, scaling, p
         dX, dA, dB, _ = lora_linear_bwd(*operands, None, None, inner, backend)
         return dX, dA, dB, dm, dY.sum(0) if needs.bias else None
-    inner = Needs(needs.X, needs.A, needs.B or needs.m, needs.bias)
+    inner = GradMask(needs.X, needs.A, needs.B or needs.m, needs.bias)
     gB = B * g[:, None]
     if seed is None:
         kernels, chip = planner.triton_kernels(), planner.chip_for(X.device)

@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 from lora_kernels import reference
 from lora_kernels.operands.dtypes import low_rank_dtype
 from lora_kernels.planning import choose as planner
-from lora_kernels.reference import Needs
+from lora_kernels.reference import GradMask
 
 _FWD = (
     "lora_linear_fwd(Tensor X, Tensor W, Tensor A, Tensor B, Tensor? bias, float scaling, float p, Tensor? seed, "
@@ -79,7 +79,7 @@ def lora_linear_bwd(
     p: float,
     seed: Tensor | None,
     keep: Tensor | None,
-    needs: Needs,
+    needs: GradMask,
     backend: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dX, dA, dB, dbias of lora_linear_fwd for dY (M, N); None for each that ``needs`` leaves out.
@@ -138,7 +138,7 @@ def _fwd_fake(
 
 def _bwd_impl(dY: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *operands, needs, backend = args
-    grads = lora_linear_bwd(*(dY, *operands, Needs(*needs), backend))
+    grads = lora_linear_bwd(*(dY, *operands, GradMask(*needs), backend))
     return tuple(dY.new_empty(0) if grad is None else grad for grad in grads)
 
 

@@ -15,7 +15,7 @@ from lora_kernels.formats.side_by_side import as_one
 from lora_kernels.ops.lora_linear import _empty_bits, _keep, empty_low_rank
 from lora_kernels.planning import choose as planner
 from lora_kernels.planning import stacked_cost
-from lora_kernels.planning.stacked_cost import StackedProblem
+from lora_kernels.planning.stacked_cost import StackedCallShape
 from lora_kernels.reference import lora_linear_stacked as reference
 from lora_kernels.reference.lora_linear_stacked import StackedNeeds
 
@@ -35,11 +35,11 @@ _BWD = (
 
 def stacked_problem(
     op: str, X: Tensor, W: Tensors, A: Tensors, scaling: Sequence[float], dropout: bool, **more: bool
-) -> StackedProblem:
+) -> StackedCallShape:
     """A call as the planner sees it."""
     Ns, ranks = tuple(w.shape[0] for w in W), tuple(a.shape[0] for a in A)
     one_scaling = len(set(scaling)) == 1
-    return StackedProblem(op, X.shape[0], Ns, X.shape[1], ranks, X.dtype, dropout, one_scaling=one_scaling, **more)
+    return StackedCallShape(op, X.shape[0], Ns, X.shape[1], ranks, X.dtype, dropout, one_scaling=one_scaling, **more)
 
 
 def lora_linear_stacked_fwd(

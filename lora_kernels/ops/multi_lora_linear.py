@@ -16,7 +16,7 @@ from lora_kernels import reference
 from lora_kernels.operands.dtypes import low_rank_dtype
 from lora_kernels.operands.slots import Slots
 from lora_kernels.planning import multi_plan
-from lora_kernels.reference import Needs
+from lora_kernels.reference import GradMask
 from lora_kernels.reference.products import linear
 
 ON_CPU = ("reference", "auto", "cpp")  # what multi_plan.resolve says where no kernel of a GPU runs
@@ -53,7 +53,7 @@ def multi_lora_linear_fwd(
 
 
 def multi_lora_linear_bwd(
-    dY: Tensor, X: Tensor, W: Tensor, slots: Slots, ids: Tensor, XA: Tensor, needs: Needs, backend: str
+    dY: Tensor, X: Tensor, W: Tensor, slots: Slots, ids: Tensor, XA: Tensor, needs: GradMask, backend: str
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dX, dA, dB, dbias of multi_lora_linear_fwd for dY (M, N); None for each that ``needs`` leaves out."""
     if is_compiling():
@@ -80,7 +80,7 @@ def _fwd_fake(X: Tensor, W: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 def _bwd_impl(dY: Tensor, X: Tensor, W: Tensor, *args: Any) -> tuple[Tensor, ...]:
     slots, (ids, XA, needs, backend) = Slots(*args[:6]), args[6:]
-    grads = multi_lora_linear_bwd(dY, X, W, slots, ids, XA, Needs(*needs), backend)
+    grads = multi_lora_linear_bwd(dY, X, W, slots, ids, XA, GradMask(*needs), backend)
     return tuple(dY.new_empty(0) if grad is None else grad for grad in grads)
 
 

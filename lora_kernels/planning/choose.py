@@ -23,7 +23,7 @@ from lora_kernels.errors import BackendUnavailableError, ConfigError
 from lora_kernels.kernels.chip import CHIPS, Chip, chip_of
 from lora_kernels.kernels.tiles import wide_loads
 from lora_kernels.planning import override
-from lora_kernels.planning.cost import Plan, Problem, seconds
+from lora_kernels.planning.cost import CallShape, Plan, seconds
 from lora_kernels.planning.plans import MULTI, VARIANTS, Variant, switched_off
 from lora_kernels.planning.tuned import Entry, table_for
 
@@ -135,7 +135,7 @@ def chip_for(device: torch.device) -> Chip:
     return CHIPS["sm_90"]
 
 
-def _plan(variant: Variant, problem: Problem, chip: Chip, entry: Entry | None) -> Plan:
+def _plan(variant: Variant, problem: CallShape, chip: Chip, entry: Entry | None) -> Plan:
     direction = variant.fwd if problem.op == "fwd" else variant.bwd
     if direction is None:
         return Plan(variant.name, (), math.inf, "it is a forward plan", variant.opt_in)
@@ -152,14 +152,14 @@ def _plan(variant: Variant, problem: Problem, chip: Chip, entry: Entry | None) -
 
 
 @functools.lru_cache(maxsize=4096)
-def candidates(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
+def candidates(problem: CallShape, chip: Chip) -> tuple[Plan, ...]:
     """Every plan for ``problem``, the fastest predicted first, refused ones last; opt-in ones after all others."""
     entry = table_for(chip.name).lookup(problem)
     plans = (_plan(variant, problem, chip, entry) for variant in VARIANTS)
     return tuple(sorted(plans, key=lambda plan: (plan.opt_in, plan.seconds)))
 
 
-def _own_choice(problem: Problem, chip: Chip) -> Plan:
+def _own_choice(problem: CallShape, chip: Chip) -> Plan:
     """What the tuned table says, if that can run; else the least prediction among the plans that are not opt-in."""
     plans = candidates(problem, chip)
     entry = table_for(chip.name).lookup(problem)
@@ -172,7 +172,7 @@ def _own_choice(problem: Problem, chip: Chip) -> Plan:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(problem: Problem, chip: Chip, forced: str | None = None) -> Plan:
+def choose(problem: CallShape, chip: Chip, forced: str | None = None) -> Plan:
     """The plan that runs: ``forced``, or without a name the tuned table's, or the model's among PLANS.
 
     A backward has no FORWARD_ONLY plan: asked for one, its counterpart runs where there is one and it is valid, else
@@ -200,7 +200,7 @@ def _plan_of(
     descriptors: bool, device: torch.device, forced: str | None,
 ) -> tuple[Plan, Chip]:  # fmt: skip
     chip = chip_for(device)
-    return choose(Problem(op, M, N, K, r, dtype, dropout, bias, need_dx, bits, descriptors), chip, forced), chip
+    return choose(CallShape(op, M, N, K, r, dtype, dropout, bias, need_dx, bits, descriptors), chip, forced), chip
 
 
 def plan_call(

@@ -29,7 +29,7 @@ BANDWIDTH_EFFICIENCY = 0.88
 
 
 @dataclass(frozen=True)
-class Problem:
+class CallShape:
     """One call as the planner sees it: direction, sizes, dtype, and what it must make.
 
     ``bits``: dropout's mask is kept as packed bits (forward writes them, backward reads them), not drawn again.
@@ -73,7 +73,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Plan:
-    """A way to carry out a Problem: its launches, the time predicted for them, and how it was found.
+    """A way to carry out a CallShape: its launches, the time predicted for them, and how it was found.
 
     ``seconds``: predicted. ``measured``: seconds by the tuned table of this GPU, None where it has none. ``tiles``: of
     the main product, None for the default. ``refused``: why it cannot run here. ``why``: what chose it: "model",
@@ -116,72 +116,72 @@ def seconds(launch: Launch, dtype: torch.dtype, chip: Chip) -> float:
     return max(launch.flop / rate, launch.bytes / (chip.gbps * 1e9 * BANDWIDTH_EFFICIENCY)) + LAUNCH_SECONDS
 
 
-def _passes(q: Problem) -> int:
+def _passes(q: CallShape) -> int:
     """How often a pass that holds one tile of ranks walks over its matrix."""
     return -(-q.r // rank_block(q.dtype))
 
 
-def shrink(q: Problem) -> Launch:
+def shrink(q: CallShape) -> Launch:
     """XA = (D*X) A^T, and the mask's bits."""
     e = q.dtype.itemsize
     moved = e * (_passes(q) * q.M * q.K + q.r * q.K + q.M * q.r) + q.mask_bytes
     return Launch("shrink", 2 * q.M * q.K * q.r, moved)
 
 
-def extend(q: Problem) -> Launch:
+def extend(q: CallShape) -> Launch:
     """Y = X W^T + XA B^T."""
     moved = q.M * q.K + q.N * q.K + q.M * q.N + q.M * q.r + q.N * q.r
     return Launch("extend", 2 * q.M * q.N * (q.K + q.r), q.dtype.itemsize * moved)
 
 
-def one_launch(q: Problem) -> Launch:
+def one_launch(q: CallShape) -> Launch:
     """XA and Y in one launch; X is read a second time, from L2."""
     flop = 2 * q.M * q.K * q.r + 2 * q.M * q.N * (q.K + q.r)
     return Launch("one_launch", flop, extend(q).bytes + q.dtype.itemsize * (q.r * q.K + q.M * q.r))
 
 
-def one_pass(q: Problem) -> Launch:
+def one_pass(q: CallShape) -> Launch:
     """XA in every column block of Y again."""
     flop = 2 * q.M * q.N * (q.K + q.r) + 2 * -(-q.N // 64) * q.M * q.K * max(q.r, 16)
     return Launch("one_pass", flop, extend(q).bytes + q.dtype.itemsize * q.r * q.K + q.mask_bytes)
 
 
-def _small(q: Problem) -> int:
+def _small(q: CallShape) -> int:
     """Bytes of dYB, B and A: an upper estimate for any pass of the backward."""
     return q.dtype.itemsize * q.r * (q.M + q.N + q.K)
 
 
-def _dyb_db_parts(q: Problem) -> int:
+def _dyb_db_parts(q: CallShape) -> int:
     return 4 * q.r * (q.M * -(-q.N // 128) + q.N * -(-q.M // 512))
 
 
-def _da_parts(q: Problem) -> int:
+def _da_parts(q: CallShape) -> int:
     """Bytes of dA's fp32 partials, one a row block; tma_dx adds up to eight of them first: there an upper estimate."""
     return 4 * q.r * q.K * -(-q.M // 128)
 
 
-def dyb_db(q: Problem) -> Launch:
+def dyb_db(q: CallShape) -> Launch:
     """dYB = s dY B and dB = dY^T XA from one read of dY for each tile of ranks, as fp32 partials."""
     moved = _passes(q) * q.dtype.itemsize * q.M * q.N + _dyb_db_parts(q) + _small(q)
     return Launch("dyb_db", 4 * q.M * q.N * q.r, moved)
 
 
-def reduce(q: Problem) -> Launch:
+def reduce(q: CallShape) -> Launch:
     """The sum of dyb_db's partials."""
     return Launch("reduce", 0, _dyb_db_parts(q) + _small(q))
 
 
-def reduce_da(q: Problem) -> Launch:
+def reduce_da(q: CallShape) -> Launch:
     """The sum of dA's partials, by the same kernel as reduce."""
     return Launch("reduce", 0, _da_parts(q) + _small(q))
 
 
-def makes_da(q: Problem) -> bool:
+def makes_da(q: CallShape) -> bool:
     """Whether dX's epilogue yields dA: where all ranks fit one tile."""
     return q.r <= rank_block(q.dtype)
 
 
-def dx_da(q: Problem) -> Launch:
+def dx_da(q: CallShape) -> Launch:
     """dX = dY W + D*(dYB A), and dA's partials from the X tile where all ranks fit one tile."""
     e, flop = q.dtype.itemsize, 2 * q.M * q.K * (q.N + q.r)
     moved = e * (q.M * q.N + q.N * q.K + q.M * q.K) + _small(q) + q.mask_bytes
@@ -190,24 +190,24 @@ def dx_da(q: Problem) -> Launch:
     return Launch("dx_da", flop, moved)
 
 
-def da(q: Problem) -> Launch:
+def da(q: CallShape) -> Launch:
     """dA = dYB^T (D*X) as a pass of its own, as fp32 partials."""
     moved = _passes(q) * (q.dtype.itemsize * q.M * q.K + q.mask_bytes) + _da_parts(q) + _small(q)
     return Launch("da", 2 * q.M * q.K * q.r, moved)
 
 
-def expand(q: Problem) -> Launch:
+def expand(q: CallShape) -> Launch:
     """dX += D*(dYB A): a read and a write of dX."""
     return Launch("expand", 2 * q.M * q.K * q.r, 2 * q.dtype.itemsize * q.M * q.K + _small(q) + q.mask_bytes)
 
 
-def _as(kernel: Callable[[Problem], Launch], name: str, maker: str) -> Callable[[Problem], Launch]:
+def _as(kernel: Callable[[CallShape], Launch], name: str, maker: str) -> Callable[[CallShape], Launch]:
     """The same work by another kernel."""
     return lambda q: replace(kernel(q), kernel=name, maker=maker)
 
 
-# The kernels of a LoRA linear layer by the names of their launches, and what each does to a Problem.
-KERNELS: dict[str, Callable[[Problem], Launch]] = {
+# The kernels of a LoRA linear layer by the names of their launches, and what each does to a CallShape.
+KERNELS: dict[str, Callable[[CallShape], Launch]] = {
     kernel.__name__: kernel for kernel in (shrink, extend, one_pass, dyb_db, dx_da, da, expand, reduce)
 } | {
     "ptr_one_launch": _as(one_launch, "ptr_one_launch", "pointer"),

@@ -29,7 +29,7 @@ from lora_kernels.operands.slots import Slots
 from lora_kernels.planning import choose as planner
 from lora_kernels.planning.choose import chip_for, requested_backend, resolve_backend, split_name
 from lora_kernels.planning.cost import Plan, seconds
-from lora_kernels.planning.multi_cost import MultiProblem, launches
+from lora_kernels.planning.multi_cost import MultiCallShape, launches
 from lora_kernels.planning.plans import switched_off
 
 PLANS = ("eager", "extend", "decode", "cuda")
@@ -94,7 +94,7 @@ def by_cpp(X: Tensor, slots: Slots, need_xa: bool, backend: str) -> bool:
     return True
 
 
-def _refused(name: str, q: MultiProblem, unsuited: str | None) -> str | None:
+def _refused(name: str, q: MultiCallShape, unsuited: str | None) -> str | None:
     if name not in ("decode", "cuda"):
         return None
     if name == "cuda" and (reason := cuda_kernels().available() or cuda_kernels().refusal(q.dtype, q.K) or unsuited):
@@ -107,7 +107,7 @@ def _refused(name: str, q: MultiProblem, unsuited: str | None) -> str | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def candidates(problem: MultiProblem, chip: Chip, unsuited: str | None = None) -> tuple[Plan, ...]:
+def candidates(problem: MultiCallShape, chip: Chip, unsuited: str | None = None) -> tuple[Plan, ...]:
     """Every plan for ``problem``, the fastest predicted first, refused ones last.
 
     ``unsuited``: why the tensors of the call are not for plan cuda, as csrc.unsuited says it.
@@ -123,7 +123,7 @@ def candidates(problem: MultiProblem, chip: Chip, unsuited: str | None = None) -
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(problem: MultiProblem, chip: Chip, forced: str | None = None, unsuited: str | None = None) -> Plan:
+def choose(problem: MultiCallShape, chip: Chip, forced: str | None = None, unsuited: str | None = None) -> Plan:
     """The plan that runs: ``forced``, else the least prediction. A forward plan's backward is the planner's own choice.
 
     Raises:
@@ -151,7 +151,7 @@ def plan_call(
     """
     (N, K), L, R = W.shape, slots.ranks.shape[0], slots.A.shape[0]
     kind, forced = split_name(backend)
-    problem = MultiProblem(op, X.shape[0], N, K, L, R, X.dtype, need_xa, need_dx)
+    problem = MultiCallShape(op, X.shape[0], N, K, L, R, X.dtype, need_xa, need_dx)
     chip, cuda = chip_for(X.device), cuda_kernels()
     wanted = op == "fwd" and problem.M <= DECODE_ROWS and cuda.available() is None
     unsuited = cuda.unsuited(X, W, slots) if wanted else None

@@ -14,13 +14,13 @@ import torch
 from lora_kernels.kernels.chip import Chip
 from lora_kernels.operands.dtypes import low_rank_dtype
 from lora_kernels.planning import cost
-from lora_kernels.planning.cost import Launch, Plan, Problem, seconds
+from lora_kernels.planning.cost import CallShape, Launch, Plan, seconds
 
 PLANS = ("eager", "shrink_extend")
 
 
 @dataclass(frozen=True)
-class StackedProblem:
+class StackedCallShape:
     """One call: direction, M rows, K, the N_p and r_p, dtype, and what it must make.
 
     ``bits``: the mask is kept as bits. ``adjacent``: the W_p are one tensor. ``one_scaling``: the s_p are equal.
@@ -38,19 +38,19 @@ class StackedProblem:
     adjacent: bool = False
     one_scaling: bool = True
 
-    def one(self, p: int) -> Problem:
+    def one(self, p: int) -> CallShape:
         """Projection p as a layer of its own."""
-        return Problem(
+        return CallShape(
             self.op, self.M, self.Ns[p], self.K, self.ranks[p], self.dtype, self.dropout, False, self.need_dx, self.bits
         )
 
     @property
-    def whole(self) -> Problem:
+    def whole(self) -> CallShape:
         """One layer as wide as all projections, with all their ranks: for the passes over X."""
         return replace(self.one(0), N=sum(self.Ns), r=sum(self.ranks))
 
 
-def stacked_extend(q: StackedProblem) -> Launch:
+def stacked_extend(q: StackedCallShape) -> Launch:
     """Y_p = X W_p^T + XA_p B_p^T for all p."""
     M, K, N, R = q.M, q.K, sum(q.Ns), sum(q.ranks)
     low = sum(n * r for n, r in zip(q.Ns, q.ranks, strict=True))
@@ -58,16 +58,16 @@ def stacked_extend(q: StackedProblem) -> Launch:
     return Launch("stacked_extend", 2 * M * (N * K + low), q.dtype.itemsize * moved)
 
 
-def stacked_dx(q: StackedProblem) -> Launch:
+def stacked_dx(q: StackedCallShape) -> Launch:
     """dX = sum_p dY_p W_p + D*(dYB A), and dA's partials where they fit."""
     return replace(cost.dx_da(q.whole), kernel="stacked_dx")
 
 
-def _library(kernel: str, M: int, N: int, K: int, q: StackedProblem, add: bool = False) -> Launch:
+def _library(kernel: str, M: int, N: int, K: int, q: StackedCallShape, add: bool = False) -> Launch:
     return cost.library(kernel, M, N, K, q.dtype.itemsize, add)
 
 
-def _eager_fwd(q: StackedProblem) -> Iterator[Launch]:
+def _eager_fwd(q: StackedCallShape) -> Iterator[Launch]:
     ours = low_rank_dtype(q.dtype) is not q.dtype  # the library does not multiply operands of two dtypes
     by_library = not q.dropout and q.one_scaling and not ours
     yield _library("XA", q.M, sum(q.ranks), q.K, q) if by_library else cost.shrink(q.whole)
@@ -78,7 +78,7 @@ def _eager_fwd(q: StackedProblem) -> Iterator[Launch]:
         yield cost.expand(update) if ours else _library("addmm_", q.M, N, r, q, add=True)
 
 
-def _eager_bwd(q: StackedProblem) -> Iterator[Launch]:
+def _eager_bwd(q: StackedCallShape) -> Iterator[Launch]:
     M, K, R = q.M, q.K, sum(q.ranks)
     ours = low_rank_dtype(q.dtype) is not q.dtype
     for p, (N, r) in enumerate(zip(q.Ns, q.ranks, strict=True)):
@@ -95,7 +95,7 @@ def _eager_bwd(q: StackedProblem) -> Iterator[Launch]:
     yield from (cost.da(q.whole), cost.reduce_da(q.whole)) if ours or q.dropout else (_library("dA", R, K, M, q),)
 
 
-def _stacked_bwd(q: StackedProblem) -> Iterator[Launch]:
+def _stacked_bwd(q: StackedCallShape) -> Iterator[Launch]:
     for p in range(len(q.Ns)):
         yield cost.dyb_db(q.one(p))
         yield cost.reduce(q.one(p))
@@ -106,7 +106,7 @@ def _stacked_bwd(q: StackedProblem) -> Iterator[Launch]:
     yield cost.reduce_da(q.whole)
 
 
-def launches(name: str, q: StackedProblem) -> tuple[Launch, ...]:
+def launches(name: str, q: StackedCallShape) -> tuple[Launch, ...]:
     """The launches of plan ``name``, one of PLANS, in order; copies of a few small matrices are left out."""
     if q.op == "fwd":
         return tuple(_eager_fwd(q)) if name == "eager" else (cost.shrink(q.whole), stacked_extend(q))
@@ -114,7 +114,7 @@ def launches(name: str, q: StackedProblem) -> tuple[Launch, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def candidates(problem: StackedProblem, chip: Chip) -> tuple[Plan, ...]:
+def candidates(problem: StackedCallShape, chip: Chip) -> tuple[Plan, ...]:
     """Every plan for ``problem``, the fastest predicted first."""
     plans = []
     for name in PLANS:
@@ -124,7 +124,7 @@ def candidates(problem: StackedProblem, chip: Chip) -> tuple[Plan, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(problem: StackedProblem, chip: Chip, forced: str | None = None) -> Plan:
+def choose(problem: StackedCallShape, chip: Chip, forced: str | None = None) -> Plan:
     """The plan that runs: ``forced`` where it is one of PLANS; the plans that one layer alone has leave the choice."""
     plans = candidates(problem, chip)
     named = next((plan for plan in plans if plan.name == forced), None)

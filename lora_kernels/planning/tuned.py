@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_kernels.errors import ConfigError
-from lora_kernels.planning.cost import Problem, Tiles
+from lora_kernels.planning.cost import CallShape, Tiles
 
 FORMAT = 1
 MARGIN = 0.98  # of eager's time: a plan that is not faster than this is noise or luck, and eager stays
@@ -55,7 +55,7 @@ class Measured:
 @dataclass(frozen=True)
 class Entry:
     """One tuned problem: what was measured, where and with what. ``measured`` holds every candidate that passed the
-    error rule, eager among them; ``chosen`` is one of those. Sizes as in Problem; ``r`` answers for its bucket."""
+    error rule, eager among them; ``chosen`` is one of those. Sizes as in CallShape; ``r`` answers for its bucket."""
 
     gpu: str
     op: str
@@ -98,7 +98,7 @@ def bucket(size: int) -> int:
 Key = tuple[str, str, int, int, int, bool, bool, bool]
 
 
-def key_of(q: Problem | Entry) -> Key:
+def key_of(q: CallShape | Entry) -> Key:
     """What must agree between a call and an entry, all but the row count."""
     dtype = q.dtype if isinstance(q.dtype, str) else str(q.dtype).removeprefix("torch.")
     return q.op, dtype, q.N, q.K, max(bucket(q.r), 4), q.dropout, q.dropout and q.bits, q.op == "bwd" and q.need_dx
@@ -116,13 +116,13 @@ class Table:
     def entries(self) -> list[Entry]:
         return [entry for rows in self._entries.values() for entry in rows.values()]
 
-    def lookup(self, q: Problem) -> Entry | None:
+    def lookup(self, q: CallShape) -> Entry | None:
         """The entry with the nearest row bucket, the larger one of two; None where none is near."""
         rows = self._entries.get(key_of(q), {})
         near = [b for b in rows if abs(b - bucket(q.M)) <= REACH]
         return rows[min(near, key=lambda b: (abs(b - bucket(q.M)), -b))] if near else None
 
-    def exact(self, q: Problem) -> Entry | None:
+    def exact(self, q: CallShape) -> Entry | None:
         """The entry measured in q's own row bucket."""
         return self._entries.get(key_of(q), {}).get(bucket(q.M))
 

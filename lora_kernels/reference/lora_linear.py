@@ -24,7 +24,7 @@ from lora_kernels.operands.dtypes import low_rank_dtype
 from lora_kernels.reference.products import add_low_rank_, linear, mm, scaled_mm, wide_mm
 
 
-class Needs(NamedTuple):
+class GradMask(NamedTuple):
     """Which gradients a backward call makes."""
 
     X: bool = True
@@ -78,7 +78,7 @@ def lora_linear_bwd(
     scaling: float,
     keep: Tensor | None = None,
     p: float = 0.0,
-    needs: Needs = Needs(),  # noqa: B008  (immutable)
+    needs: GradMask = GradMask(),  # noqa: B008  (immutable)
     dZ: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dX (M, K), dA (r, K) in A's dtype, dB (N, r) in B's, dbias (N,); None for each that ``needs`` leaves out.

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels.reference.lora_linear import Needs, lora_linear_bwd, lora_linear_fwd
+from lora_kernels.reference.lora_linear import GradMask, lora_linear_bwd, lora_linear_fwd
 from lora_kernels.reference.lora_linear_stacked import StackedNeeds, lora_linear_stacked_bwd, lora_linear_stacked_fwd
 
 
@@ -96,7 +96,7 @@ def lora_mlp_bwd(
     needs: MLPNeeds,
 ) -> MLPGrads:
     """The gradients that ``needs`` asks for; XA as its blocks (M, r_p) of gate and up."""
-    last = Needs(needs.through, needs.A[2], needs.B[2], needs.bias[2])
+    last = GradMask(needs.through, needs.A[2], needs.B[2], needs.bias[2])
     H = swiglu(G, U) if needs.A[2] else G  # without dA nothing but its shape is asked for
     dH, dA_down, *down = lora_linear_bwd(dY, H, W[2], A[2], B[2], HA, scaling[2], keep_h, p, last)
     if dH is None:

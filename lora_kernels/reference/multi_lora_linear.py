@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lora_kernels.operands.dtypes import low_rank_dtype
 from lora_kernels.operands.slots import Slots
-from lora_kernels.reference.lora_linear import Needs, _as
+from lora_kernels.reference.lora_linear import GradMask, _as
 from lora_kernels.reference.multi_infer import owned, places, rows_of
 from lora_kernels.reference.products import add_low_rank_, linear, mm, scaled_mm
 
@@ -77,7 +77,7 @@ def multi_lora_linear_bwd(
     slots: Slots,
     ids: Tensor,
     XA: Tensor,
-    needs: Needs = Needs(),  # noqa: B008  (immutable)
+    needs: GradMask = GradMask(),  # noqa: B008  (immutable)
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dX (M, K), dA (R, K) in A's dtype, dB (N, R) in B's, dbias (N,); None for each that ``needs`` leaves out.
 

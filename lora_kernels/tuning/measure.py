@@ -19,9 +19,9 @@ from lora_kernels import ops, reference
 from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.kernels.chip import Chip
 from lora_kernels.planning.choose import triton_kernels
-from lora_kernels.planning.cost import Problem, Tiles
+from lora_kernels.planning.cost import CallShape, Tiles
 from lora_kernels.planning.plans import VARIANTS
-from lora_kernels.reference import Needs
+from lora_kernels.reference import GradMask
 from lora_kernels.testing import Problem as Operands
 from lora_kernels.testing import Results, plain, truth, within_rule
 
@@ -47,7 +47,7 @@ class Spread(NamedTuple):
     p80: float
 
 
-def candidates(q: Problem, chip: Chip) -> list[Candidate]:
+def candidates(q: CallShape, chip: Chip) -> list[Candidate]:
     """Every plan that can run ``q``, eager first, with its default tiles (None) and those near them; plans with the
     launches of an earlier one are left out."""
     found: list[Candidate] = []
@@ -86,13 +86,13 @@ def candidate_label(plan: str, tiles: Tiles | None) -> str:
     return " ".join([plan, *(f"{name.removeprefix('BLOCK_')}{value}" for name, value in fields.items())])
 
 
-class Trial:
-    """A Problem with random operands on ``device``, its LoRA term as large as its base term, dropout ``p`` if any.
+class TuningRun:
+    """A CallShape with random operands on ``device``, its LoRA term as large as its base term, dropout ``p`` if any.
 
     Adapters are float32 beside 16-bit weights, as LoRALinear keeps them.
     """
 
-    def __init__(self, problem: Problem, device: torch.device, chip: Chip, p: float = 0.1, seed: int = 0) -> None:
+    def __init__(self, problem: CallShape, device: torch.device, chip: Chip, p: float = 0.1, seed: int = 0) -> None:
         self.problem, self.chip = problem, chip
         self._given = _operands(problem, device, p if problem.dropout else 0.0, seed)
         given, (M, K) = self._given, self._given.X.shape
@@ -111,7 +111,7 @@ class Trial:
         drop = None if self._seed is None else kernels.Dropout(g.p, self._seed, self._bits)
         if q.op == "fwd":
             return lambda: kernels.lora_linear_fwd(g.X, g.W, g.A, g.B, g.bias, SCALING, drop, plan, chip, tiles)
-        needs, XA = Needs(q.need_dx, True, True, q.bias), self._XA
+        needs, XA = GradMask(q.need_dx, True, True, q.bias), self._XA
         return lambda: kernels.lora_linear_bwd(g.dY, g.X, g.W, g.A, g.B, XA, SCALING, drop, needs, plan, chip, tiles)
 
     def fault(self, call: Call) -> str | None:
@@ -147,7 +147,7 @@ class Trial:
         self._truth = self._plain = None
 
 
-def _operands(q: Problem, device: torch.device, p: float, seed: int) -> Operands:
+def _operands(q: CallShape, device: torch.device, p: float, seed: int) -> Operands:
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, std: float = 1.0, dtype: torch.dtype = q.dtype) -> Tensor:

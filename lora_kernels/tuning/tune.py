@@ -25,9 +25,9 @@ from lora_kernels.atomic_write import atomic_write
 from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.kernels.chip import Chip
 from lora_kernels.planning import choose as planner
-from lora_kernels.planning.cost import Problem
+from lora_kernels.planning.cost import CallShape
 from lora_kernels.planning.tuned import Entry, Measured, Table, TableError, dumps, loads, read, user_table
-from lora_kernels.tuning.measure import Call, Candidate, Trial, candidate_label, candidates, timed
+from lora_kernels.tuning.measure import Call, Candidate, TuningRun, candidate_label, candidates, timed
 
 REHEARSAL = "rehearsal"
 HOPELESS = 1.25  # times the fastest: not timed any further
@@ -39,7 +39,7 @@ class Progress:
 
     done: int
     total: int
-    problem: Problem | None
+    problem: CallShape | None
     text: str
 
 
@@ -51,12 +51,12 @@ class Outcome:
 
     path: Path
     entries: list[Entry] = field(default_factory=list)
-    left: list[Problem] = field(default_factory=list)
-    faults: list[tuple[Problem, str, str]] = field(default_factory=list)
+    left: list[CallShape] = field(default_factory=list)
+    faults: list[tuple[CallShape, str, str]] = field(default_factory=list)
 
 
 def tune(
-    problems: Sequence[Problem],
+    problems: Sequence[CallShape],
     device: torch.device,
     budget: float | None = None,
     out: Path | None = None,
@@ -96,7 +96,7 @@ def tune(
         entry = Table(_entries(outcome.path, gpu, rehearse)).exact(q)
         known = entry is not None and all(getattr(entry, name) == value for name, value in where.items())
 
-        def tell(text: str, number: int = number, q: Problem = q) -> None:
+        def tell(text: str, number: int = number, q: CallShape = q) -> None:
             if on_progress is not None:
                 on_progress(Progress(number, len(problems), q, text))
 
@@ -122,7 +122,7 @@ def tune(
 
 
 def _measure(
-    q: Problem,
+    q: CallShape,
     device: torch.device,
     chip: Chip,
     dropout_p: float,
@@ -135,7 +135,7 @@ def _measure(
     """Every candidate that passed, with its times; None where time ran out before all had their turn."""
     if deadline is not None and time.monotonic() > deadline:
         return None
-    trial = Trial(q, device, chip, dropout_p)
+    trial = TuningRun(q, device, chip, dropout_p)
     passed: dict[str, tuple[Candidate, Call]] = {}
     for plan, tiles in candidates(q, chip):
         label = candidate_label(plan, tiles)
@@ -214,7 +214,7 @@ def _entries(path: Path, gpu: str, rehearsal: bool) -> list[Entry]:
         return []
 
 
-def _entry(q: Problem, measured: tuple[Measured, ...], where: dict[str, str]) -> Entry:
+def _entry(q: CallShape, measured: tuple[Measured, ...], where: dict[str, str]) -> Entry:
     return Entry(
         op=q.op, dtype=str(q.dtype).removeprefix("torch."), M=q.M, N=q.N, K=q.K, r=q.r, dropout=q.dropout, bits=q.bits,
         bias=q.bias, need_dx=q.need_dx, measured=measured, **where,
