@@ -1,6 +1,6 @@
-"""lora_kernels::dora_linear_fwd and _bwd: LoRA's operators with the column scale around them.
+"""lora_kernels::dora_linear_fwd and _bwd: LoRA's operators with a scale of the output columns.
 
-As in ops/lora_linear.py the two functions do the work themselves in eager code and call the operator while a graph is
+As in ops/lora_linear.py, the two functions compute directly in eager code and call the operator while a graph is
 traced.
 """
 
@@ -46,10 +46,10 @@ def dora_linear_fwd(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Y (M, N), XA (M, r), Z (M, N) and the mask's bits, for the operands of reference.dora_linear_fwd.
 
-    ``backend`` is a resolved name. In float16 without dropout the eager plan runs under any, since g comes between the
-    base product and the update (reference/dora_linear.py). ``seed`` int64 (2,) switches dropout on; Z is None unless
-    ``keep_z``. The bits, uint8 (M, ceil(K/8)), are Triton's under dropout; the reference draws its mask again and gives
-    None.
+    ``backend`` is a resolved name. In float16 without dropout every Triton plan is replaced by the eager one,
+    since g is applied between base product and update (reference/dora_linear.py). ``seed`` int64 (2,) enables dropout.
+    Z is None unless ``keep_z``. The bits, uint8 (M, ceil(K/8)), exist on Triton with dropout; the reference draws its
+    mask again and returns None.
     """
     if torch.compiler.is_compiling():
         return torch.ops.lora_kernels.dora_linear_fwd(X, W, A, B, m, norm, bias, scaling, p, seed, backend, keep_z)
@@ -71,7 +71,7 @@ def dora_linear_fwd(
 
 
 def _dropped(X: Tensor, bits: Tensor | None, p: float) -> Tensor:
-    """D/(1-p) * X for the mask that ``bits`` hold; X itself without one."""
+    """D/(1-p) * X for the mask in ``bits``; X itself without bits."""
     return X if bits is None else dropped(X, unpack_keep(bits, X.shape[1]), p)
 
 
@@ -92,7 +92,7 @@ def dora_linear_bwd(
     needs: DoRANeeds,
     backend: str,
 ) -> Grads:
-    """dX, dA, dB, dm, dbias of dora_linear_fwd for dY (M, N); None for each that ``needs`` leaves out."""
+    """dX, dA, dB, dm, dbias of dora_linear_fwd for dY (M, N); None for each that ``needs`` excludes."""
     if torch.compiler.is_compiling():
         made = torch.ops.lora_kernels.dora_linear_bwd(
             dY, X, W, A, B, m, norm, XA, Z, scaling, p, seed, keep, list(needs), backend

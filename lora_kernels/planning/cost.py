@@ -1,8 +1,9 @@
-"""What work costs: the FLOP and bytes of every kernel of a LoRA linear layer, and the time a chip should take for them.
+"""Cost model of a LoRA linear layer: FLOP and bytes of every kernel, and the time predicted for them on a chip.
 
 A kernel's time is the larger of FLOP over rate and bytes over bandwidth, plus a fixed cost a launch. Rates are
-data-sheet figures times efficiencies that no GPU of ours has measured yet, chosen so that the vendor's library keeps
-the base GEMM wherever the prediction is not clearly in favour of ours. variants.py composes kernels into plans.
+data-sheet figures times efficiencies that have not been measured on a GPU yet. They are chosen so that the vendor's
+library computes the base GEMM unless the prediction clearly favours a kernel of this package. plans.py composes
+kernels into plans.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from lora_kernels.kernels.tiles import Config, rank_block
 
 Tiles = Config | GluonConfig  # of a plan's main product
 LAUNCH_SECONDS = 2.5e-6
-# Of the data-sheet rate, a large product: by the vendor's library anywhere, by our kernels on an architecture.
+# Fraction of the data-sheet rate that a large product reaches: the vendor's library, our kernels by architecture.
 LIBRARY_EFFICIENCY = 0.75
 EFFICIENCY = {
     "pointer": {"sm_80": 0.66, "sm_86": 0.68, "sm_89": 0.68, "sm_90": 0.5, "sm_100": 0.3},
@@ -30,10 +31,10 @@ BANDWIDTH_EFFICIENCY = 0.88
 
 @dataclass(frozen=True)
 class CallShape:
-    """One call as the planner sees it: direction, sizes, dtype, and what it must make.
+    """The planner's key of one call: direction, sizes, dtype, and which results are needed.
 
     ``bits``: dropout's mask is kept as packed bits (forward writes them, backward reads them), not drawn again.
-    ``descriptors``: TMA descriptors can take the tensors of this call as they lie in memory.
+    ``descriptors``: TMA descriptors accept the strides and addresses of this call's tensors.
     """
 
     op: str  # "fwd" or "bwd"
@@ -50,13 +51,13 @@ class CallShape:
 
     @property
     def mask_bytes(self) -> int:
-        """Bytes of the packed mask, 0 where there is none."""
+        """Bytes of the packed mask; 0 without one."""
         return self.M * 16 * -(-self.K // 128) if self.dropout and self.bits else 0
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel: its name, FLOP, bytes moved to and from memory, and whose efficiency applies.
+    """One kernel: its name, FLOP, bytes moved to and from memory, and the efficiency that applies.
 
     ``maker``: "library" (the vendor's), or one of EFFICIENCY: "pointer", "tma", "gluon".
     """
@@ -73,11 +74,11 @@ class Launch:
 
 @dataclass(frozen=True)
 class Plan:
-    """A way to carry out a CallShape: its launches, the time predicted for them, and how it was found.
+    """One way to compute a CallShape: its launches, the time predicted for them, and why it was chosen.
 
-    ``seconds``: predicted. ``measured``: seconds by the tuned table of this GPU, None where it has none. ``tiles``: of
-    the main product, None for the default. ``refused``: why it cannot run here. ``why``: what chose it: "model",
-    "tuned on this GPU", "named"; empty for a plan that was not chosen. ``descriptors``: it hands its matrices to TMA.
+    ``seconds``: predicted. ``measured``: seconds in the tuned table of this GPU, None if it has none. ``tiles``: of
+    the main product, None for the default. ``refused``: why it cannot run here. ``why``: "model", "tuned on this GPU"
+    or "named"; empty for a plan that was not chosen. ``descriptors``: it reads its matrices by TMA.
     """
 
     name: str
@@ -106,7 +107,7 @@ class Plan:
 
 
 def seconds(launch: Launch, dtype: torch.dtype, chip: Chip) -> float:
-    """Predicted seconds of one launch on ``chip``, its launch cost included."""
+    """Predicted seconds of one launch on ``chip``, including the launch cost."""
     scalar = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     rate = (chip.fp32_tflops if scalar else chip.tflops / (2 if dtype == torch.float32 else 1)) * 1e12
     if launch.library:
@@ -117,7 +118,7 @@ def seconds(launch: Launch, dtype: torch.dtype, chip: Chip) -> float:
 
 
 def _passes(q: CallShape) -> int:
-    """How often a pass that holds one tile of ranks walks over its matrix."""
+    """Number of times that a pass which holds one tile of ranks reads its matrix."""
     return -(-q.r // rank_block(q.dtype))
 
 
@@ -141,7 +142,7 @@ def one_launch(q: CallShape) -> Launch:
 
 
 def one_pass(q: CallShape) -> Launch:
-    """XA in every column block of Y again."""
+    """XA and Y; XA is computed again in every column block of Y."""
     flop = 2 * q.M * q.N * (q.K + q.r) + 2 * -(-q.N // 64) * q.M * q.K * max(q.r, 16)
     return Launch("one_pass", flop, extend(q).bytes + q.dtype.itemsize * q.r * q.K + q.mask_bytes)
 
@@ -177,12 +178,12 @@ def reduce_da(q: CallShape) -> Launch:
 
 
 def makes_da(q: CallShape) -> bool:
-    """Whether dX's epilogue yields dA: where all ranks fit one tile."""
+    """Whether dX's epilogue computes dA: all ranks fit one tile."""
     return q.r <= rank_block(q.dtype)
 
 
 def dx_da(q: CallShape) -> Launch:
-    """dX = dY W + D*(dYB A), and dA's partials from the X tile where all ranks fit one tile."""
+    """dX = dY W + D*(dYB A), and dA's partials from the X tile if all ranks fit one tile."""
     e, flop = q.dtype.itemsize, 2 * q.M * q.K * (q.N + q.r)
     moved = e * (q.M * q.N + q.N * q.K + q.M * q.K) + _small(q) + q.mask_bytes
     if makes_da(q):
@@ -191,7 +192,7 @@ def dx_da(q: CallShape) -> Launch:
 
 
 def da(q: CallShape) -> Launch:
-    """dA = dYB^T (D*X) as a pass of its own, as fp32 partials."""
+    """dA = dYB^T (D*X) in a separate pass, as fp32 partials."""
     moved = _passes(q) * (q.dtype.itemsize * q.M * q.K + q.mask_bytes) + _da_parts(q) + _small(q)
     return Launch("da", 2 * q.M * q.K * q.r, moved)
 
@@ -206,7 +207,7 @@ def _as(kernel: Callable[[CallShape], Launch], name: str, maker: str) -> Callabl
     return lambda q: replace(kernel(q), kernel=name, maker=maker)
 
 
-# The kernels of a LoRA linear layer by the names of their launches, and what each does to a CallShape.
+# The kernels of a LoRA linear layer: launch name -> cost of a CallShape.
 KERNELS: dict[str, Callable[[CallShape], Launch]] = {
     kernel.__name__: kernel for kernel in (shrink, extend, one_pass, dyb_db, dx_da, da, expand, reduce)
 } | {
@@ -221,5 +222,5 @@ KERNELS: dict[str, Callable[[CallShape], Launch]] = {
 
 
 def library(kernel: str, M: int, N: int, K: int, itemsize: int, add: bool = False) -> Launch:
-    """A product (M, K) x (K, N) by the vendor's library; with ``add`` it reads what it adds to."""
+    """A product (M, K) x (K, N) by the vendor's library; with ``add`` it also reads the output it adds to."""
     return Launch(kernel, 2 * M * N * K, itemsize * (M * K + N * K + (2 if add else 1) * M * N), "library")

@@ -1,7 +1,7 @@
-"""What the linear layer with many adapters costs: the launches of each plan, their FLOP and bytes.
+"""Cost model of the linear layer with many adapters: the launches of each plan, their FLOP and bytes.
 
-Which adapters a batch holds is data of the device, so a plan is judged for a batch that the host can know of: every
-slot in use once where there are rows enough, slots of the mean rank, rows of one slot side by side.
+Adapter ids are stored on the GPU, so the model assumes a uniform batch: every slot is used if there are enough rows,
+each slot has the mean rank, and the rows of one slot are adjacent.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from lora_kernels.planning.cost import Launch, library
 
 @dataclass(frozen=True)
 class MultiCallShape:
-    """One call: direction, M rows, N, K, L slots of R ranks in all, dtype, and whether XA is to be kept.
+    """One call: direction, M rows, N, K, L slots of R ranks in all, dtype, and whether XA is kept.
 
-    ``need_dx``: backward, whether X asks for a gradient.
+    ``need_dx``: in a backward, whether X requires a gradient.
     """
 
     op: str  # "fwd" or "bwd"
@@ -33,17 +33,17 @@ class MultiCallShape:
 
     @property
     def distinct(self) -> int:
-        """Adapters that a batch is taken to hold."""
+        """Number of adapters that the batch is assumed to use."""
         return min(self.L, self.M)
 
     @property
     def ranks(self) -> int:
-        """Their ranks in all."""
+        """Sum of their ranks."""
         return -(-self.R * self.distinct // max(self.L, 1))
 
     @property
     def rank(self) -> int:
-        """The mean rank, which a row has."""
+        """The mean rank, assumed for every row."""
         return -(-self.R // max(self.L, 1))
 
 
@@ -65,18 +65,18 @@ def expand(q: MultiCallShape, N: int) -> Launch:
 
 
 def decode(q: MultiCallShape, maker: str = "pointer") -> Launch:
-    """Everything in one launch: W, and the A and B of the adapters that are there, once."""
+    """The whole forward in one launch: reads W and the A and B of the adapters in use once."""
     moved = q.N * q.K + q.ranks * (q.N + q.K) + q.M * (q.N + q.K)
     return Launch("multi_decode", 2 * q.M * (q.N * q.K + q.rank * (q.N + q.K)), q.dtype.itemsize * moved, maker)
 
 
 def rows(q: MultiCallShape) -> Launch:
-    """The rows of every slot from M ids, read twice a slot: from memory once."""
+    """The rows of every slot from M ids; each slot reads the ids twice, once from memory."""
     return Launch("multi_rows", 0, 4 * (2 * q.M + 2 * q.L))
 
 
 def gradients(q: MultiCallShape) -> Launch:
-    """dA_l = dYB^T X and dB_l = dY^T XA: one walk over each matrix, one launch for both."""
+    """dA_l = dYB^T X and dB_l = dY^T XA: one pass over each matrix, one launch for both."""
     low = q.M * q.rank
     moved = q.M * (q.K + q.N) + 2 * low + q.R * (q.K + q.N)
     return Launch("multi_grads", 2 * low * (q.K + q.N), q.dtype.itemsize * moved)
@@ -88,7 +88,7 @@ def sums(q: MultiCallShape, spans: int = 4) -> Launch:
 
 
 def launches(name: str, q: MultiCallShape) -> tuple[Launch, ...]:
-    """The launches of plan ``name``, in order; the sum of partials, as long in every plan, is left out."""
+    """The launches of plan ``name``, in order, without the sum of partials, which is equal in every plan."""
     e = q.dtype.itemsize
     if q.op == "bwd":
         dX: tuple[Launch, ...] = ()
@@ -103,7 +103,7 @@ def launches(name: str, q: MultiCallShape) -> tuple[Launch, ...]:
     return shrink(q, q.K), library("matmul", q.M, q.N, q.K, e), expand(q, q.N)
 
 
-# The kernels by the names of their launches, and what each does to a forward CallShape; N and K change places for dX.
+# The kernels: launch name -> cost of a forward MultiCallShape; for dX, N and K are exchanged.
 KERNELS: dict[str, Callable[[MultiCallShape], Launch]] = {
     "multi_shrink": lambda q: shrink(q, q.K),
     "multi_extend": lambda q: extend(q, q.N, q.K),

@@ -1,7 +1,7 @@
-"""The plans of a LoRA linear layer as one table: what each launches, its tiles, and where it cannot run.
+"""The plans of a LoRA linear layer as one table: launches, tiles, and the calls that each plan refuses.
 
 A new kernel variant is one entry of VARIANTS (and its kernel's cost in cost.py): the planner, explain, tune and the
-tests walk over the table.
+tests read the table.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def _nothing_else(q: CallShape, chip: Chip) -> str | None:
 class Pass:
     """One direction of a plan.
 
-    ``launches``: of a CallShape, in order. ``tiles``: the default configuration of the main product; None where the
-    vendor's library makes it. ``others``: configurations of the other kernels, which must be valid, too. ``refusal``:
-    what else stands against it; None where nothing does. ``descriptors``: it hands its matrices to TMA descriptors.
+    ``launches``: of a CallShape, in order. ``tiles``: the default configuration of the main product; None if the
+    vendor's library computes it. ``others``: configurations of the other kernels, which must also be valid.
+    ``refusal``: any other reason why it cannot run, or None. ``descriptors``: it reads its matrices by TMA.
     """
 
     launches: Callable[[CallShape], tuple[Launch, ...]]
@@ -53,7 +53,7 @@ class Pass:
     descriptors: bool = False
 
     def refused(self, q: CallShape, chip: Chip, tiles: Tiles | None = None) -> str | None:
-        """Why it cannot run with ``tiles`` (None: the default ones), or None where it can."""
+        """Why it cannot run with ``tiles`` (None: the default ones), or None if it can."""
         if self.descriptors:
             if reason := tma_rows(q.N, q.K, q.dtype):
                 return reason
@@ -67,7 +67,7 @@ class Pass:
 
 
 def invalid(tiles: Tiles, q: CallShape, chip: Chip) -> str | None:
-    """Why a kernel of q's dtype and rank cannot run with ``tiles`` on ``chip``; None where it can."""
+    """Why a kernel of q's dtype and rank cannot run with ``tiles`` on ``chip``; None if it can."""
     if isinstance(tiles, GluonConfig):
         return gluon_refusal(tiles, q.dtype, q.r, chip)
     return is_valid(tiles, q.dtype, q.r, chip)
@@ -75,8 +75,9 @@ def invalid(tiles: Tiles, q: CallShape, chip: Chip) -> str | None:
 
 @dataclass(frozen=True)
 class Variant:
-    """A plan. ``opt_in``: runs only where it is named or a tuned table of this GPU says so: no GPU has measured it yet.
-    ``backward``: the plan a backward takes where this one, which has no backward, is named; None: the planner's own.
+    """A plan. ``opt_in``: it runs only if it is named or chosen by a tuned table of this GPU, since it has not been
+    measured on a GPU yet. ``backward``: for a plan without a backward, the plan of the backward when this one is named;
+    None: the planner's own choice.
     """
 
     name: str
@@ -117,7 +118,7 @@ def _eager_bwd(q: CallShape) -> tuple[Launch, ...]:
 
 
 def _split_bwd(dx: str) -> Callable[[CallShape], tuple[Launch, ...]]:
-    """dyb_db, then dX by kernel ``dx`` with dA in its epilogue where that fits, else dA by a pass of its own."""
+    """dyb_db, then dX by kernel ``dx`` with dA in its epilogue if it fits, else dA in a separate pass."""
 
     def launches(q: CallShape) -> tuple[Launch, ...]:
         parts = [KERNELS["dyb_db"](q), KERNELS["reduce"](q)]
@@ -216,14 +217,14 @@ VARIANTS = (
 )
 BY_NAME = {variant.name: variant for variant in VARIANTS}
 SWITCH = "LORA_KERNELS_DISABLE"
-MULTI = ("extend", "decode")  # plans of the linear layer with many adapters alone: multi_plan.py
+MULTI = ("extend", "decode")  # plans that only the linear layer with many adapters has: multi_plan.py
 
 
 def switched_off(name: str) -> str | None:
-    """Why a plan must not run although it could: the environment names it. eager, the floor, cannot be switched off.
+    """The reason if LORA_KERNELS_DISABLE names this plan, else None. The eager plan cannot be switched off.
 
     Raises:
-        ConfigError: the environment names something else.
+        ConfigError: the variable names an unknown plan.
     """
     given = [word for word in os.environ.get(SWITCH, "").split(",") if word]
     names = [*(name for name in BY_NAME if name != "eager"), *MULTI, "cuda", "cpp"]

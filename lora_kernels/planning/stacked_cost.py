@@ -1,6 +1,6 @@
-"""Which plan P stacked LoRA linear layers take: the launches of each, their FLOP and bytes, and the least prediction.
+"""Choose the plan of P stacked LoRA linear layers: the launches of each plan, their FLOP and bytes.
 
-The kernels that serve one projection at a time cost what cost.py says of them; here are the two that serve all.
+cost.py has the kernels that compute one projection at a time; this file has the two that compute all of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PLANS = ("eager", "shrink_extend")
 
 @dataclass(frozen=True)
 class StackedCallShape:
-    """One call: direction, M rows, K, the N_p and r_p, dtype, and what it must make.
+    """One call: direction, M rows, K, the N_p and r_p, dtype, and which results are needed.
 
     ``bits``: the mask is kept as bits. ``adjacent``: the W_p are one tensor. ``one_scaling``: the s_p are equal.
     """
@@ -39,14 +39,14 @@ class StackedCallShape:
     one_scaling: bool = True
 
     def one(self, p: int) -> CallShape:
-        """Projection p as a layer of its own."""
+        """The CallShape of projection p alone."""
         return CallShape(
             self.op, self.M, self.Ns[p], self.K, self.ranks[p], self.dtype, self.dropout, False, self.need_dx, self.bits
         )
 
     @property
     def whole(self) -> CallShape:
-        """One layer as wide as all projections, with all their ranks: for the passes over X."""
+        """One layer as wide as all projections, with the sum of their ranks: for the passes over X."""
         return replace(self.one(0), N=sum(self.Ns), r=sum(self.ranks))
 
 
@@ -59,7 +59,7 @@ def stacked_extend(q: StackedCallShape) -> Launch:
 
 
 def stacked_dx(q: StackedCallShape) -> Launch:
-    """dX = sum_p dY_p W_p + D*(dYB A), and dA's partials where they fit."""
+    """dX = sum_p dY_p W_p + D*(dYB A), and dA's partials if all ranks fit one tile."""
     return replace(cost.dx_da(q.whole), kernel="stacked_dx")
 
 
@@ -107,7 +107,7 @@ def _stacked_bwd(q: StackedCallShape) -> Iterator[Launch]:
 
 
 def launches(name: str, q: StackedCallShape) -> tuple[Launch, ...]:
-    """The launches of plan ``name``, one of PLANS, in order; copies of a few small matrices are left out."""
+    """The launches of plan ``name``, one of PLANS, in order, without copies of small matrices."""
     if q.op == "fwd":
         return tuple(_eager_fwd(q)) if name == "eager" else (cost.shrink(q.whole), stacked_extend(q))
     return tuple(_eager_bwd(q) if name == "eager" else _stacked_bwd(q))
@@ -125,7 +125,7 @@ def candidates(problem: StackedCallShape, chip: Chip) -> tuple[Plan, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def choose(problem: StackedCallShape, chip: Chip, forced: str | None = None) -> Plan:
-    """The plan that runs: ``forced`` where it is one of PLANS; the plans that one layer alone has leave the choice."""
+    """The plan that runs: ``forced`` if it is one of PLANS, otherwise (a plan of one layer) the planner's choice."""
     plans = candidates(problem, chip)
     named = next((plan for plan in plans if plan.name == forced), None)
     return replace(plans[0], why="model") if named is None else replace(named, why="named")
