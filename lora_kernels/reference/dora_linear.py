@@ -35,7 +35,7 @@ from lora_kernels.reference.weight_norm import row_blocks, wide
 
 
 class DoRANeeds(NamedTuple):
-    """Which gradients a backward call makes."""
+    """The gradients that a backward call computes."""
 
     X: bool = True
     A: bool = True
@@ -45,7 +45,7 @@ class DoRANeeds(NamedTuple):
 
 
 def magnitude_scale(m: Tensor, norm: Tensor) -> Tensor:
-    """g (N,) = m / norm in norm's dtype or wider; infinite or NaN where a row of W + s B A is zero, as in PEFT."""
+    """g (N,) = m / norm in norm's dtype or wider; infinite or NaN if a row of W + s B A is zero, as in PEFT."""
     return m / norm
 
 
