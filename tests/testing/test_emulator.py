@@ -79,7 +79,9 @@ def gluon_with(kernels_with):
 
     def plant(file="", text="", replacement=""):
         replacement = replacement.replace("HALF_A_TILE", "half.shape[1]")
-        forward, backward = kernels_with((FORWARD, BACKWARD), f"{file.replace('.', '/')}.py" if file else "", text, replacement, 1)
+        forward, backward = kernels_with(
+            (FORWARD, BACKWARD), f"{file.replace('.', '/')}.py" if file else "", text, replacement, 1
+        )
         return forward.gluon_extend, forward.gluon_one_launch, backward.gluon_dx
 
     return plant
