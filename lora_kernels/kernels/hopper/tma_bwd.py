@@ -205,5 +205,4 @@ def tma_dx(
         num_stages=config.num_stages,
         **dropout_args(drop),
     )
-    (dA,) = reduce_partials(Partial(part_da, A.dtype, inv_keep(drop)))
-    return dX, dA
+    return dX, reduce_partials(Partial(part_da, A.dtype, inv_keep(drop)))[0]
