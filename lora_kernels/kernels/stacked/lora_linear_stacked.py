@@ -205,7 +205,7 @@ def stacked_extend(
         XA,
         tuple(W),
         tuple(B),
-        tuple(X if b is None else b for b in bias),  # X stands where there is none: nothing is read of it
+        tuple(X if b is None else b for b in bias),  # X in place of a missing bias: it is not read
         Y,
         M=M,
         K=K,
