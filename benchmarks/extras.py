@@ -16,7 +16,7 @@ from benchmarks.measure import Bench, Found
 from benchmarks.models import SIZES
 from benchmarks.overhead import CONTENDERS, overhead
 from benchmarks.rows import Check
-from lora_kernels.planning.cost import Problem
+from lora_kernels.planning.cost import CallShape
 from lora_kernels.planning.tuned import Entry
 from lora_kernels.tuning.tune import tune
 
@@ -40,11 +40,11 @@ def tune_units(out: Path, rehearse: bool) -> Iterator[tuple[str, Unit]]:
         cases = distinct(tiny(case) for case in cases[:1])
     for case in cases:
         for op in ("fwd", "bwd"):
-            q = Problem(op, case.M, case.N, case.K, case.r, case.dtype, dropout=case.p > 0)
+            q = CallShape(op, case.M, case.N, case.K, case.r, case.dtype, dropout=case.p > 0)
             yield f"{op} {case}", partial(_tuned, case, q, out / "tuned.json", rehearse)
 
 
-def _tuned(case: Case, q: Problem, table: Path, rehearse: bool, bench: Bench) -> Found:
+def _tuned(case: Case, q: CallShape, table: Path, rehearse: bool, bench: Bench) -> Found:
     rounds = 1 if rehearse else bench.rounds
     outcome = tune([q], bench.device, TUNE_SECONDS, table, rounds=rounds, rehearse=rehearse)
     faults = [_check(case, f"{q.op} {label}", "refused", reason) for _, label, reason in outcome.faults]

@@ -24,7 +24,7 @@ from lora_kernels import BackendUnavailableError
 from lora_kernels.kernels.chip import Chip
 from lora_kernels.kernels.tiles import GemmConfig, gemm_config, is_valid
 from lora_kernels.planning.choose import OPT_IN, chip_for, triton_kernels
-from lora_kernels.planning.cost import Problem as Planned
+from lora_kernels.planning.cost import CallShape
 from lora_kernels.planning.plans import BY_NAME
 from lora_kernels.testing import Problem, poison, within_rule
 from lora_kernels.tuning.measure import spread
@@ -96,7 +96,7 @@ def _pointer(problem: Problem, case: Case, chip: Chip) -> Iterator[Product]:
 def _config(case: Case, chip: Chip, rung: str, op: str) -> Any:
     """The rung's own tiles. BackendUnavailableError where it refuses the case."""
     direction = getattr(BY_NAME[rung], op)
-    q = Planned(op, case.M, case.N, case.K, 1, case.dtype)
+    q = CallShape(op, case.M, case.N, case.K, 1, case.dtype)
     if reason := direction.refused(q, chip):
         raise BackendUnavailableError(f"{rung}: {reason}")
     return direction.tiles(q, chip)

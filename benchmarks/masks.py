@@ -15,7 +15,7 @@ from benchmarks.rivals import ours
 from benchmarks.rows import Check
 from lora_kernels import BackendUnavailableError, ops
 from lora_kernels.planning.choose import FORWARD_ONLY
-from lora_kernels.reference import Needs, philox_keep_mask, unpack_keep
+from lora_kernels.reference import GradMask, philox_keep_mask, unpack_keep
 
 _RANKS = 16  # one tile of ranks in any dtype
 
@@ -51,7 +51,7 @@ def backward_masks(
     A, XA = torch.full((_RANKS, K), 1 / _RANKS, **like), torch.zeros(M, _RANKS, **like)
 
     def gradients(dY: Tensor) -> tuple[Tensor, Tensor]:
-        dX, dA, *_ = ops.lora_linear_bwd(dY, X, W, A, B, XA, 1.0, p, seed, bits, Needs(), backend)
+        dX, dA, *_ = ops.lora_linear_bwd(dY, X, W, A, B, XA, 1.0, p, seed, bits, GradMask(), backend)
         assert dX is not None
         assert dA is not None
         return dX, dA

@@ -23,7 +23,7 @@ from benchmarks.rows import Check, Record, Row
 from benchmarks.timing import MIB, Call, Clock, extra_peak_mib, interleaved
 from lora_kernels import BackendUnavailableError
 from lora_kernels.planning import choose as planner
-from lora_kernels.planning.cost import Problem as PlannerProblem
+from lora_kernels.planning.cost import CallShape
 from lora_kernels.testing import Problem
 from lora_kernels.tuning.measure import captured, spread
 
@@ -83,7 +83,7 @@ def plan_label(implementation: Implementation, case: Case, mode: str, device: to
     ops = ("fwd", "bwd") if mode.startswith("fwd_bwd") else ("fwd",)
     used = [
         planner.choose(
-            PlannerProblem(op, case.M, case.N, case.K, case.r, case.dtype, case.p > 0), planner.chip_for(device), forced
+            CallShape(op, case.M, case.N, case.K, case.r, case.dtype, case.p > 0), planner.chip_for(device), forced
         ).name
         for op in ops
     ]

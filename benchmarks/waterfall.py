@@ -15,7 +15,7 @@ from benchmarks.rows import Record
 from benchmarks.style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, YELLOW, new_figure
 from lora_kernels.kernels.chip import CHIPS, Chip
 from lora_kernels.planning.choose import FORWARD_ONLY, OPT_IN, PLANS
-from lora_kernels.planning.cost import Problem, library, seconds
+from lora_kernels.planning.cost import CallShape, library, seconds
 from lora_kernels.planning.plans import BY_NAME, launches
 
 CASE = Case(8192, 4096, 4096, 16)
@@ -54,7 +54,7 @@ def steps(plan: str, case: Case, chip: Chip) -> list[Step] | None:
     """The launches of forward and backward by ``plan``; None where it refuses the case."""
     found: list[Step] = []
     for op in ("fwd", "bwd"):
-        q = Problem(op, case.M, case.N, case.K, case.r, case.dtype, dropout=case.p > 0)
+        q = CallShape(op, case.M, case.N, case.K, case.r, case.dtype, dropout=case.p > 0)
         name = (FORWARD_ONLY.get(plan) or "eager") if op == "bwd" and plan in FORWARD_ONLY else plan
         direction = BY_NAME[name].fwd if op == "fwd" else BY_NAME[name].bwd
         if direction is None or direction.refused(q, chip):

@@ -130,7 +130,7 @@ def check_frozen(W: Tensor) -> None:
 
 
 def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """function.apply past the 2 us of Python that it spends on functorch's wrappers, whether there are any or not.
+    """function.apply without the 2 us of Python that it spends on functorch's wrappers even if there are none.
 
     For use where ``transformed()`` is False.
     """
@@ -181,6 +181,6 @@ def kind_of(X: Tensor) -> str:
 def in_shape(Y: Tensor, *shape: int) -> Tensor:
     """Y in another shape, for the last line of an autograd.Function's forward.
 
-    What it returns as a view may not be changed in place by whoever called it (``y = layer(x); y += x``); this is none.
+    Autograd forbids in-place changes of a view that a forward returns (``y = layer(x); y += x``); this is not a view.
     """
     return torch.ops.aten._unsafe_view.default(Y, shape)

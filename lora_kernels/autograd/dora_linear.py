@@ -30,7 +30,7 @@ from lora_kernels.reference.dora_linear import DoRANeeds
 
 __all__ = ["NormCache", "dora_linear", "weight_norm"]
 
-Call = tuple[float, float, str, bool]  # scaling, p, backend, keep_z: whether Z stays for the backward
+Call = tuple[float, float, str, bool]  # scaling, p, backend, keep_z: whether Z is saved for the backward
 
 
 class _DoRALinear(torch.autograd.Function):
@@ -100,8 +100,8 @@ def dora_linear(
 ) -> Tensor:
     """Y = g * (X W^T + scaling * X A^T B^T) + bias with g = m / ||W + scaling * B A||, row by row, as PEFT's DoRA.
 
-    No gradient passes through the norm. While dropout acts, it acts on the adapter's input and on the part of the base
-    that the magnitude rescales: Y = X W^T + bias + (g-1) * D(X) W^T + g * scaling * D(X) A^T B^T.
+    No gradient passes through the norm. Dropout acts on the adapter's input and on the part of the base that the
+    magnitude rescales: Y = X W^T + bias + (g-1) * D(X) W^T + g * scaling * D(X) A^T B^T.
 
     Args:
         X: (..., K), float64 (reference only), float32, float16 or bfloat16; any strides, any number of rows.
@@ -111,12 +111,12 @@ def dora_linear(
         m: (N,) the magnitude, any float dtype.
         bias: (N,) in X's dtype, or None.
         scaling, dropout_p, training, seed, backend: as in lora_linear.
-        norms: a cache of this adapter's norms, to be passed at every call; None computes them.
+        norms: a cache of this adapter's norms, passed at every call; None computes them.
         trust: as in NormCache.norm.
 
     Returns:
-        Y (..., N) in X's dtype (under torch.autocast in its dtype). Gradients flow to X, A, B, m, and to bias where it
-        asks for one, to any order.
+        Y (..., N) in X's dtype (under torch.autocast in its dtype). Gradients flow to X, A, B, m, and to bias if it
+        requires one, to any order.
 
     Raises:
         FrozenWeightError, ShapeError, BackendUnavailableError, ConfigError: as lora_linear.

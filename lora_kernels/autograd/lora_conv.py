@@ -1,4 +1,4 @@
-"""The differentiable LoRA convolution. Saved for backward: X and XA (M, r, *out); of dropout its seed."""
+"""The differentiable LoRA convolution. Saved for backward: X, XA (M, r, *out), dropout's seed."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _each(given: int | Sequence[int], dims: int, name: str) -> tuple[int, ...]:
 def _padding(
     given: int | str | Sequence[int], kernel: Sequence[int], stride: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[int, ...]:
-    """Padding in numbers; "valid", and "same" where that is as wide on both sides."""
+    """Padding as integers; accepts "valid", and "same" if it is equally wide on both sides."""
     if given == "valid":
         return (0,) * len(kernel)
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
@@ -154,17 +154,18 @@ def lora_conv(
     """Y = conv(X, W) + bias + scaling * (conv1x1(conv(dropout(X), A), B) + lora_bias), in 1, 2 or 3 dimensions.
 
     Args:
-        X: (M, C, *in), float64, float32, float16 or bfloat16; any strides (channels last stays so), any M.
+        X: (M, C, *in), float64, float32, float16 or bfloat16; any strides (channels last is preserved), any M.
         W: (N, C/groups, *k) frozen, in X's dtype.
         A: (r, C, *k), B: (N, r/groups, *1): any float dtype, rounded to X's dtype (to float32 if that is float16); r
             divisible by groups. A's convolution has the base's stride, padding and dilation, and one group: PEFT's
             layout.
         bias: (N,) in X's dtype, or None. lora_bias: (N,) in any float dtype, or None.
         scaling: lora_alpha / r, or lora_alpha / sqrt(r).
-        dropout_p: probability that an element of A's input is zeroed while ``training``; the others grow by 1/(1-p).
-        seed: fixes the mask, as in lora_linear; neither it nor the dropped X is kept, both are made again from it.
+        dropout_p: probability that an element of A's input is zeroed while ``training``; the rest is scaled by
+            1/(1-p).
+        seed: fixes the mask, as in lora_linear; the mask and the dropped X are not saved but computed again.
         stride, dilation, groups: as torch.nn.functional.conv2d's; zeros are padded.
-        padding: as there; "same" only where it is as wide on both sides.
+        padding: as there; "same" only if it is equally wide on both sides.
 
     Returns:
         Y (M, N, *out) in X's dtype (under torch.autocast in its dtype). Gradients flow to X, A, B, bias and lora_bias,

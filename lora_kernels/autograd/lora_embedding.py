@@ -106,15 +106,15 @@ def lora_embedding(
     """Y = base_scale * W[ids] + scaling * A[:, ids]^T B^T.
 
     Args:
-        ids: int64 or int32 of any shape, none at all included.
+        ids: int64 or int32 of any shape, including ().
         W: (vocab, N) frozen, float64, float32, float16 or bfloat16.
         A: (r, vocab), any float dtype: the update is computed in the wider of A's and W's and rounded once, together
             with the base, also under torch.autocast.
         B: (N, r) in A's dtype.
         scaling: lora_alpha / r, or lora_alpha / sqrt(r): a number, or a tensor of one element.
         more: further adapters of the same layer, each A, B and scaling.
-        padding_idx: an id whose column of A receives no gradient; its row counts as any other in Y and dB, as in PEFT.
-        base_scale: for embeddings that scale their rows (Gemma's); the update is scaled by ``scaling`` alone.
+        padding_idx: an id whose column of A receives no gradient; Y and dB use its row, as in PEFT.
+        base_scale: for embeddings that scale their rows (Gemma's); the update is not scaled.
 
     Returns:
         Y (*ids.shape, N) in W's dtype. Gradients flow to A and B, to any order.

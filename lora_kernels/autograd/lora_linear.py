@@ -27,7 +27,7 @@ from lora_kernels.autograd.call import (
 from lora_kernels.errors import ConfigError, ShapeError
 from lora_kernels.formats import format_of
 from lora_kernels.planning.choose import resolve_backend
-from lora_kernels.reference import Needs, composition
+from lora_kernels.reference import GradMask, composition
 
 Call = tuple[float, float, str, bool]  # scaling, p, backend, keep_bits: whether the mask's bits stay for the backward
 
@@ -48,7 +48,7 @@ class _LoRALinear(torch.autograd.Function):
         X, W, A, B, XA, seed, keep = ctx.saved_tensors
         scaling, p, backend, _ = ctx.call
         need_x, _, need_a, need_b, need_bias, *_ = ctx.needs_input_grad
-        needs = Needs(need_x, need_a, need_b, need_bias)
+        needs = GradMask(need_x, need_a, need_b, need_bias)
         if again(dY):
             mask = composition.keep_mask(X, X.shape[-1], p, seed, backend != "reference")
             dX, dA, dB, dbias = vjp(
@@ -71,12 +71,12 @@ _apply = direct_apply(_LoRALinear)
 
 
 def _rows(X: Tensor) -> Tensor:
-    """X (..., K) as (M, K); no -1, which an empty batch cannot infer."""
+    """X (..., K) as (M, K), without -1, since reshape cannot infer it for an empty batch."""
     return X if X.dim() == 2 else X.reshape(math.prod(X.shape[:-1]), X.shape[-1])
 
 
 def _check(X: Tensor, W: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
-    """Raise where the operands do not fit together; costs some comparisons of integers."""
+    """Raise ShapeError or FrozenWeightError for operands that do not fit together; compares integers only."""
     check_frozen(W)
     check_dense(X)
     N, K = format_of(W).shape(W)
@@ -100,7 +100,7 @@ def _check(X: Tensor, W: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> N
 
 
 def dropout_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """int64 (2,) on ``device``: seed and offset of a keep mask; for None drawn from the device's default generator."""
+    """int64 (2,) on ``device``: seed and offset of a keep mask; None draws them from the device's default generator."""
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
@@ -141,17 +141,17 @@ def lora_linear(
         seed: fixes the mask: an int, or an int64 tensor (2,) of seed and offset on X's device. None draws one from
             PyTorch's generator of that device, so torch.manual_seed makes a run repeatable.
         backend: "auto", "reference", "triton" or "triton:PLAN".
-        dropout_mask: how the backward of a Triton plan knows the mask: "bits" keeps it at one bit an element (1/16 of a
-            16-bit X), "seed" draws it again and keeps nothing. The reference always draws it again.
+        dropout_mask: where the backward of a Triton plan reads the mask: "bits" keeps it at one bit an element (1/16 of
+            a 16-bit X), "seed" draws it again and keeps nothing. The reference always draws it again.
 
     Returns:
-        Y (..., N) in X's dtype (under torch.autocast in its dtype). Gradients flow to X, A, B, and to bias where it
-        asks for one, to any order; see docs/autograd.md.
+        Y (..., N) in X's dtype (under torch.autocast in its dtype). Gradients flow to X, A, B, and to bias if it
+        requires one, to any order; see docs/autograd.md.
 
     Raises:
         FrozenWeightError: W requires a gradient.
         ShapeError: operands that do not fit together.
-        BackendUnavailableError: a backend asked for by name that cannot run here.
+        BackendUnavailableError: a backend requested by name that cannot run here.
         ConfigError: unknown backend or dropout_mask, dropout_p outside [0, 1], or a scaling that is not a number.
 
     Source: Hu et al., LoRA, arXiv 2106.09685.
@@ -161,10 +161,10 @@ def lora_linear(
     if dropout_mask not in ("bits", "seed"):
         raise ConfigError(f"dropout_mask={dropout_mask!r}; accepted are 'bits' and 'seed'")
     p = dropout_p if training else 0.0
-    return run(X, W, A, B, bias, scaling, p, seed, backend, dropout_mask == "bits", trusted=False)
+    return lora_linear_unchecked(X, W, A, B, bias, scaling, p, seed, backend, dropout_mask == "bits", trusted=False)
 
 
-def run(
+def lora_linear_unchecked(
     X: Tensor,
     W: Tensor,
     A: Tensor,
@@ -177,14 +177,15 @@ def run(
     keep_bits: bool,
     trusted: bool = True,
 ) -> Tensor:
-    """lora_linear for layers: by position, p 0 where nothing is dropped.
+    """lora_linear for layers: positional arguments, p = 0 without dropout.
 
-    ``trusted`` operands were looked at when the layer was made. The reference leaves what has changed since to
-    PyTorch's own checks, and explains what those refuse; kernels, which have none, look again.
+    ``trusted``: skip validation (the layer validated its operands when it was built). On the reference backend
+    PyTorch's own checks detect later changes, and the validation then explains the error. For kernels, which have no
+    checks, it runs at every call.
     """
     if type(scaling) is not float:
         A, scaling = number_scaling(A, scaling)
-    device_type = "cpu" if X.is_cpu else kind_of(X)  # making the string takes 0.3 us
+    device_type = "cpu" if X.is_cpu else kind_of(X)  # X.device.type takes 0.3 us
     if torch.is_autocast_enabled(device_type) and X.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         X, W = X.to(dtype), W.to(dtype)

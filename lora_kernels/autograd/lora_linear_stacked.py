@@ -145,7 +145,7 @@ def _composed_backward(
 
 
 def prepare(X: Tensor, projections: Sequence[Projection], dropout_p: float) -> tuple[Tensor, Sequence[Projection]]:
-    """X and the projections as autocast has them, checked against one another.
+    """Cast X and the projections to autocast's dtype if it is enabled, and check that they fit together.
 
     Raises: FrozenWeightError, ShapeError, ConfigError, as lora_linear_stacked.
     """
@@ -175,7 +175,7 @@ def prepare(X: Tensor, projections: Sequence[Projection], dropout_p: float) -> t
 
 
 def check_mask(dropout_mask: str) -> None:
-    """Raise ConfigError unless it is one that lora_linear knows."""
+    """Raise ConfigError unless ``dropout_mask`` is "bits" or "seed"."""
     if dropout_mask not in ("bits", "seed"):
         raise ConfigError(f"dropout_mask={dropout_mask!r}; accepted are 'bits' and 'seed'")
 
@@ -192,21 +192,21 @@ def lora_linear_stacked(
 ) -> tuple[Tensor, ...]:
     """Y_p = X W_p^T + bias_p + scaling_p * dropout(X) A_p^T B_p^T for every projection p of one X.
 
-    One pass over X makes the low-rank activations of all, and one sum makes dX.
+    One pass over X computes all low-rank activations, and one sum computes dX.
 
     Args:
         X: (..., K), as in lora_linear.
         projections: one or more, each with its own N, r, scaling, and bias or none; W and bias in X's dtype, all A and
             B in one dtype.
-        dropout_p: as in lora_linear, with ONE mask on X for all projections. PEFT draws one for each; every projection
-            by itself sees the same distribution.
-        seed, backend, dropout_mask: as in lora_linear. Plans are "triton:eager" and "triton:shrink_extend"; under the
-            name of another of lora_linear's plans the planner chooses.
+        dropout_p: as in lora_linear, with ONE mask on X for all projections. PEFT draws one for each projection; the
+            distribution for each single projection is the same.
+        seed, backend, dropout_mask: as in lora_linear. Plans are "triton:eager" and "triton:shrink_extend"; for
+            any other plan of lora_linear the planner chooses.
 
     Returns:
-        The Y_p (..., N_p) in X's dtype, in order. By the eager plan, over weights that lie side by side in memory, they
-        share one buffer (row stride: the sum of the N_p). Gradients flow to X, every A, B, and bias that asks for one,
-        to any order; an output without a gradient costs the backward nothing.
+        The Y_p (..., N_p) in X's dtype, in order. With the eager plan and weights that are adjacent in memory, they
+        share one buffer (row stride: the sum of the N_p). Gradients flow to X, every A, B, and bias that requires one,
+        to any order; an output without a gradient adds no work to the backward.
 
     Raises:
         FrozenWeightError, ShapeError, BackendUnavailableError, ConfigError: as lora_linear.
@@ -217,10 +217,10 @@ def lora_linear_stacked(
     if not 0.0 <= dropout_p <= 1.0:
         raise ConfigError(f"dropout_p={dropout_p}; accepted is a probability from 0 to 1")
     p = dropout_p if training else 0.0
-    return run_stacked(X, projections, p, seed, backend, dropout_mask == "bits", trusted=False)
+    return lora_linear_stacked_unchecked(X, projections, p, seed, backend, dropout_mask == "bits", trusted=False)
 
 
-def run_stacked(
+def lora_linear_stacked_unchecked(
     X: Tensor,
     projections: Sequence[Projection],
     p: float,
@@ -229,13 +229,13 @@ def run_stacked(
     keep_bits: bool = True,
     trusted: bool = True,
 ) -> tuple[Tensor, ...]:
-    """lora_linear_stacked for layers, p 0 where nothing is dropped; ``trusted`` as in autograd.lora_linear.run."""
+    """lora_linear_stacked for layers, p = 0 without dropout; ``trusted`` as in lora_linear_unchecked."""
     device_type = "cpu" if X.is_cpu else kind_of(X)
     checked = not trusted or torch.is_autocast_enabled(device_type)
     if checked:
         X, projections = prepare(X, projections, p)
     backend = resolve_backend(backend, device_type, X.dtype)
-    if not checked and backend != "reference":  # kernels have no checks of their own
+    if not checked and backend != "reference":  # kernels do not check their operands
         prepare(X, projections, p)
     state = dropout_seed(seed, X.device) if p > 0.0 else None
     W, A, B, bias, scaling = zip(*projections, strict=True)

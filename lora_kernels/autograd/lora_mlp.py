@@ -137,18 +137,18 @@ def lora_mlp(
 ) -> Tensor:
     """Y = down(silu(gate(X)) * up(X)), each of the three a LoRA linear layer.
 
-    The backward keeps X and the outputs of gate and up, (M, K) and twice (M, F); their product is made again.
+    Saved for the backward: X (M, K) and the outputs of gate and up, (M, F) each; their product is computed again.
 
     Args:
         X: (..., K), as in lora_linear.
-        gate, up: W (F, K), A (r, K), B (F, r), bias (F,) or None, with ranks and scalings of their own.
+        gate, up: W (F, K), A (r, K), B (F, r), bias (F,) or None, each with its own rank and scaling.
         down: W (N, F), A (r, F), B (N, r), bias (N,) or None. W and bias in X's dtype, all A and B in one dtype.
         dropout_p: as in lora_linear; one mask on X for gate and up, another on the input of down.
         seed: fixes both masks; as in lora_linear.
         backend, dropout_mask: as in lora_linear_stacked.
 
     Returns:
-        Y (..., N) in X's dtype. Gradients flow to X, every A, B, and bias that asks for one, to any order.
+        Y (..., N) in X's dtype. Gradients flow to X, every A, B, and bias that requires one, to any order.
 
     Raises:
         FrozenWeightError, ShapeError, BackendUnavailableError, ConfigError: as lora_linear.

@@ -26,7 +26,7 @@ from lora_kernels.errors import ShapeError
 from lora_kernels.formats import format_of
 from lora_kernels.operands.slots import Slots
 from lora_kernels.planning.multi_plan import resolve
-from lora_kernels.reference import Needs, composition
+from lora_kernels.reference import GradMask, composition
 from lora_kernels.reference.multi_infer import rows_of
 
 Packed = tuple[Tensor | Sequence[Tensor], Tensor | Sequence[Tensor], Sequence[int] | None, Sequence[float] | float]
@@ -49,7 +49,7 @@ class _MultiLoRALinear(torch.autograd.Function):
         X, W, A, B, starts, ranks, scalings, ids, XA = ctx.saved_tensors
         need_x, _, need_a, need_b, need_bias, *_ = ctx.needs_input_grad
         slots = Slots(A, B, starts, ranks, scalings, ctx.max_rank)
-        needs = Needs(need_x, need_a, need_b, need_bias)
+        needs = GradMask(need_x, need_a, need_b, need_bias)
         if again(dY):
             dX, dA, dB, dbias = vjp(
                 lambda X, A, B, bias: _composed(X, W, slots._replace(A=A, B=B), ids, bias),
@@ -78,7 +78,7 @@ def _composed(X: Tensor, W: Tensor, slots: Slots, ids: Tensor, bias: Tensor | No
 
 
 def check_slots(slots: Slots, N: int, K: int, device: torch.device) -> None:
-    """Raise where ``slots`` are no adapters of a layer W (N, K) on ``device``; looks at no data."""
+    """Raise ShapeError if ``slots`` do not fit a layer W (N, K) on ``device``; reads no tensor values."""
     A, B, starts, ranks, scalings, max_rank = slots
     R = A.shape[0] if A.dim() == 2 else -1
     if R < 0 or A.shape[1] != K or B.shape != (N, R):
@@ -95,7 +95,7 @@ def check_slots(slots: Slots, N: int, K: int, device: torch.device) -> None:
     ):
         if T.shape != (L,) or T.dtype != dtype:
             raise ShapeError(f"{name} is {T.dtype} {tuple(T.shape)}; expected {dtype} (L,), one of each for every slot")
-        if not T.is_contiguous():  # kernels read them one after another
+        if not T.is_contiguous():  # kernels assume stride 1
             raise ShapeError(f"{name} has stride {T.stride(0)}; expected contiguous numbers: pass {name}.contiguous()")
     if not 0 <= max_rank <= R:
         raise ShapeError(f"max_rank={max_rank} with A of {R} rows; expected 0 to {R}")
@@ -105,11 +105,11 @@ def check_slots(slots: Slots, N: int, K: int, device: torch.device) -> None:
 
 
 def token_ids(ids: Tensor, X: Tensor, L: int) -> Tensor:
-    """int32 (M,): the slot of each row of X (..., K) from ids of X's leading shape, or of its first dimension alone.
+    """int32 (M,): the slot of each row of X (..., K) from ids of X's leading shape, or of its first dimension only.
 
     Raises:
-        ShapeError: another shape, dtype or device; on a CPU also an id that names no slot. On other devices such an id
-            is not seen here, and gives its row the base alone.
+        ShapeError: another shape, dtype or device; on a CPU also an id that is not a slot. On other devices such an id
+            is not detected, and its row gets only the base output.
     """
     rows = X.shape[:-1]
     if ids.dtype not in (torch.int32, torch.int64):
@@ -132,12 +132,12 @@ def token_ids(ids: Tensor, X: Tensor, L: int) -> Tensor:
         low, high = rows_of(ids).bounds
         if low < -1 or high >= L:
             raise ShapeError(f"adapter_ids go from {low} to {high}; accepted are -1 (no adapter) and 0 to {L - 1}")
-    ids = ids if ids.dim() == 1 else ids.reshape(-1)  # the same tensor where it can be: what it says is remembered
+    ids = ids if ids.dim() == 1 else ids.reshape(-1)  # the same tensor if possible: its values are cached
     return ids if ids.dtype == torch.int32 else ids.to(torch.int32)
 
 
 def _autocast(X: Tensor, W: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The operands in autocast's dtype where it is on."""
+    """The operands in autocast's dtype, if it is enabled."""
     device_type = "cpu" if X.is_cpu else X.device.type
     if not torch.is_autocast_enabled(device_type) or X.dtype == torch.float64:
         return X, W, bias
@@ -154,7 +154,7 @@ def multi_lora_linear(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Y[m] = X[m] W^T + bias + s_l X[m] A_l^T B_l^T with l = adapter_ids[m]: each token with its own adapter, or none.
+    """Y[m] = X[m] W^T + bias + s_l X[m] A_l^T B_l^T with l = adapter_ids[m]: each token uses its own adapter, or none.
 
     Args:
         X: (..., K), float64 (reference only), float32, float16 or bfloat16; any number of tokens.
@@ -162,21 +162,20 @@ def multi_lora_linear(
         adapters: lora_kernels.Slots, or (A, B, ranks, scalings) as Slots.of takes them: packed A (R, K) and B (N, R)
             with the rank of each adapter, or a list of A (r_l, K), a list of B (N, r_l) and None.
         adapter_ids: int32 (int64 is converted), one a token in X's leading shape, or one for each of its first
-            dimension; -1 for none. A slot of rank 0 also gives the base alone.
+            dimension; -1 for none. A slot of rank 0 also gives only the base output.
         bias: (N,) in X's dtype, or None.
         backend: "auto", "reference", "triton", "cuda", "cpp", or a plan: "triton:eager", "triton:extend",
             "triton:decode".
 
     Returns:
         Y (..., N) in X's dtype (under torch.autocast in its dtype). Gradients flow to X, to the adapters, and to bias
-        where it asks for one; those of an adapter are what its own tokens alone would give. They
-        can be differentiated again, to any order.
+        if it requires one, to any order. Those of an adapter depend only on its own tokens.
 
     Raises:
         FrozenWeightError: W requires a gradient.
-        ShapeError: operands that do not fit together; on a CPU also ids that name no slot. On a GPU, where looking
-            would wait for the device, such an id gives its token the base alone.
-        BackendUnavailableError: a backend asked for by name that cannot run here.
+        ShapeError: operands that do not fit together; on a CPU also ids that are not slots. On a GPU, where a check
+            would synchronize with the device, such an id gives its token only the base output.
+        BackendUnavailableError: a backend requested by name that cannot run here.
 
     Source: Chen et al., Punica, arXiv 2310.18547; Hu et al., LoRA, arXiv 2106.09685.
     """
@@ -194,15 +193,17 @@ def multi_lora_linear(
     if W.device != X.device or (bias is not None and bias.device != X.device):
         raise ShapeError(f"X is on {X.device}, W on {W.device}; expected one device for X, W and bias")
     check_slots(slots, N, K, X.device)
-    return run(X, W, slots, token_ids(adapter_ids, X, slots.ranks.shape[0]), bias, backend)
+    return multi_lora_linear_unchecked(X, W, slots, token_ids(adapter_ids, X, slots.ranks.shape[0]), bias, backend)
 
 
 def _wants(T: Tensor | None) -> bool:
     return T is not None and T.requires_grad
 
 
-def run(X: Tensor, W: Tensor, slots: Slots, ids: Tensor, bias: Tensor | None, backend: str = "auto") -> Tensor:
-    """multi_lora_linear for layers that have looked at their operands: ids int32 (M,), one a row of X (..., K)."""
+def multi_lora_linear_unchecked(
+    X: Tensor, W: Tensor, slots: Slots, ids: Tensor, bias: Tensor | None, backend: str = "auto"
+) -> Tensor:
+    """multi_lora_linear for layers that have validated their operands: ids int32 (M,), one a row of X (..., K)."""
     X, W, bias = _autocast(X, W, bias)
     backend = resolve(backend, X.device.type, X.dtype)
     traced = transformed()

@@ -16,7 +16,7 @@ from lora_kernels.errors import ConfigError, LoRAKernelsError
 from lora_kernels.finetune.tasks.pretrained import hub, locate, source_of
 from lora_kernels.finetune.train.extras import require
 from lora_kernels.kernels.chip import Chip
-from lora_kernels.planning.cost import Problem, seconds
+from lora_kernels.planning.cost import CallShape, seconds
 from lora_kernels.planning.plans import launches
 from lora_kernels.planning.tuned import bucket, key_of
 
@@ -153,13 +153,13 @@ def problems_of(
     dropouts: Sequence[bool],
     ops: Sequence[str],
     chip: Chip,
-) -> list[Problem]:
+) -> list[CallShape]:
     """Every problem that a table tells apart, once; those that take most of a model's time by the prediction first."""
     weights: Counter[tuple[object, ...]] = Counter()
-    problems: dict[tuple[object, ...], Problem] = {}
+    problems: dict[tuple[object, ...], CallShape] = {}
     for (N, K, bias), count in shapes.items():
         for M, dropout, op in itertools.product(tokens, dropouts, ops):
-            q = Problem(op, M, N, K, r, dtype, dropout, bias and op == "fwd")
+            q = CallShape(op, M, N, K, r, dtype, dropout, bias and op == "fwd")
             kind = (*key_of(q), bucket(M))
             problems.setdefault(kind, q)
             weights[kind] += count * int(1e9 * sum(seconds(launch, dtype, chip) for launch in launches("eager", q)))

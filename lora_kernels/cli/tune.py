@@ -19,7 +19,7 @@ from lora_kernels.errors import ConfigError
 from lora_kernels.finetune import values
 from lora_kernels.finetune.train.extras import installed, require
 from lora_kernels.planning.choose import chip_for, triton_missing
-from lora_kernels.planning.cost import Problem
+from lora_kernels.planning.cost import CallShape
 from lora_kernels.planning.tuned import Entry
 from lora_kernels.tuning.tune import REHEARSAL, Outcome, Progress, tune
 
@@ -113,7 +113,7 @@ def _tune(arguments: argparse.Namespace, device: torch.device) -> int:
     return 0
 
 
-def tiny(q: Problem) -> Problem:
+def tiny(q: CallShape) -> CallShape:
     """A problem of the same kind that an interpreter runs in milliseconds."""
     return dataclasses.replace(q, M=33, N=88 if q.N > q.K else 80, K=64, r=min(q.r, 8))
 

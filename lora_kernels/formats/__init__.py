@@ -1,4 +1,4 @@
-"""How a frozen weight is stored. A format is one object here and one tile decoder in kernels/decode."""
+"""Storage formats of a frozen weight. A format is one object in this folder and one tile decoder in the kernels."""
 
 from lora_kernels.formats.base import WeightFormat, format_of, register
 from lora_kernels.formats.dense import Dense

@@ -1,4 +1,4 @@
-"""The seam between a frozen weight and what computes with it."""
+"""The interface of a storage format, and the registry of formats."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class WeightFormat(Protocol):
         """Whether W is stored this way."""
 
     def shape(self, W: torch.Tensor) -> tuple[int, int]:
-        """(N, K) of the matrix that W stands for."""
+        """(N, K) of the matrix that W represents."""
 
     def dense(self, W: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """W as a plain (N, K) tensor of ``dtype``; W itself where it already is one."""
+        """W as a plain (N, K) tensor of ``dtype``; W itself if it already is one."""
 
     def nbytes(self, N: int, K: int, dtype: torch.dtype) -> int:
         """Bytes read when the whole of W is read once."""
@@ -31,13 +31,13 @@ _FORMATS: dict[str, WeightFormat] = {}
 
 
 def register(fmt: WeightFormat) -> WeightFormat:
-    """Make ``fmt`` known; tests, benchmarks and the command line iterate over what is registered."""
+    """Add ``fmt`` to the registry, which tests, benchmarks and the command line iterate over."""
     _FORMATS[fmt.name] = fmt
     return fmt
 
 
 def format_of(W: torch.Tensor) -> WeightFormat:
-    """The format W is stored in.
+    """The format in which W is stored.
 
     Raises:
         ShapeError: W is in no registered format.

@@ -1,4 +1,4 @@
-"""W as it is: a 2-D floating-point tensor."""
+"""The dense format: W is a 2-D floating-point tensor."""
 
 from __future__ import annotations
 

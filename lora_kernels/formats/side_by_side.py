@@ -1,4 +1,4 @@
-"""Weights that follow one another in one buffer: several matrices to their layers, one matrix to a product."""
+"""Weights that are adjacent in one buffer: each layer has its own matrix, and one product can read all of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def as_one(W: Sequence[Tensor]) -> Tensor | None:
-    """(sum of N_p, K) where the contiguous W_p (N_p, K) follow one another in one buffer; None where they do not."""
+    """(sum of N_p, K) if the contiguous W_p (N_p, K) are adjacent in one buffer, in order; otherwise None."""
     first = W[0]
     storage, offset, K = first.untyped_storage().data_ptr(), first.storage_offset(), first.shape[1]
     for w in W:
@@ -21,10 +21,10 @@ def as_one(W: Sequence[Tensor]) -> Tensor | None:
 
 
 def put_side_by_side(W: Sequence[nn.Parameter]) -> None:
-    """Move the W_p (N_p, K) into one buffer, each a view of its own part; whoever holds a Parameter keeps it.
+    """Move the W_p (N_p, K) into one buffer, each a view of its part. The Parameter objects stay the same.
 
-    While it is filled the weights exist twice. Parameters that lie so already, or of which two are one, stay; so do
-    those that are no plain tensors, such as the pieces of a sharded model.
+    During the copy the weights exist twice. Nothing is moved if they are already adjacent, if two of them are the same
+    Parameter, or if one is not a plain Parameter (as in a sharded model).
     """
     if any(type(w) is not nn.Parameter for w in W) or len({id(w) for w in W}) < len(W) or as_one(W) is not None:
         return

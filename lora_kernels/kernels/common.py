@@ -1,4 +1,4 @@
-"""Pieces every kernel shares: dropout's keep mask, tile order, the K loop, and the dtype of a product."""
+"""Functions that all kernels share: dropout's keep mask, tile order, the K loop, and the dtype of a product."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from triton.runtime import driver
 
 @dataclasses.dataclass(frozen=True)
 class Dropout:
-    """Inverted dropout as kernels take it: probability p and an int64 tensor (2,) of seed and offset, on the device.
+    """Argument record of inverted dropout: probability p and an int64 tensor (2,) of seed and offset, on the device.
 
     ``bits``: the keep mask at one bit an element, uint8 (M, ceil(K/8)) in rows of 16 ceil(K/128) bytes, bit j of byte c
-    for column 8 c + j: what the forward draws it leaves there, and the backward reads it. None: it is drawn again.
+    for column 8 c + j: the forward writes it and the backward reads it. None: it is drawn again.
     """
 
     p: float
@@ -41,7 +41,7 @@ NONE, DRAW, READ = 0, 1, 2  # DROPOUT of a kernel: no mask, Philox from the seed
 def dropout_args(drop: Dropout | None, draw: bool = False) -> dict[str, Any]:
     """Keyword arguments seed_ptr, keep_ptr, stride_keep, threshold and DROPOUT of a kernel.
 
-    ``draw``: the mask is drawn even where there are bits, for a kernel that fills them.
+    ``draw``: draw the mask even if bits exist, for a kernel that writes them.
     """
     if drop is None:
         return {"seed_ptr": None, "keep_ptr": None, "stride_keep": 0, "threshold": 0, "DROPOUT": NONE}
@@ -90,7 +90,7 @@ def _draw(seed_ptr, offs_m, col, BLOCK_K: tl.constexpr):
     BLOCK_M: tl.constexpr = offs_m.shape[0]
     seed = tl.load(seed_ptr)
     offset = tl.load(seed_ptr + 1)
-    # all four counters in the tile's shape, as tl.philox wants them
+    # all four counters in the tile's shape, as tl.philox requires
     c0 = tl.broadcast_to((col // 8 + tl.arange(0, BLOCK_K // 8))[None, :], (BLOCK_M, BLOCK_K // 8))
     c1 = tl.broadcast_to(offs_m[:, None], (BLOCK_M, BLOCK_K // 8))
     zero = c0 * 0
@@ -135,7 +135,7 @@ def keep_bytes(
 
 @triton.jit
 def store_keep(packed, keep_ptr, stride_keep, offs_m, mask_m, col, K, BLOCK_K: tl.constexpr):
-    """Put the bytes of rows offs_m and columns col .. col + BLOCK_K into their place."""
+    """Store the bytes of rows offs_m and columns col .. col + BLOCK_K."""
     offs_c = col // 8 + tl.arange(0, BLOCK_K // 8)
     c_ptrs = keep_ptr + offs_m[:, None].to(tl.int64) * stride_keep + offs_c[None, :]
     tl.store(c_ptrs, packed.to(tl.uint8), mask=mask_m[:, None] & (offs_c * 8 < K)[None, :])

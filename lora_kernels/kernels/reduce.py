@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.kernels.launch import launch
+
 BLOCK = 512
 
 
@@ -86,6 +88,6 @@ def reduce_partials(*partials: Partial) -> tuple[Tensor | None, ...]:
             else:
                 args += [None, None, 0, 0, 0.0]
         grid = sum(triton.cdiv(out.numel(), BLOCK) for out in outs)
-        _reduce_kernel[(grid,)](*args, OUTPUTS=len(live), BLOCK=BLOCK, num_warps=4)
+        launch(_reduce_kernel, (grid,), outs[0].device, *args, OUTPUTS=len(live), BLOCK=BLOCK, num_warps=4)
     made = iter(outs)
     return tuple(None if p.part is None else next(made) for p in partials)

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.autograd.lora_linear import run
+from lora_kernels.autograd.lora_linear import lora_linear_unchecked
 from lora_kernels.layers.init import Init
 from lora_kernels.layers.linear import LoRALinear
 
@@ -42,4 +42,6 @@ class BiasedLoRALinear(LoRALinear):
         p = self.lora_dropout if self.training else 0.0
         keep_bits = self.dropout_mask == "bits"
         bias = self.total_bias()
-        return run(x, self.weight, self.lora_A, self.lora_B, bias, self.scaling, p, None, self.backend, keep_bits)
+        return lora_linear_unchecked(
+            x, self.weight, self.lora_A, self.lora_B, bias, self.scaling, p, None, self.backend, keep_bits
+        )

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.autograd.lora_linear import run
+from lora_kernels.autograd.lora_linear import lora_linear_unchecked
 from lora_kernels.config import LoRAConfig
 from lora_kernels.errors import ConfigError, MergeError
 from lora_kernels.formats.inference import savable
@@ -161,7 +161,7 @@ class LoRALinear(nn.Module):
             W, A, B, bias = self.weight, self.lora_A, self.lora_B, self.bias
         p = self.lora_dropout if self.training else 0.0
         keep_bits = self.dropout_mask == "bits"
-        return run(x, W, A, B, bias, self.scaling, p, None, self.backend, keep_bits)
+        return lora_linear_unchecked(x, W, A, B, bias, self.scaling, p, None, self.backend, keep_bits)
 
     def total_bias(self) -> Tensor | None:
         """The bias (N,) that is added to each row of the output: the base layer's, or None."""

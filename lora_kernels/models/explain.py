@@ -24,7 +24,7 @@ from lora_kernels.planning.choose import (
     resolve_backend,
     split_name,
 )
-from lora_kernels.planning.cost import Plan, Problem
+from lora_kernels.planning.cost import CallShape, Plan
 
 REMEMBERED_AS = "lora_injection"
 Columns = tuple[str, str, str, str]  # shape, r, scaling, what runs
@@ -203,10 +203,10 @@ def _kind(module: LoRALinear, chip: Chip | None) -> tuple[str, str | None]:
     return ("triton" if kind == "auto" and dtype in TRITON_DTYPES else kind), forced
 
 
-def _problem(module: LoRALinear, op: str, tokens: int) -> Problem:
+def _problem(module: LoRALinear, op: str, tokens: int) -> CallShape:
     """A training call of the layer; the mask is kept as bits, the layer's default."""
     N, K, dropout = module.out_features, module.in_features, module.lora_dropout > 0
-    return Problem(op, tokens, N, K, module.r, module.weight.dtype, dropout, op == "fwd" and module.bias is not None)
+    return CallShape(op, tokens, N, K, module.r, module.weight.dtype, dropout, op == "fwd" and module.bias is not None)
 
 
 def _phrase(module: LoRALinear, tokens: int, chip: Chip | None) -> str:

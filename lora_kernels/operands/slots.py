@@ -1,4 +1,4 @@
-"""Adapters of one linear layer side by side, as the operators for mixed batches take them."""
+"""Slots: the adapters of one linear layer, packed for the operators of mixed batches."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ BASE = "__base__"  # PEFT's name for no adapter, whose id is -1
 
 
 class Slots(NamedTuple):
-    """L adapters of one layer: slot l owns rows starts[l] .. starts[l] + ranks[l] of A and the same columns of B.
+    """L adapters of one layer: slot l uses rows starts[l] .. starts[l] + ranks[l] of A and the same columns of B.
 
     A (R, K) and B (N, R) of any strides and float dtypes. starts int32 (L,), ranks int32 (L,) with 0 for an empty slot,
-    scalings float32 (L,): data of the device, so that a captured graph stays valid while they change. ``max_rank``, of
-    the host: no slot has a larger rank.
+    scalings float32 (L,) are on the device, so that a captured graph stays valid when they change. ``max_rank`` is a
+    number on the host: no slot has a larger rank.
     """
 
     A: Tensor
@@ -37,12 +37,12 @@ class Slots(NamedTuple):
         ranks: Sequence[int] | Tensor | None,
         scalings: Sequence[float] | float,
     ) -> Slots:
-        """Slots in the order given; gradients flow to what was given.
+        """Slots in the given order; gradients flow to A and B as given.
 
         Args:
             A: (R, K) with the adapters' rows one after another, or one (r_l, K) for each adapter.
             B: (N, R) with the adapters' columns one after another, or one (N, r_l) for each adapter.
-            ranks: r_l of each adapter, R in all; may be None for one tensor an adapter. Read on the host.
+            ranks: r_l of each adapter, with sum R; may be None for one tensor an adapter. Read on the host.
             scalings: of each adapter, or one number for all.
 
         Raises:
@@ -90,7 +90,7 @@ class Slots(NamedTuple):
 
 
 def _side_by_side(A: Tensor | Sequence[Tensor], B: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor, list[int]]:
-    """One tensor an adapter as packed A (R, K) and B (N, R), and the ranks."""
+    """Pack one tensor an adapter into A (R, K) and B (N, R), and the ranks."""
     if isinstance(A, Tensor) or isinstance(B, Tensor) or len(A) != len(B) or not len(A):
         given = [("one tensor" if isinstance(T, Tensor) else f"{len(T)} tensors") for T in (A, B)]
         raise ShapeError(f"A is {given[0]}, B {given[1]}; expected both packed, or one tensor an adapter of each")

@@ -1,6 +1,6 @@
-"""lora_kernels::dora_linear_fwd and _bwd: LoRA's operators with the column scale around them.
+"""lora_kernels::dora_linear_fwd and _bwd: LoRA's operators with a scale of the output columns.
 
-As in ops/lora_linear.py the two functions do the work themselves in eager code and call the operator while a graph is
+As in ops/lora_linear.py, the two functions compute directly in eager code and call the operator while a graph is
 traced.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_kernels.ops.lora_linear import _empty_bits, _keep, empty_low_rank, lora_linear_bwd, lora_linear_fwd
 from lora_kernels.planning import choose as planner
-from lora_kernels.reference import Needs, unpack_keep
+from lora_kernels.reference import GradMask, unpack_keep
 from lora_kernels.reference import dora_linear as reference
 from lora_kernels.reference.dora_linear import DoRANeeds, column_dots, dropped, magnitude_scale, scale_columns
 
@@ -46,10 +46,10 @@ def dora_linear_fwd(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Y (M, N), XA (M, r), Z (M, N) and the mask's bits, for the operands of reference.dora_linear_fwd.
 
-    ``backend`` is a resolved name. In float16 without dropout the eager plan runs under any, since g comes between the
-    base product and the update (reference/dora_linear.py). ``seed`` int64 (2,) switches dropout on; Z is None unless
-    ``keep_z``. The bits, uint8 (M, ceil(K/8)), are Triton's under dropout; the reference draws its mask again and gives
-    None.
+    ``backend`` is a resolved name. In float16 without dropout every Triton plan is replaced by the eager one,
+    since g is applied between base product and update (reference/dora_linear.py). ``seed`` int64 (2,) enables dropout.
+    Z is None unless ``keep_z``. The bits, uint8 (M, ceil(K/8)), exist on Triton with dropout; the reference draws its
+    mask again and returns None.
     """
     if torch.compiler.is_compiling():
         return torch.ops.lora_kernels.dora_linear_fwd(X, W, A, B, m, norm, bias, scaling, p, seed, backend, keep_z)
@@ -71,7 +71,7 @@ def dora_linear_fwd(
 
 
 def _dropped(X: Tensor, bits: Tensor | None, p: float) -> Tensor:
-    """D/(1-p) * X for the mask that ``bits`` hold; X itself without one."""
+    """D/(1-p) * X for the mask in ``bits``; X itself without bits."""
     return X if bits is None else dropped(X, unpack_keep(bits, X.shape[1]), p)
 
 
@@ -92,7 +92,7 @@ def dora_linear_bwd(
     needs: DoRANeeds,
     backend: str,
 ) -> Grads:
-    """dX, dA, dB, dm, dbias of dora_linear_fwd for dY (M, N); None for each that ``needs`` leaves out."""
+    """dX, dA, dB, dm, dbias of dora_linear_fwd for dY (M, N); None for each that ``needs`` excludes."""
     if torch.compiler.is_compiling():
         made = torch.ops.lora_kernels.dora_linear_bwd(
             dY, X, W, A, B, m, norm, XA, Z, scaling, p, seed, keep, list(needs), backend
@@ -105,11 +105,11 @@ def dora_linear_bwd(
     if seed is None and X.dtype is not torch.float16:
         if needs.m and Z is not None:
             dm = column_dots(dY, Z).div_(norm).to(m.dtype)
-        inner = Needs(needs.X, needs.A, needs.B)
+        inner = GradMask(needs.X, needs.A, needs.B)
         operands = scale_columns(dY, g), X, W, A, B, XA, scaling, p
         dX, dA, dB, _ = lora_linear_bwd(*operands, None, None, inner, backend)
         return dX, dA, dB, dm, dY.sum(0) if needs.bias else None
-    inner = Needs(needs.X, needs.A, needs.B or needs.m, needs.bias)
+    inner = GradMask(needs.X, needs.A, needs.B or needs.m, needs.bias)
     gB = B * g[:, None]
     if seed is None:
         kernels, chip = planner.triton_kernels(), planner.chip_for(X.device)

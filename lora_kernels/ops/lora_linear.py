@@ -1,7 +1,7 @@
-"""lora_kernels::lora_linear_fwd and _bwd: schema, shapes without data, and the call of the planned implementation.
+"""lora_kernels::lora_linear_fwd and _bwd: schema, fake implementation, and the call of the planned implementation.
 
-The two functions below do the work themselves in eager code (a Python-implemented operator costs some microseconds a
-call) and call the operator while a graph is traced.
+The two functions compute directly in eager code (an operator in Python costs some microseconds a call) and call the
+operator while a graph is traced.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 from lora_kernels import reference
 from lora_kernels.operands.dtypes import low_rank_dtype
 from lora_kernels.planning import choose as planner
-from lora_kernels.reference import Needs
+from lora_kernels.reference import GradMask
 
 _FWD = (
     "lora_linear_fwd(Tensor X, Tensor W, Tensor A, Tensor B, Tensor? bias, float scaling, float p, Tensor? seed, "
@@ -50,8 +50,8 @@ def lora_linear_fwd(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Y (M, N), XA (M, r) and the mask's bits for X (M, K); ``backend`` is a resolved name.
 
-    ``seed`` int64 (2,) switches dropout on. ``keep_bits``: on Triton leave its mask at one bit an element, uint8
-    (M, ceil(K/8)), for the backward to read; the reference always draws it again and gives None.
+    ``seed`` int64 (2,) enables dropout. ``keep_bits``: on Triton, return the mask at one bit an element, uint8
+    (M, ceil(K/8)), for the backward. The reference always draws it again and returns None.
     """
     if is_compiling():
         return torch.ops.lora_kernels.lora_linear_fwd(X, W, A, B, bias, scaling, p, seed, backend, keep_bits)
@@ -79,12 +79,12 @@ def lora_linear_bwd(
     p: float,
     seed: Tensor | None,
     keep: Tensor | None,
-    needs: Needs,
+    needs: GradMask,
     backend: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dX, dA, dB, dbias of lora_linear_fwd for dY (M, N); None for each that ``needs`` leaves out.
+    """dX, dA, dB, dbias of lora_linear_fwd for dY (M, N); None for each that ``needs`` excludes.
 
-    ``keep``: the bits that the forward left, or None to draw the mask again from ``seed``.
+    ``keep``: the bits that the forward returned, or None to draw the mask again from ``seed``.
     """
     if is_compiling():
         dX, dA, dB, dbias = torch.ops.lora_kernels.lora_linear_bwd(
@@ -115,7 +115,7 @@ def _empty_bits(X: Tensor) -> Tensor:
 
 
 def empty_low_rank(X: Tensor, r: int) -> Tensor:
-    """XA (M, r) for X (M, K), uninitialised, in the dtype that every backend gives it."""
+    """XA (M, r) for X (M, K), uninitialised, in the dtype that every backend uses for it."""
     return X.new_empty(X.shape[0], r, dtype=low_rank_dtype(X.dtype))
 
 
@@ -138,7 +138,7 @@ def _fwd_fake(
 
 def _bwd_impl(dY: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *operands, needs, backend = args
-    grads = lora_linear_bwd(*(dY, *operands, Needs(*needs), backend))
+    grads = lora_linear_bwd(*(dY, *operands, GradMask(*needs), backend))
     return tuple(dY.new_empty(0) if grad is None else grad for grad in grads)
 
 

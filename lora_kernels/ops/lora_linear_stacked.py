@@ -1,6 +1,6 @@
-"""lora_kernels::lora_linear_stacked_fwd and _bwd: schema, shapes without data, the call of the planned implementation.
+"""lora_kernels::lora_linear_stacked_fwd and _bwd: schema, fake implementation, call of the planned implementation.
 
-As in ops/lora_linear.py eager code calls the two functions directly, a compiled graph goes through torch.ops.
+As in ops/lora_linear.py, eager code calls the two functions directly, a compiled graph goes through torch.ops.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lora_kernels.formats.side_by_side import as_one
 from lora_kernels.ops.lora_linear import _empty_bits, _keep, empty_low_rank
 from lora_kernels.planning import choose as planner
 from lora_kernels.planning import stacked_cost
-from lora_kernels.planning.stacked_cost import StackedProblem
+from lora_kernels.planning.stacked_cost import StackedCallShape
 from lora_kernels.reference import lora_linear_stacked as reference
 from lora_kernels.reference.lora_linear_stacked import StackedNeeds
 
@@ -35,11 +35,11 @@ _BWD = (
 
 def stacked_problem(
     op: str, X: Tensor, W: Tensors, A: Tensors, scaling: Sequence[float], dropout: bool, **more: bool
-) -> StackedProblem:
-    """A call as the planner sees it."""
+) -> StackedCallShape:
+    """The planner's key of a call."""
     Ns, ranks = tuple(w.shape[0] for w in W), tuple(a.shape[0] for a in A)
     one_scaling = len(set(scaling)) == 1
-    return StackedProblem(op, X.shape[0], Ns, X.shape[1], ranks, X.dtype, dropout, one_scaling=one_scaling, **more)
+    return StackedCallShape(op, X.shape[0], Ns, X.shape[1], ranks, X.dtype, dropout, one_scaling=one_scaling, **more)
 
 
 def lora_linear_stacked_fwd(
@@ -57,8 +57,8 @@ def lora_linear_stacked_fwd(
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """The Y_p (M, N_p), XA (M, R) and the mask's bits for X (M, K), which all projections read with one mask.
 
-    ``seed`` int64 (2,) switches dropout on, ``backend`` is a resolved name, ``keep_bits`` as in lora_linear_fwd.
-    ``share``: the Y_p may lie side by side in one buffer, where that lets the library make one product.
+    ``seed`` int64 (2,) enables dropout, ``backend`` is a resolved name, ``keep_bits`` as in lora_linear_fwd.
+    ``share``: the Y_p may be views of one buffer, so that the library can compute one product.
     """
     kind, forced = planner.split_name(backend)
     if kind == "triton" and X.shape[0] > 0:
@@ -89,7 +89,7 @@ def lora_linear_stacked_bwd(
     needs: StackedNeeds,
     backend: str,
 ) -> tuple[Tensor | None, Tensor | None, Grads, Grads]:
-    """dX, dA (R, K), the dB_p and dbias_p of lora_linear_stacked_fwd; None for each that ``needs`` leaves out.
+    """dX, dA (R, K), the dB_p and dbias_p of lora_linear_stacked_fwd; None for each that ``needs`` excludes.
 
     Every list, XA's blocks (M, r_p) among them, holds the projections that have a gradient dY_p (M, N_p), no others.
     """
@@ -105,7 +105,7 @@ def lora_linear_stacked_bwd(
 
 
 def no_grads_as_empty(grads: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
-    """A schema has no optional outputs: an empty tensor stands for None."""
+    """Replace None by an empty tensor: a schema has no optional outputs."""
     return [like.new_empty(0) if grad is None else grad for grad in grads]
 
 

@@ -1,7 +1,7 @@
-"""lora_kernels::lora_mlp_fwd and _bwd: schema, shapes without data, and the planned parts in their order.
+"""lora_kernels::lora_mlp_fwd and _bwd: schema, fake implementation, and the planned parts in order.
 
-As in ops/lora_linear.py eager code calls the two functions directly, a compiled graph goes through torch.ops.
-Lists are of (gate, up, down).
+As in ops/lora_linear.py, eager code calls the two functions directly, a compiled graph goes through torch.ops.
+Lists hold values of (gate, up, down).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _BWD = (
 
 
 class Kept(NamedTuple):
-    """What the forward leaves for the backward: G, U (M, F), XA (M, R), HA (M, r), and dropout's bits of X and H."""
+    """Values kept for the backward: G, U (M, F), XA (M, R), HA (M, r), and dropout's bits of X and H."""
 
     G: Tensor
     U: Tensor
@@ -61,9 +61,9 @@ def lora_mlp_fwd(
     keep_bits: bool = False,
     share: bool = True,
 ) -> tuple[Tensor, Kept]:
-    """Y (M, N) = down(silu(gate(X)) * up(X)) for X (M, K), and what is kept.
+    """Y (M, N) = down(silu(gate(X)) * up(X)) for X (M, K), and the kept values.
 
-    ``seeds`` int64 (2, 2), for the mask of X and that of H, switches dropout on; the rest as in the stacked operator.
+    ``seeds`` int64 (2, 2), for the masks of X and H, enables dropout; the rest as in the stacked operator.
     """
     seed_x, seed_h = (None, None) if seeds is None else seeds.unbind()
     if planner.split_name(backend)[0] == "triton" and X.shape[0] > 0:
@@ -97,7 +97,7 @@ def lora_mlp_bwd(
     needs: MLPNeeds,
     backend: str,
 ) -> MLPGrads:
-    """The gradients of lora_mlp_fwd that ``needs`` asks for, for dY (M, N); XA as its blocks of gate and up."""
+    """The gradients of lora_mlp_fwd selected by ``needs``, for dY (M, N); XA as the blocks of gate and up."""
     seed_x, seed_h = (None, None) if seeds is None else seeds.unbind()
     kind, forced = planner.split_name(backend)
     if kind == "triton" and X.shape[0] > 0:

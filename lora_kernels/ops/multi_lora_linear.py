@@ -1,7 +1,6 @@
-"""lora_kernels::multi_lora_linear_fwd and _bwd: schema, shapes without data, and the call of what is planned.
+"""lora_kernels::multi_lora_linear_fwd and _bwd: schema, fake implementation, call of the planned implementation.
 
-As in ops/lora_linear.py the functions do the work themselves in eager code, and call the operator while a graph is
-traced.
+As in ops/lora_linear.py, the functions compute directly in eager code and call the operator while a graph is traced.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from lora_kernels import reference
 from lora_kernels.operands.dtypes import low_rank_dtype
 from lora_kernels.operands.slots import Slots
 from lora_kernels.planning import multi_plan
-from lora_kernels.reference import Needs
+from lora_kernels.reference import GradMask
 from lora_kernels.reference.products import linear
 
-ON_CPU = ("reference", "auto", "cpp")  # what multi_plan.resolve says where no kernel of a GPU runs
+ON_CPU = ("reference", "auto", "cpp")  # results of multi_plan.resolve for which no GPU kernel runs
 _SLOTS = "Tensor A, Tensor B, Tensor starts, Tensor ranks, Tensor scalings, int max_rank, Tensor ids"
 _FWD = (
     f"multi_lora_linear_fwd(Tensor X, Tensor W, {_SLOTS}, Tensor? bias, bool need_xa, str backend) "
@@ -34,7 +33,7 @@ _BWD = (
 def multi_lora_linear_fwd(
     X: Tensor, W: Tensor, slots: Slots, ids: Tensor, bias: Tensor | None, need_xa: bool, backend: str
 ) -> tuple[Tensor, Tensor | None]:
-    """Y (M, N) and, where ``need_xa``, XA (M, max_rank) for X (M, K), ids int32 (M,); ``backend`` is resolved."""
+    """Y (M, N) and, if ``need_xa``, XA (M, max_rank) for X (M, K), ids int32 (M,); ``backend`` is resolved."""
     if is_compiling():
         return torch.ops.lora_kernels.multi_lora_linear_fwd(X, W, *slots, ids, bias, need_xa, backend)
     if backend in ON_CPU:
@@ -53,9 +52,9 @@ def multi_lora_linear_fwd(
 
 
 def multi_lora_linear_bwd(
-    dY: Tensor, X: Tensor, W: Tensor, slots: Slots, ids: Tensor, XA: Tensor, needs: Needs, backend: str
+    dY: Tensor, X: Tensor, W: Tensor, slots: Slots, ids: Tensor, XA: Tensor, needs: GradMask, backend: str
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dX, dA, dB, dbias of multi_lora_linear_fwd for dY (M, N); None for each that ``needs`` leaves out."""
+    """dX, dA, dB, dbias of multi_lora_linear_fwd for dY (M, N); None for each that ``needs`` excludes."""
     if is_compiling():
         grads = torch.ops.lora_kernels.multi_lora_linear_bwd(dY, X, W, *slots, ids, XA, list(needs), backend)
         return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))  # type: ignore[return-value]
@@ -80,7 +79,7 @@ def _fwd_fake(X: Tensor, W: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 def _bwd_impl(dY: Tensor, X: Tensor, W: Tensor, *args: Any) -> tuple[Tensor, ...]:
     slots, (ids, XA, needs, backend) = Slots(*args[:6]), args[6:]
-    grads = multi_lora_linear_bwd(dY, X, W, slots, ids, XA, Needs(*needs), backend)
+    grads = multi_lora_linear_bwd(dY, X, W, slots, ids, XA, GradMask(*needs), backend)
     return tuple(dY.new_empty(0) if grad is None else grad for grad in grads)
 
 

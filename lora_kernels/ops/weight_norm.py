@@ -1,4 +1,4 @@
-"""lora_kernels::weight_norm: the row norms of W + s B A, and a cache that notices every change it can see."""
+"""lora_kernels::weight_norm: the row norms of W + s B A, and a cache that detects changes of W, A and B."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _SCHEMA = "weight_norm(Tensor W, Tensor A, Tensor B, float scaling) -> Tensor"
 def weight_norm(W: Tensor, A: Tensor, B: Tensor, scaling: float, W_sq: Tensor | None = None) -> Tensor:
     """Norms (N,), float32 or float64, of the rows of W (N, K) + scaling * B (N, r) A (r, K). No gradient passes.
 
-    On a CPU from factored terms (``W_sq``: the squared norms of W's rows, where they are known); elsewhere, where the
-    look at what has cancelled would stop the device's queue, by blocks of rows.
+    On a CPU from factored terms (``W_sq``: the squared norms of W's rows, if known). On other devices by blocks of
+    rows, since the check for cancellation would synchronize with the device.
     """
     if derived():
         return composition.weight_norm(W, A, B, scaling)
@@ -35,12 +35,12 @@ def weight_norm(W: Tensor, A: Tensor, B: Tensor, scaling: float, W_sq: Tensor | 
 
 
 class NormCache:
-    """The norms of one adapter over one weight, kept while W, A, B and scaling stay as they are.
+    """Cache of the norms of one adapter over one weight, valid while W, A, B and scaling do not change.
 
-    A version counter misses what is written through ``.data`` or a pointer (merging in PEFT, hotswapping, optimizers
-    of bitsandbytes, sharded training). So on a CPU A and B are compared with copies of them in full, and W by its
-    storage, its version and one element of each row. On other devices a comparison would stop the queue, and nothing
-    is kept unless the caller vouches for the contents by ``trust``.
+    A version counter does not detect writes through ``.data`` or a pointer (merging in PEFT, hotswapping, optimizers
+    of bitsandbytes, sharded training). So on a CPU all of A and B is compared with copies, and of W its storage, its
+    version and one element of each row. On other devices a comparison would synchronize with the device: nothing is
+    kept unless the caller passes ``trust``.
 
     Copies and pickles of a cache are empty.
     """
@@ -51,14 +51,14 @@ class NormCache:
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop the cached norms."""
         self._base: tuple[Any, ...] | None = None  # replaced as a whole: threads may share a layer
         self._adapter: tuple[Any, ...] | None = None
 
     def norm(self, W: Tensor, A: Tensor, B: Tensor, scaling: float, trust: bool = False) -> Tensor:
         """weight_norm(W, A, B, scaling); treat it as read-only.
 
-        ``trust``: between calls nobody writes into W, A or B but through PyTorch's own operators on these very tensors.
+        ``trust``: between calls W, A and B change only by PyTorch's own operators on these same tensor objects.
         """
         if torch.compiler.is_compiling() or derived():  # tensors of a transform must not outlive it
             return weight_norm(W, A, B, scaling)
@@ -96,7 +96,7 @@ class NormCache:
 
 
 def _lasting(W: Tensor, A: Tensor, B: Tensor, scaling: float, W_sq: Tensor | None = None) -> Tensor:
-    """weight_norm as a tensor that a backward may save, even if it is first asked for in inference mode."""
+    """weight_norm as a tensor that a backward may save, even if it is first computed in inference mode."""
     with torch.inference_mode(False):
         return weight_norm(W, A, B, scaling, W_sq)
 
@@ -106,23 +106,23 @@ def _has_no_version(*tensors: Tensor) -> bool:
 
 
 def _capturing(T: Tensor) -> bool:
-    """Whether a CUDA graph is being recorded, which would replay kept norms for ever."""
+    """Whether a CUDA graph is being captured: its replays would use cached norms after a change."""
     return T.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _identity(T: Tensor) -> tuple[Any, ...]:
-    """What tells T apart as long as _pin(T) is held: storage, place in it, and how often PyTorch has written to it."""
+    """Key that identifies T while _pin(T) exists: storage, address, version counter, shape, strides, dtype."""
     version = 0 if T.is_inference() else T._version
     return T.untyped_storage()._cdata, T.data_ptr(), version, T.shape, T.stride(), T.dtype
 
 
 def _pin(T: Tensor) -> StorageWeakRef:
-    """Keeps the name of T's storage from being given to another one, not its memory."""
+    """A weak reference by which the identity of T's storage is not reused; it does not keep the memory."""
     return StorageWeakRef(T.untyped_storage())
 
 
 def _probe(W: Tensor) -> Tensor:
-    """One element of every row of W (N, K), (N, 1), from columns that move on by one."""
+    """One element of every row of W (N, K), (N, 1): row i gives column i mod K."""
     N, K = W.shape
     return W.gather(1, torch.arange(N, device=W.device).remainder_(K)[:, None])
 

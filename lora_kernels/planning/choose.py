@@ -1,8 +1,8 @@
-"""Which implementation runs: backend (where it runs) and plan (how the work is cut into launches), and why.
+"""Choose the implementation of a call: backend (where it runs) and plan (how the work is split into launches).
 
-A backend is asked for per call, for a block of code (``use_backend``) or for a program (LORA_KERNELS_BACKEND), in that
-order; "auto" takes Triton where it can run and the reference elsewhere. "triton:one_pass" names a plan as well.
-A plan is chosen by what a tuned table says of this GPU (tuned.py), without one by the time that cost.py predicts.
+A backend is requested per call, for a block of code (``use_backend``) or for a program (LORA_KERNELS_BACKEND), in that
+order. "auto" selects Triton if it can run, otherwise the reference. "triton:one_pass" also names a plan. Without a
+name, the plan comes from the tuned table of this GPU (tuned.py), or from the time that cost.py predicts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lora_kernels.errors import BackendUnavailableError, ConfigError
 from lora_kernels.kernels.chip import CHIPS, Chip, chip_of
 from lora_kernels.kernels.tiles import wide_loads
 from lora_kernels.planning import override
-from lora_kernels.planning.cost import Plan, Problem, seconds
+from lora_kernels.planning.cost import CallShape, Plan, seconds
 from lora_kernels.planning.plans import MULTI, VARIANTS, Variant, switched_off
 from lora_kernels.planning.tuned import Entry, table_for
 
@@ -41,7 +41,7 @@ _environment = os.environ.get("LORA_KERNELS_BACKEND", "auto")
 
 
 def split_name(requested: str) -> tuple[str, str | None]:
-    """("triton", "one_pass") from "triton:one_pass"; the plan is None where none is named.
+    """("triton", "one_pass") from "triton:one_pass"; the plan is None if none is named.
 
     Raises:
         ConfigError: not a backend or plan of ours.
@@ -84,19 +84,19 @@ def triton_missing(device_type: str) -> str | None:
 
 @functools.cache
 def triton_kernels(launchers: str = "linear.launchers") -> ModuleType:
-    """The Triton kernels; the only place that imports them, and with them Triton. Interpreted, bfloat16 is exact."""
+    """Import the launchers, and with them Triton; no other code does. Makes bfloat16 exact in the interpreter."""
     if _interpreted:
         importlib.import_module("lora_kernels.testing.interpreter.bf16").ensure_exact()
     return importlib.import_module(f"lora_kernels.kernels.{launchers}")
 
 
 def backend_status() -> dict[str, str | None]:
-    """For each backend of every operator None where it can run here, or the reason it cannot."""
+    """For each backend that every operator has: None if it can run here, or the reason it cannot."""
     return {"reference": None, "triton": triton_missing("cuda" if torch.cuda.is_available() else "cpu")}
 
 
 def requested_backend(backend: str = "auto") -> str:
-    """What was asked for: the argument, else the enclosing use_backend, else LORA_KERNELS_BACKEND, else "auto"."""
+    """The requested backend: the argument, else the enclosing use_backend, else LORA_KERNELS_BACKEND, else "auto"."""
     if backend == "auto" and override.latest is not None:
         backend = override.requested()
     if backend == "auto":
@@ -105,10 +105,10 @@ def requested_backend(backend: str = "auto") -> str:
 
 
 def resolve_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
-    """The backend, with its plan where one was named, that runs a call on tensors of this device and dtype.
+    """The backend, with its plan if one was named, that runs a call on tensors of this device and dtype.
 
     Raises:
-        BackendUnavailableError: "triton" was asked for by name and cannot run.
+        BackendUnavailableError: "triton" was requested by name and cannot run.
         ConfigError: unknown name.
     """
     backend = requested_backend(backend)
@@ -129,18 +129,18 @@ def resolve_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
 
 
 def chip_for(device: torch.device) -> Chip:
-    """The Chip behind a device; under the interpreter an H100-like one stands in."""
+    """The Chip of a device; on a CPU (interpreter) the Chip of an H100."""
     if device.type == "cuda":
         return chip_of(device.index if device.index is not None else torch.cuda.current_device())
     return CHIPS["sm_90"]
 
 
-def _plan(variant: Variant, problem: Problem, chip: Chip, entry: Entry | None) -> Plan:
+def _plan(variant: Variant, problem: CallShape, chip: Chip, entry: Entry | None) -> Plan:
     direction = variant.fwd if problem.op == "fwd" else variant.bwd
     if direction is None:
         return Plan(variant.name, (), math.inf, "it is a forward plan", variant.opt_in)
     found = None if entry is None else entry.best(variant.name)
-    tiles = found.tiles if found and entry and entry.r == problem.r else None  # made for a rank, not for its bucket
+    tiles = found.tiles if found and entry and entry.r == problem.r else None  # tiles are for one rank
     if tiles is not None and direction.refused(problem, chip, tiles):
         tiles = None
     if refused := switched_off(variant.name) or direction.refused(problem, chip, tiles):
@@ -152,15 +152,15 @@ def _plan(variant: Variant, problem: Problem, chip: Chip, entry: Entry | None) -
 
 
 @functools.lru_cache(maxsize=4096)
-def candidates(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
+def candidates(problem: CallShape, chip: Chip) -> tuple[Plan, ...]:
     """Every plan for ``problem``, the fastest predicted first, refused ones last; opt-in ones after all others."""
     entry = table_for(chip.name).lookup(problem)
     plans = (_plan(variant, problem, chip, entry) for variant in VARIANTS)
     return tuple(sorted(plans, key=lambda plan: (plan.opt_in, plan.seconds)))
 
 
-def _own_choice(problem: Problem, chip: Chip) -> Plan:
-    """What the tuned table says, if that can run; else the least prediction among the plans that are not opt-in."""
+def _own_choice(problem: CallShape, chip: Chip) -> Plan:
+    """The tuned table's plan if it can run, else the plan with the least prediction among those not opt-in."""
     plans = candidates(problem, chip)
     entry = table_for(chip.name).lookup(problem)
     if entry is not None:
@@ -172,14 +172,14 @@ def _own_choice(problem: Problem, chip: Chip) -> Plan:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(problem: Problem, chip: Chip, forced: str | None = None) -> Plan:
-    """The plan that runs: ``forced``, or without a name the tuned table's, or the model's among PLANS.
+def choose(problem: CallShape, chip: Chip, forced: str | None = None) -> Plan:
+    """The plan that runs: ``forced``, else the tuned table's, else the model's among PLANS.
 
-    A backward has no FORWARD_ONLY plan: asked for one, its counterpart runs where there is one and it is valid, else
+    No FORWARD_ONLY plan has a backward: if one is named, its counterpart runs if it has one that is valid, otherwise
     the planner's own choice.
 
     Raises:
-        BackendUnavailableError: the plan asked for by name is not valid for this problem.
+        BackendUnavailableError: the plan requested by name is not valid for this problem.
     """
     if forced is None:
         return _own_choice(problem, chip)
@@ -200,7 +200,7 @@ def _plan_of(
     descriptors: bool, device: torch.device, forced: str | None,
 ) -> tuple[Plan, Chip]:  # fmt: skip
     chip = chip_for(device)
-    return choose(Problem(op, M, N, K, r, dtype, dropout, bias, need_dx, bits, descriptors), chip, forced), chip
+    return choose(CallShape(op, M, N, K, r, dtype, dropout, bias, need_dx, bits, descriptors), chip, forced), chip
 
 
 def plan_call(
@@ -217,11 +217,11 @@ def plan_call(
 ) -> tuple[Plan, Chip]:
     """The plan and the Chip of one call, whose matrices are ``operands``: X, W, or dY, X, W, the first with M rows.
 
-    Costs a look-up. Where descriptors cannot take these matrices "auto" chooses again, and a plan asked for by name
-    raises; where they do not allow the wide loads that tuned tiles want, the default tiles are taken.
+    Costs one cache look-up. If descriptors cannot take these matrices, "auto" chooses again and a plan requested by
+    name raises. If the matrices do not allow the wide loads that tuned tiles need, the default tiles are used.
 
     Raises:
-        BackendUnavailableError: the plan asked for by name is not valid for this call.
+        BackendUnavailableError: the plan requested by name is not valid for this call.
     """
     dtype, device = (first := operands[0]).dtype, first.device
     plan, chip = _plan_of(op, first.shape[0], N, K, r, dtype, dropout, bias, need_dx, bits, True, device, forced)
@@ -243,6 +243,6 @@ def descriptors_take(*matrices: torch.Tensor) -> bool:
 
 
 def forget() -> None:
-    """Drop every plan and table that is remembered, so that a new table counts from the next call on."""
+    """Clear all cached plans and tables: the next call reads the tables again."""
     for remembered in (table_for, candidates, choose, _plan_of):
         remembered.cache_clear()

@@ -1,8 +1,9 @@
-"""What work costs: the FLOP and bytes of every kernel of a LoRA linear layer, and the time a chip should take for them.
+"""Cost model of a LoRA linear layer: FLOP and bytes of every kernel, and the time predicted for them on a chip.
 
 A kernel's time is the larger of FLOP over rate and bytes over bandwidth, plus a fixed cost a launch. Rates are
-data-sheet figures times efficiencies that no GPU of ours has measured yet, chosen so that the vendor's library keeps
-the base GEMM wherever the prediction is not clearly in favour of ours. variants.py composes kernels into plans.
+data-sheet figures times efficiencies that have not been measured on a GPU yet. They are chosen so that the vendor's
+library computes the base GEMM unless the prediction clearly favours a kernel of this package. plans.py composes
+kernels into plans.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from lora_kernels.kernels.tiles import Config, rank_block
 
 Tiles = Config | GluonConfig  # of a plan's main product
 LAUNCH_SECONDS = 2.5e-6
-# Of the data-sheet rate, a large product: by the vendor's library anywhere, by our kernels on an architecture.
+# Fraction of the data-sheet rate that a large product reaches: the vendor's library, our kernels by architecture.
 LIBRARY_EFFICIENCY = 0.75
 EFFICIENCY = {
     "pointer": {"sm_80": 0.66, "sm_86": 0.68, "sm_89": 0.68, "sm_90": 0.5, "sm_100": 0.3},
@@ -29,11 +30,11 @@ BANDWIDTH_EFFICIENCY = 0.88
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One call as the planner sees it: direction, sizes, dtype, and what it must make.
+class CallShape:
+    """The planner's key of one call: direction, sizes, dtype, and which results are needed.
 
     ``bits``: dropout's mask is kept as packed bits (forward writes them, backward reads them), not drawn again.
-    ``descriptors``: TMA descriptors can take the tensors of this call as they lie in memory.
+    ``descriptors``: TMA descriptors accept the strides and addresses of this call's tensors.
     """
 
     op: str  # "fwd" or "bwd"
@@ -50,13 +51,13 @@ class Problem:
 
     @property
     def mask_bytes(self) -> int:
-        """Bytes of the packed mask, 0 where there is none."""
+        """Bytes of the packed mask; 0 without one."""
         return self.M * 16 * -(-self.K // 128) if self.dropout and self.bits else 0
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel: its name, FLOP, bytes moved to and from memory, and whose efficiency applies.
+    """One kernel: its name, FLOP, bytes moved to and from memory, and the efficiency that applies.
 
     ``maker``: "library" (the vendor's), or one of EFFICIENCY: "pointer", "tma", "gluon".
     """
@@ -73,11 +74,11 @@ class Launch:
 
 @dataclass(frozen=True)
 class Plan:
-    """A way to carry out a Problem: its launches, the time predicted for them, and how it was found.
+    """One way to compute a CallShape: its launches, the time predicted for them, and why it was chosen.
 
-    ``seconds``: predicted. ``measured``: seconds by the tuned table of this GPU, None where it has none. ``tiles``: of
-    the main product, None for the default. ``refused``: why it cannot run here. ``why``: what chose it: "model",
-    "tuned on this GPU", "named"; empty for a plan that was not chosen. ``descriptors``: it hands its matrices to TMA.
+    ``seconds``: predicted. ``measured``: seconds in the tuned table of this GPU, None if it has none. ``tiles``: of
+    the main product, None for the default. ``refused``: why it cannot run here. ``why``: "model", "tuned on this GPU"
+    or "named"; empty for a plan that was not chosen. ``descriptors``: it reads its matrices by TMA.
     """
 
     name: str
@@ -106,7 +107,7 @@ class Plan:
 
 
 def seconds(launch: Launch, dtype: torch.dtype, chip: Chip) -> float:
-    """Predicted seconds of one launch on ``chip``, its launch cost included."""
+    """Predicted seconds of one launch on ``chip``, including the launch cost."""
     scalar = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     rate = (chip.fp32_tflops if scalar else chip.tflops / (2 if dtype == torch.float32 else 1)) * 1e12
     if launch.library:
@@ -116,73 +117,73 @@ def seconds(launch: Launch, dtype: torch.dtype, chip: Chip) -> float:
     return max(launch.flop / rate, launch.bytes / (chip.gbps * 1e9 * BANDWIDTH_EFFICIENCY)) + LAUNCH_SECONDS
 
 
-def _passes(q: Problem) -> int:
-    """How often a pass that holds one tile of ranks walks over its matrix."""
+def _passes(q: CallShape) -> int:
+    """Number of times that a pass which holds one tile of ranks reads its matrix."""
     return -(-q.r // rank_block(q.dtype))
 
 
-def shrink(q: Problem) -> Launch:
+def shrink(q: CallShape) -> Launch:
     """XA = (D*X) A^T, and the mask's bits."""
     e = q.dtype.itemsize
     moved = e * (_passes(q) * q.M * q.K + q.r * q.K + q.M * q.r) + q.mask_bytes
     return Launch("shrink", 2 * q.M * q.K * q.r, moved)
 
 
-def extend(q: Problem) -> Launch:
+def extend(q: CallShape) -> Launch:
     """Y = X W^T + XA B^T."""
     moved = q.M * q.K + q.N * q.K + q.M * q.N + q.M * q.r + q.N * q.r
     return Launch("extend", 2 * q.M * q.N * (q.K + q.r), q.dtype.itemsize * moved)
 
 
-def one_launch(q: Problem) -> Launch:
+def one_launch(q: CallShape) -> Launch:
     """XA and Y in one launch; X is read a second time, from L2."""
     flop = 2 * q.M * q.K * q.r + 2 * q.M * q.N * (q.K + q.r)
     return Launch("one_launch", flop, extend(q).bytes + q.dtype.itemsize * (q.r * q.K + q.M * q.r))
 
 
-def one_pass(q: Problem) -> Launch:
-    """XA in every column block of Y again."""
+def one_pass(q: CallShape) -> Launch:
+    """XA and Y; XA is computed again in every column block of Y."""
     flop = 2 * q.M * q.N * (q.K + q.r) + 2 * -(-q.N // 64) * q.M * q.K * max(q.r, 16)
     return Launch("one_pass", flop, extend(q).bytes + q.dtype.itemsize * q.r * q.K + q.mask_bytes)
 
 
-def _small(q: Problem) -> int:
+def _small(q: CallShape) -> int:
     """Bytes of dYB, B and A: an upper estimate for any pass of the backward."""
     return q.dtype.itemsize * q.r * (q.M + q.N + q.K)
 
 
-def _dyb_db_parts(q: Problem) -> int:
+def _dyb_db_parts(q: CallShape) -> int:
     return 4 * q.r * (q.M * -(-q.N // 128) + q.N * -(-q.M // 512))
 
 
-def _da_parts(q: Problem) -> int:
+def _da_parts(q: CallShape) -> int:
     """Bytes of dA's fp32 partials, one a row block; tma_dx adds up to eight of them first: there an upper estimate."""
     return 4 * q.r * q.K * -(-q.M // 128)
 
 
-def dyb_db(q: Problem) -> Launch:
+def dyb_db(q: CallShape) -> Launch:
     """dYB = s dY B and dB = dY^T XA from one read of dY for each tile of ranks, as fp32 partials."""
     moved = _passes(q) * q.dtype.itemsize * q.M * q.N + _dyb_db_parts(q) + _small(q)
     return Launch("dyb_db", 4 * q.M * q.N * q.r, moved)
 
 
-def reduce(q: Problem) -> Launch:
+def reduce(q: CallShape) -> Launch:
     """The sum of dyb_db's partials."""
     return Launch("reduce", 0, _dyb_db_parts(q) + _small(q))
 
 
-def reduce_da(q: Problem) -> Launch:
+def reduce_da(q: CallShape) -> Launch:
     """The sum of dA's partials, by the same kernel as reduce."""
     return Launch("reduce", 0, _da_parts(q) + _small(q))
 
 
-def makes_da(q: Problem) -> bool:
-    """Whether dX's epilogue yields dA: where all ranks fit one tile."""
+def makes_da(q: CallShape) -> bool:
+    """Whether dX's epilogue computes dA: all ranks fit one tile."""
     return q.r <= rank_block(q.dtype)
 
 
-def dx_da(q: Problem) -> Launch:
-    """dX = dY W + D*(dYB A), and dA's partials from the X tile where all ranks fit one tile."""
+def dx_da(q: CallShape) -> Launch:
+    """dX = dY W + D*(dYB A), and dA's partials from the X tile if all ranks fit one tile."""
     e, flop = q.dtype.itemsize, 2 * q.M * q.K * (q.N + q.r)
     moved = e * (q.M * q.N + q.N * q.K + q.M * q.K) + _small(q) + q.mask_bytes
     if makes_da(q):
@@ -190,24 +191,24 @@ def dx_da(q: Problem) -> Launch:
     return Launch("dx_da", flop, moved)
 
 
-def da(q: Problem) -> Launch:
-    """dA = dYB^T (D*X) as a pass of its own, as fp32 partials."""
+def da(q: CallShape) -> Launch:
+    """dA = dYB^T (D*X) in a separate pass, as fp32 partials."""
     moved = _passes(q) * (q.dtype.itemsize * q.M * q.K + q.mask_bytes) + _da_parts(q) + _small(q)
     return Launch("da", 2 * q.M * q.K * q.r, moved)
 
 
-def expand(q: Problem) -> Launch:
+def expand(q: CallShape) -> Launch:
     """dX += D*(dYB A): a read and a write of dX."""
     return Launch("expand", 2 * q.M * q.K * q.r, 2 * q.dtype.itemsize * q.M * q.K + _small(q) + q.mask_bytes)
 
 
-def _as(kernel: Callable[[Problem], Launch], name: str, maker: str) -> Callable[[Problem], Launch]:
+def _as(kernel: Callable[[CallShape], Launch], name: str, maker: str) -> Callable[[CallShape], Launch]:
     """The same work by another kernel."""
     return lambda q: replace(kernel(q), kernel=name, maker=maker)
 
 
-# The kernels of a LoRA linear layer by the names of their launches, and what each does to a Problem.
-KERNELS: dict[str, Callable[[Problem], Launch]] = {
+# The kernels of a LoRA linear layer: launch name -> cost of a CallShape.
+KERNELS: dict[str, Callable[[CallShape], Launch]] = {
     kernel.__name__: kernel for kernel in (shrink, extend, one_pass, dyb_db, dx_da, da, expand, reduce)
 } | {
     "ptr_one_launch": _as(one_launch, "ptr_one_launch", "pointer"),
@@ -221,5 +222,5 @@ KERNELS: dict[str, Callable[[Problem], Launch]] = {
 
 
 def library(kernel: str, M: int, N: int, K: int, itemsize: int, add: bool = False) -> Launch:
-    """A product (M, K) x (K, N) by the vendor's library; with ``add`` it reads what it adds to."""
+    """A product (M, K) x (K, N) by the vendor's library; with ``add`` it also reads the output it adds to."""
     return Launch(kernel, 2 * M * N * K, itemsize * (M * K + N * K + (2 if add else 1) * M * N), "library")

@@ -1,7 +1,7 @@
-"""What the linear layer with many adapters costs: the launches of each plan, their FLOP and bytes.
+"""Cost model of the linear layer with many adapters: the launches of each plan, their FLOP and bytes.
 
-Which adapters a batch holds is data of the device, so a plan is judged for a batch that the host can know of: every
-slot in use once where there are rows enough, slots of the mean rank, rows of one slot side by side.
+Adapter ids are stored on the GPU, so the model assumes a uniform batch: every slot is used if there are enough rows,
+each slot has the mean rank, and the rows of one slot are adjacent.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from lora_kernels.planning.cost import Launch, library
 
 
 @dataclass(frozen=True)
-class MultiProblem:
-    """One call: direction, M rows, N, K, L slots of R ranks in all, dtype, and whether XA is to be kept.
+class MultiCallShape:
+    """One call: direction, M rows, N, K, L slots of R ranks in all, dtype, and whether XA is kept.
 
-    ``need_dx``: backward, whether X asks for a gradient.
+    ``need_dx``: in a backward, whether X requires a gradient.
     """
 
     op: str  # "fwd" or "bwd"
@@ -33,62 +33,62 @@ class MultiProblem:
 
     @property
     def distinct(self) -> int:
-        """Adapters that a batch is taken to hold."""
+        """Number of adapters that the batch is assumed to use."""
         return min(self.L, self.M)
 
     @property
     def ranks(self) -> int:
-        """Their ranks in all."""
+        """Sum of their ranks."""
         return -(-self.R * self.distinct // max(self.L, 1))
 
     @property
     def rank(self) -> int:
-        """The mean rank, which a row has."""
+        """The mean rank, assumed for every row."""
         return -(-self.R // max(self.L, 1))
 
 
-def shrink(q: MultiProblem, width: int, kernel: str = "multi_shrink") -> Launch:
+def shrink(q: MultiCallShape, width: int, kernel: str = "multi_shrink") -> Launch:
     """XA = s X A_l^T over the rows of X (M, width)."""
     moved = q.M * width + q.ranks * width + q.M * q.rank
     return Launch(kernel, 2 * q.M * q.rank * width, q.dtype.itemsize * moved)
 
 
-def extend(q: MultiProblem, N: int, K: int) -> Launch:
+def extend(q: MultiCallShape, N: int, K: int) -> Launch:
     """Y (M, N) = X W^T + XA B_l^T, or dX by the same kernel."""
     moved = q.M * K + N * K + q.M * N + q.ranks * N + q.M * q.rank
     return Launch("multi_extend", 2 * q.M * N * (K + q.rank), q.dtype.itemsize * moved)
 
 
-def expand(q: MultiProblem, N: int) -> Launch:
+def expand(q: MultiCallShape, N: int) -> Launch:
     """Y += XA B_l^T in place."""
     return Launch("multi_expand", 2 * q.M * N * q.rank, q.dtype.itemsize * (2 * q.M * N + q.ranks * N + q.M * q.rank))
 
 
-def decode(q: MultiProblem, maker: str = "pointer") -> Launch:
-    """Everything in one launch: W, and the A and B of the adapters that are there, once."""
+def decode(q: MultiCallShape, maker: str = "pointer") -> Launch:
+    """The whole forward in one launch: reads W and the A and B of the adapters in use once."""
     moved = q.N * q.K + q.ranks * (q.N + q.K) + q.M * (q.N + q.K)
     return Launch("multi_decode", 2 * q.M * (q.N * q.K + q.rank * (q.N + q.K)), q.dtype.itemsize * moved, maker)
 
 
-def rows(q: MultiProblem) -> Launch:
-    """The rows of every slot from M ids, read twice a slot: from memory once."""
+def rows(q: MultiCallShape) -> Launch:
+    """The rows of every slot from M ids; each slot reads the ids twice, once from memory."""
     return Launch("multi_rows", 0, 4 * (2 * q.M + 2 * q.L))
 
 
-def gradients(q: MultiProblem) -> Launch:
-    """dA_l = dYB^T X and dB_l = dY^T XA: one walk over each matrix, one launch for both."""
+def gradients(q: MultiCallShape) -> Launch:
+    """dA_l = dYB^T X and dB_l = dY^T XA: one pass over each matrix, one launch for both."""
     low = q.M * q.rank
     moved = q.M * (q.K + q.N) + 2 * low + q.R * (q.K + q.N)
     return Launch("multi_grads", 2 * low * (q.K + q.N), q.dtype.itemsize * moved)
 
 
-def sums(q: MultiProblem, spans: int = 4) -> Launch:
+def sums(q: MultiCallShape, spans: int = 4) -> Launch:
     """dA_l and dB_l from float32 partials of ``spans`` spans of rows; none is launched for one span."""
     return Launch("multi_sum", 0, (4 * spans + q.dtype.itemsize) * q.R * (q.K + q.N))
 
 
-def launches(name: str, q: MultiProblem) -> tuple[Launch, ...]:
-    """The launches of plan ``name``, in order; the sum of partials, as long in every plan, is left out."""
+def launches(name: str, q: MultiCallShape) -> tuple[Launch, ...]:
+    """The launches of plan ``name``, in order, without the sum of partials, which is equal in every plan."""
     e = q.dtype.itemsize
     if q.op == "bwd":
         dX: tuple[Launch, ...] = ()
@@ -103,8 +103,8 @@ def launches(name: str, q: MultiProblem) -> tuple[Launch, ...]:
     return shrink(q, q.K), library("matmul", q.M, q.N, q.K, e), expand(q, q.N)
 
 
-# The kernels by the names of their launches, and what each does to a forward Problem; N and K change places for dX.
-KERNELS: dict[str, Callable[[MultiProblem], Launch]] = {
+# The kernels: launch name -> cost of a forward MultiCallShape; for dX, N and K are exchanged.
+KERNELS: dict[str, Callable[[MultiCallShape], Launch]] = {
     "multi_shrink": lambda q: shrink(q, q.K),
     "multi_extend": lambda q: extend(q, q.N, q.K),
     "multi_expand": lambda q: expand(q, q.N),

@@ -1,14 +1,14 @@
-"""Which implementation of the linear layer with many adapters runs, and why.
+"""Choose the implementation of the linear layer with many adapters.
 
-    eager    the base product by the vendor's library, then shrink and expand in two launches: the rivals' algorithm
-    extend   shrink, then one GEMM whose accumulator takes every adapter of its row tile as well
+    eager    the base product by the vendor's library, then shrink and expand in two launches, as other libraries do
+    extend   shrink, then one GEMM whose accumulator also adds the adapters of its row tile
     decode   one launch, W read once; up to 64 rows, forward without gradients
-    cuda     the same in CUDA C++, where the package was built with it (backend "cuda")
+    cuda     the same in CUDA C++, if the package was built with it (backend "cuda")
     cpp      on a CPU, forward without gradients: the base product by the library, the update by one call of C++
 
-Backends are named as everywhere ("auto", "reference", "triton", "triton:PLAN"), and "cuda" and "cpp". A plan is chosen
-by the time that multi_cost.py predicts; no GPU has measured these plans yet. On a CPU auto is cpp where it takes the
-call, for as many rows as it was measured to be faster than the reference.
+Backends are "auto", "reference", "triton", "triton:PLAN", "cuda" and "cpp". A plan is chosen by the time that
+multi_cost.py predicts; these plans have not been measured on a GPU yet. On a CPU "auto" selects cpp if it accepts the
+call, up to the row count at which it was measured to be faster than the reference.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from lora_kernels.operands.slots import Slots
 from lora_kernels.planning import choose as planner
 from lora_kernels.planning.choose import chip_for, requested_backend, resolve_backend, split_name
 from lora_kernels.planning.cost import Plan, seconds
-from lora_kernels.planning.multi_cost import MultiProblem, launches
+from lora_kernels.planning.multi_cost import MultiCallShape, launches
 from lora_kernels.planning.plans import switched_off
 
 PLANS = ("eager", "extend", "decode", "cuda")
-CPP_ROWS = {torch.float32: 4096, torch.bfloat16: 1024}  # up to which it beats the reference; docs/multi_lora_linear.md
+CPP_ROWS = {torch.float32: 4096, torch.bfloat16: 1024}  # rows; see docs/multi_lora_linear.md
 
 
 @functools.cache
@@ -44,17 +44,17 @@ def triton_kernels() -> ModuleType:
 
 @functools.cache
 def cuda_kernels() -> ModuleType:
-    """The CUDA C++ operators' front end; whether they were built is asked when one is wanted."""
+    """The module of the CUDA C++ operators; it checks at each use whether they were built."""
     return importlib.import_module("lora_kernels.kernels.csrc")
 
 
 def resolve(backend: str, device_type: str, dtype: torch.dtype) -> str:
-    """The backend, with its plan where one was named, that runs a call on tensors of this device and dtype.
+    """The backend, with its plan if one was named, that runs a call on tensors of this device and dtype.
 
-    "auto" on a CPU for dtypes that cpp takes: the operands decide, call by call, in by_cpp.
+    On a CPU, for dtypes that cpp accepts, the result is "auto": by_cpp decides for each call.
 
     Raises:
-        BackendUnavailableError: asked for by name, it cannot run.
+        BackendUnavailableError: the backend requested by name cannot run.
         ConfigError: unknown name.
     """
     asked = requested_backend(backend)
@@ -73,7 +73,7 @@ def resolve(backend: str, device_type: str, dtype: torch.dtype) -> str:
 
 @functools.cache
 def cpp_missing() -> str | None:
-    """Why auto never takes cpp here, or None."""
+    """Why "auto" cannot select cpp here, or None."""
     return cuda_kernels().update_missing() or switched_off("cpp")
 
 
@@ -81,7 +81,7 @@ def by_cpp(X: Tensor, slots: Slots, need_xa: bool, backend: str) -> bool:
     """Whether the C++ operator runs a forward on the CPU for a resolved ``backend``.
 
     Raises:
-        BackendUnavailableError: it was asked for by name and does not take the call.
+        BackendUnavailableError: it was requested by name and does not accept the call.
     """
     if backend == "auto":
         few = not need_xa and X.shape[0] <= CPP_ROWS[X.dtype] and cpp_missing() is None
@@ -94,7 +94,7 @@ def by_cpp(X: Tensor, slots: Slots, need_xa: bool, backend: str) -> bool:
     return True
 
 
-def _refused(name: str, q: MultiProblem, unsuited: str | None) -> str | None:
+def _refused(name: str, q: MultiCallShape, unsuited: str | None) -> str | None:
     if name not in ("decode", "cuda"):
         return None
     if name == "cuda" and (reason := cuda_kernels().available() or cuda_kernels().refusal(q.dtype, q.K) or unsuited):
@@ -107,10 +107,10 @@ def _refused(name: str, q: MultiProblem, unsuited: str | None) -> str | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def candidates(problem: MultiProblem, chip: Chip, unsuited: str | None = None) -> tuple[Plan, ...]:
+def candidates(problem: MultiCallShape, chip: Chip, unsuited: str | None = None) -> tuple[Plan, ...]:
     """Every plan for ``problem``, the fastest predicted first, refused ones last.
 
-    ``unsuited``: why the tensors of the call are not for plan cuda, as csrc.unsuited says it.
+    ``unsuited``: why plan cuda cannot take the tensors of the call (csrc.unsuited), or None.
     """
     plans = []
     for name in PLANS:
@@ -123,11 +123,12 @@ def candidates(problem: MultiProblem, chip: Chip, unsuited: str | None = None) -
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(problem: MultiProblem, chip: Chip, forced: str | None = None, unsuited: str | None = None) -> Plan:
-    """The plan that runs: ``forced``, else the least prediction. A forward plan's backward is the planner's own choice.
+def choose(problem: MultiCallShape, chip: Chip, forced: str | None = None, unsuited: str | None = None) -> Plan:
+    """The plan that runs: ``forced``, else the one with the least predicted time. If ``forced`` has no backward, the
+    planner chooses that of the backward.
 
     Raises:
-        BackendUnavailableError: the plan asked for by name is not valid for this problem.
+        BackendUnavailableError: the plan requested by name is not valid for this problem.
     """
     plans = candidates(problem, chip, unsuited)
     if forced is None:
@@ -144,14 +145,14 @@ def choose(problem: MultiProblem, chip: Chip, forced: str | None = None, unsuite
 def plan_call(
     op: str, X: Tensor, W: Tensor, slots: Slots, need_xa: bool, backend: str, need_dx: bool = True
 ) -> tuple[Plan, Chip]:
-    """The plan and the Chip of one call; costs a look-up.
+    """The plan and the Chip of one call; costs one cache look-up.
 
     Raises:
-        BackendUnavailableError: the plan asked for by name is not valid for this call.
+        BackendUnavailableError: the plan requested by name is not valid for this call.
     """
     (N, K), L, R = W.shape, slots.ranks.shape[0], slots.A.shape[0]
     kind, forced = split_name(backend)
-    problem = MultiProblem(op, X.shape[0], N, K, L, R, X.dtype, need_xa, need_dx)
+    problem = MultiCallShape(op, X.shape[0], N, K, L, R, X.dtype, need_xa, need_dx)
     chip, cuda = chip_for(X.device), cuda_kernels()
     wanted = op == "fwd" and problem.M <= DECODE_ROWS and cuda.available() is None
     unsuited = cuda.unsuited(X, W, slots) if wanted else None

@@ -1,7 +1,7 @@
-"""The plans of a LoRA linear layer as one table: what each launches, its tiles, and where it cannot run.
+"""The plans of a LoRA linear layer as one table: launches, tiles, and the calls that each plan refuses.
 
 A new kernel variant is one entry of VARIANTS (and its kernel's cost in cost.py): the planner, explain, tune and the
-tests walk over the table.
+tests read the table.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from lora_kernels.kernels.tiles import (
     tma_rows,
 )
 from lora_kernels.operands.dtypes import low_rank_dtype
-from lora_kernels.planning.cost import KERNELS, Launch, Problem, Tiles, expand, library, makes_da, reduce_da
+from lora_kernels.planning.cost import KERNELS, CallShape, Launch, Tiles, expand, library, makes_da, reduce_da
 
-Choice = Callable[[Problem, Chip], Tiles]
-Refusal = Callable[[Problem, Chip], str | None]
+Choice = Callable[[CallShape, Chip], Tiles]
+Refusal = Callable[[CallShape, Chip], str | None]
 
 
-def _nothing_else(q: Problem, chip: Chip) -> str | None:
+def _nothing_else(q: CallShape, chip: Chip) -> str | None:
     return None
 
 
@@ -41,19 +41,19 @@ def _nothing_else(q: Problem, chip: Chip) -> str | None:
 class Pass:
     """One direction of a plan.
 
-    ``launches``: of a Problem, in order. ``tiles``: the default configuration of the main product; None where the
-    vendor's library makes it. ``others``: configurations of the other kernels, which must be valid, too. ``refusal``:
-    what else stands against it; None where nothing does. ``descriptors``: it hands its matrices to TMA descriptors.
+    ``launches``: of a CallShape, in order. ``tiles``: the default configuration of the main product; None if the
+    vendor's library computes it. ``others``: configurations of the other kernels, which must also be valid.
+    ``refusal``: any other reason why it cannot run, or None. ``descriptors``: it reads its matrices by TMA.
     """
 
-    launches: Callable[[Problem], tuple[Launch, ...]]
+    launches: Callable[[CallShape], tuple[Launch, ...]]
     tiles: Choice | None = None
     others: tuple[Choice, ...] = ()
     refusal: Refusal = _nothing_else
     descriptors: bool = False
 
-    def refused(self, q: Problem, chip: Chip, tiles: Tiles | None = None) -> str | None:
-        """Why it cannot run with ``tiles`` (None: the default ones), or None where it can."""
+    def refused(self, q: CallShape, chip: Chip, tiles: Tiles | None = None) -> str | None:
+        """Why it cannot run with ``tiles`` (None: the default ones), or None if it can."""
         if self.descriptors:
             if reason := tma_rows(q.N, q.K, q.dtype):
                 return reason
@@ -66,8 +66,8 @@ class Pass:
         return next((why for c in configs if (why := invalid(c, q, chip))), None)
 
 
-def invalid(tiles: Tiles, q: Problem, chip: Chip) -> str | None:
-    """Why a kernel of q's dtype and rank cannot run with ``tiles`` on ``chip``; None where it can."""
+def invalid(tiles: Tiles, q: CallShape, chip: Chip) -> str | None:
+    """Why a kernel of q's dtype and rank cannot run with ``tiles`` on ``chip``; None if it can."""
     if isinstance(tiles, GluonConfig):
         return gluon_refusal(tiles, q.dtype, q.r, chip)
     return is_valid(tiles, q.dtype, q.r, chip)
@@ -75,8 +75,9 @@ def invalid(tiles: Tiles, q: Problem, chip: Chip) -> str | None:
 
 @dataclass(frozen=True)
 class Variant:
-    """A plan. ``opt_in``: runs only where it is named or a tuned table of this GPU says so: no GPU has measured it yet.
-    ``backward``: the plan a backward takes where this one, which has no backward, is named; None: the planner's own.
+    """A plan. ``opt_in``: it runs only if it is named or chosen by a tuned table of this GPU, since it has not been
+    measured on a GPU yet. ``backward``: for a plan without a backward, the plan of the backward when this one is named;
+    None: the planner's own choice.
     """
 
     name: str
@@ -86,16 +87,16 @@ class Variant:
     backward: str | None = None
 
 
-def _made_by(*kernels: str) -> Callable[[Problem], tuple[Launch, ...]]:
+def _made_by(*kernels: str) -> Callable[[CallShape], tuple[Launch, ...]]:
     return lambda q: tuple(KERNELS[kernel](q) for kernel in kernels)
 
 
-def _library_cannot(q: Problem) -> bool:
+def _library_cannot(q: CallShape) -> bool:
     """Whether the products of rank r take operands of two dtypes, which the vendor's library does not multiply."""
     return low_rank_dtype(q.dtype) is not q.dtype
 
 
-def _eager_fwd(q: Problem) -> tuple[Launch, ...]:
+def _eager_fwd(q: CallShape) -> tuple[Launch, ...]:
     e = q.dtype.itemsize
     ours = _library_cannot(q)
     xa = KERNELS["shrink"](q) if ours or q.dropout else library("XA", q.M, q.r, q.K, e)
@@ -103,7 +104,7 @@ def _eager_fwd(q: Problem) -> tuple[Launch, ...]:
     return xa, library("matmul", q.M, q.N, q.K, e), add
 
 
-def _eager_bwd(q: Problem) -> tuple[Launch, ...]:
+def _eager_bwd(q: CallShape) -> tuple[Launch, ...]:
     e = q.dtype.itemsize
     ours = _library_cannot(q)
     parts = [library("dYB", q.M, q.r, q.N, e), library("dB", q.N, q.r, q.M, e)]
@@ -116,10 +117,10 @@ def _eager_bwd(q: Problem) -> tuple[Launch, ...]:
     return tuple(parts)
 
 
-def _split_bwd(dx: str) -> Callable[[Problem], tuple[Launch, ...]]:
-    """dyb_db, then dX by kernel ``dx`` with dA in its epilogue where that fits, else dA by a pass of its own."""
+def _split_bwd(dx: str) -> Callable[[CallShape], tuple[Launch, ...]]:
+    """dyb_db, then dX by kernel ``dx`` with dA in its epilogue if it fits, else dA in a separate pass."""
 
-    def launches(q: Problem) -> tuple[Launch, ...]:
+    def launches(q: CallShape) -> tuple[Launch, ...]:
         parts = [KERNELS["dyb_db"](q), KERNELS["reduce"](q)]
         parts += [KERNELS[dx](q)] if q.need_dx else []
         parts += [] if q.need_dx and makes_da(q) else [KERNELS["da"](q)]
@@ -128,53 +129,53 @@ def _split_bwd(dx: str) -> Callable[[Problem], tuple[Launch, ...]]:
     return launches
 
 
-def _gemm(q: Problem, chip: Chip) -> Tiles:
+def _gemm(q: CallShape, chip: Chip) -> Tiles:
     return gemm_config(q.M, q.N if q.op == "fwd" else q.K, q.dtype, chip)
 
 
-def _shrink(q: Problem, chip: Chip) -> Tiles:
+def _shrink(q: CallShape, chip: Chip) -> Tiles:
     return shrink_config(q.M, q.dtype, chip, q.r, q.dropout)
 
 
-def _split(q: Problem, chip: Chip) -> Tiles:
+def _split(q: CallShape, chip: Chip) -> Tiles:
     return split_config(q.M, q.dtype, chip, q.r)
 
 
-def _one_pass(q: Problem, chip: Chip) -> Tiles:
+def _one_pass(q: CallShape, chip: Chip) -> Tiles:
     return one_pass_config(q.M, q.dtype, chip, q.dropout)
 
 
-def _tma(q: Problem, chip: Chip) -> Tiles:
+def _tma(q: CallShape, chip: Chip) -> Tiles:
     return tma_config(q.M, q.N, q.r, q.dtype, chip)
 
 
-def _tma_dx(q: Problem, chip: Chip) -> Tiles:
+def _tma_dx(q: CallShape, chip: Chip) -> Tiles:
     return tma_dx_config(q.M, q.K, q.r, q.dtype, chip)
 
 
-def _ptr(q: Problem, chip: Chip) -> Tiles:
+def _ptr(q: CallShape, chip: Chip) -> Tiles:
     return ptr_one_launch_config(q.M, q.N, q.r, q.dtype, chip)
 
 
-def _gluon(q: Problem, chip: Chip) -> Tiles:
+def _gluon(q: CallShape, chip: Chip) -> Tiles:
     return gluon_config(q.M, q.N if q.op == "fwd" else q.K, q.r, q.dtype, chip)
 
 
-def _one_rank_tile(q: Problem, chip: Chip) -> str | None:
+def _one_rank_tile(q: CallShape, chip: Chip) -> str | None:
     return f"r={q.r} is above {rank_block(q.dtype)}, one tile of ranks" if not makes_da(q) else None
 
 
-def _draws_no_mask(q: Problem, chip: Chip) -> str | None:
+def _draws_no_mask(q: CallShape, chip: Chip) -> str | None:
     if q.dropout:
         return "dropout's mask is drawn by the shrink pass, which it does not have; the extend plans have"
     return None
 
 
-def _ptr_one_launch(q: Problem, chip: Chip) -> str | None:
+def _ptr_one_launch(q: CallShape, chip: Chip) -> str | None:
     return _draws_no_mask(q, chip) or _one_rank_tile(q, chip)
 
 
-def _reads_bits(q: Problem, chip: Chip) -> str | None:
+def _reads_bits(q: CallShape, chip: Chip) -> str | None:
     if q.dropout and not q.bits and q.need_dx:
         return "its dX kernel reads dropout's mask as bits, which this call did not keep (dropout_mask='bits' does)"
     return None
@@ -216,14 +217,14 @@ VARIANTS = (
 )
 BY_NAME = {variant.name: variant for variant in VARIANTS}
 SWITCH = "LORA_KERNELS_DISABLE"
-MULTI = ("extend", "decode")  # plans of the linear layer with many adapters alone: multi_plan.py
+MULTI = ("extend", "decode")  # plans that only the linear layer with many adapters has: multi_plan.py
 
 
 def switched_off(name: str) -> str | None:
-    """Why a plan must not run although it could: the environment names it. eager, the floor, cannot be switched off.
+    """The reason if LORA_KERNELS_DISABLE names this plan, else None. The eager plan cannot be switched off.
 
     Raises:
-        ConfigError: the environment names something else.
+        ConfigError: the variable names an unknown plan.
     """
     given = [word for word in os.environ.get(SWITCH, "").split(",") if word]
     names = [*(name for name in BY_NAME if name != "eager"), *MULTI, "cuda", "cpp"]
@@ -233,7 +234,7 @@ def switched_off(name: str) -> str | None:
     return f"switched off by {SWITCH}" if name in given else None
 
 
-def launches(name: str, problem: Problem) -> tuple[Launch, ...]:
+def launches(name: str, problem: CallShape) -> tuple[Launch, ...]:
     """The launches of plan ``name`` for ``problem``, in order. KeyError for a plan without that direction."""
     direction = BY_NAME[name].fwd if problem.op == "fwd" else BY_NAME[name].bwd
     if direction is None:

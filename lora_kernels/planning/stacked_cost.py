@@ -1,6 +1,6 @@
-"""Which plan P stacked LoRA linear layers take: the launches of each, their FLOP and bytes, and the least prediction.
+"""Choose the plan of P stacked LoRA linear layers: the launches of each plan, their FLOP and bytes.
 
-The kernels that serve one projection at a time cost what cost.py says of them; here are the two that serve all.
+cost.py has the kernels that compute one projection at a time; this file has the two that compute all of them.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from lora_kernels.kernels.chip import Chip
 from lora_kernels.operands.dtypes import low_rank_dtype
 from lora_kernels.planning import cost
-from lora_kernels.planning.cost import Launch, Plan, Problem, seconds
+from lora_kernels.planning.cost import CallShape, Launch, Plan, seconds
 
 PLANS = ("eager", "shrink_extend")
 
 
 @dataclass(frozen=True)
-class StackedProblem:
-    """One call: direction, M rows, K, the N_p and r_p, dtype, and what it must make.
+class StackedCallShape:
+    """One call: direction, M rows, K, the N_p and r_p, dtype, and which results are needed.
 
     ``bits``: the mask is kept as bits. ``adjacent``: the W_p are one tensor. ``one_scaling``: the s_p are equal.
     """
@@ -38,19 +38,19 @@ class StackedProblem:
     adjacent: bool = False
     one_scaling: bool = True
 
-    def one(self, p: int) -> Problem:
-        """Projection p as a layer of its own."""
-        return Problem(
+    def one(self, p: int) -> CallShape:
+        """The CallShape of projection p alone."""
+        return CallShape(
             self.op, self.M, self.Ns[p], self.K, self.ranks[p], self.dtype, self.dropout, False, self.need_dx, self.bits
         )
 
     @property
-    def whole(self) -> Problem:
-        """One layer as wide as all projections, with all their ranks: for the passes over X."""
+    def whole(self) -> CallShape:
+        """One layer as wide as all projections, with the sum of their ranks: for the passes over X."""
         return replace(self.one(0), N=sum(self.Ns), r=sum(self.ranks))
 
 
-def stacked_extend(q: StackedProblem) -> Launch:
+def stacked_extend(q: StackedCallShape) -> Launch:
     """Y_p = X W_p^T + XA_p B_p^T for all p."""
     M, K, N, R = q.M, q.K, sum(q.Ns), sum(q.ranks)
     low = sum(n * r for n, r in zip(q.Ns, q.ranks, strict=True))
@@ -58,16 +58,16 @@ def stacked_extend(q: StackedProblem) -> Launch:
     return Launch("stacked_extend", 2 * M * (N * K + low), q.dtype.itemsize * moved)
 
 
-def stacked_dx(q: StackedProblem) -> Launch:
-    """dX = sum_p dY_p W_p + D*(dYB A), and dA's partials where they fit."""
+def stacked_dx(q: StackedCallShape) -> Launch:
+    """dX = sum_p dY_p W_p + D*(dYB A), and dA's partials if all ranks fit one tile."""
     return replace(cost.dx_da(q.whole), kernel="stacked_dx")
 
 
-def _library(kernel: str, M: int, N: int, K: int, q: StackedProblem, add: bool = False) -> Launch:
+def _library(kernel: str, M: int, N: int, K: int, q: StackedCallShape, add: bool = False) -> Launch:
     return cost.library(kernel, M, N, K, q.dtype.itemsize, add)
 
 
-def _eager_fwd(q: StackedProblem) -> Iterator[Launch]:
+def _eager_fwd(q: StackedCallShape) -> Iterator[Launch]:
     ours = low_rank_dtype(q.dtype) is not q.dtype  # the library does not multiply operands of two dtypes
     by_library = not q.dropout and q.one_scaling and not ours
     yield _library("XA", q.M, sum(q.ranks), q.K, q) if by_library else cost.shrink(q.whole)
@@ -78,7 +78,7 @@ def _eager_fwd(q: StackedProblem) -> Iterator[Launch]:
         yield cost.expand(update) if ours else _library("addmm_", q.M, N, r, q, add=True)
 
 
-def _eager_bwd(q: StackedProblem) -> Iterator[Launch]:
+def _eager_bwd(q: StackedCallShape) -> Iterator[Launch]:
     M, K, R = q.M, q.K, sum(q.ranks)
     ours = low_rank_dtype(q.dtype) is not q.dtype
     for p, (N, r) in enumerate(zip(q.Ns, q.ranks, strict=True)):
@@ -95,7 +95,7 @@ def _eager_bwd(q: StackedProblem) -> Iterator[Launch]:
     yield from (cost.da(q.whole), cost.reduce_da(q.whole)) if ours or q.dropout else (_library("dA", R, K, M, q),)
 
 
-def _stacked_bwd(q: StackedProblem) -> Iterator[Launch]:
+def _stacked_bwd(q: StackedCallShape) -> Iterator[Launch]:
     for p in range(len(q.Ns)):
         yield cost.dyb_db(q.one(p))
         yield cost.reduce(q.one(p))
@@ -106,15 +106,15 @@ def _stacked_bwd(q: StackedProblem) -> Iterator[Launch]:
     yield cost.reduce_da(q.whole)
 
 
-def launches(name: str, q: StackedProblem) -> tuple[Launch, ...]:
-    """The launches of plan ``name``, one of PLANS, in order; copies of a few small matrices are left out."""
+def launches(name: str, q: StackedCallShape) -> tuple[Launch, ...]:
+    """The launches of plan ``name``, one of PLANS, in order, without copies of small matrices."""
     if q.op == "fwd":
         return tuple(_eager_fwd(q)) if name == "eager" else (cost.shrink(q.whole), stacked_extend(q))
     return tuple(_eager_bwd(q) if name == "eager" else _stacked_bwd(q))
 
 
 @functools.lru_cache(maxsize=4096)
-def candidates(problem: StackedProblem, chip: Chip) -> tuple[Plan, ...]:
+def candidates(problem: StackedCallShape, chip: Chip) -> tuple[Plan, ...]:
     """Every plan for ``problem``, the fastest predicted first."""
     plans = []
     for name in PLANS:
@@ -124,8 +124,8 @@ def candidates(problem: StackedProblem, chip: Chip) -> tuple[Plan, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(problem: StackedProblem, chip: Chip, forced: str | None = None) -> Plan:
-    """The plan that runs: ``forced`` where it is one of PLANS; the plans that one layer alone has leave the choice."""
+def choose(problem: StackedCallShape, chip: Chip, forced: str | None = None) -> Plan:
+    """The plan that runs: ``forced`` if it is one of PLANS, otherwise (a plan of one layer) the planner's choice."""
     plans = candidates(problem, chip)
     named = next((plan for plan in plans if plan.name == forced), None)
     return replace(plans[0], why="model") if named is None else replace(named, why="named")

@@ -1,9 +1,9 @@
 """Tuned tables: what `lora-kernels tune` measured on one GPU, shipped (kernels/tuned/) or in the user's own cache.
 
-A table is a JSON file of entries with named fields. An entry answers for its direction, dtype, N, K, rank bucket and
-dropout, and for row counts within a factor of four of the one it was measured at. What it says is taken only where it
-beat eager by MARGIN in the same run; files that are broken, from another version, of another GPU or from a rehearsal
-are not read, and say so once.
+A table is a JSON file of entries with named fields. An entry applies to its direction, dtype, N, K, rank bucket and
+dropout, and to row counts within a factor of four of the measured one. Its plan is used only if it was faster than
+eager by MARGIN in the same run. Files that are broken, from another version, of another GPU or from a rehearsal are not
+used; one warning reports them.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_kernels.errors import ConfigError
-from lora_kernels.planning.cost import Problem, Tiles
+from lora_kernels.planning.cost import CallShape, Tiles
 
 FORMAT = 1
-MARGIN = 0.98  # of eager's time: a plan that is not faster than this is noise or luck, and eager stays
-REACH = 1  # row buckets (powers of two) that an entry answers for beyond its own
+MARGIN = 0.98  # of eager's time: a smaller gain may be noise, so eager is kept
+REACH = 1  # distance in row buckets (powers of two) at which an entry still applies
 SHIPPED = Path(__file__).parents[1] / "kernels" / "tuned"
 CONFIGS = {config.__name__: config for config in typing.get_args(Tiles)}
 
@@ -48,14 +48,14 @@ class Measured:
 
     @property
     def cost(self) -> float:
-        """What a stream of such calls waits for: the slower of GPU and host."""
+        """Microseconds a call in a stream of such calls: the slower of GPU and host."""
         return max(self.us, self.host_us)
 
 
 @dataclass(frozen=True)
 class Entry:
     """One tuned problem: what was measured, where and with what. ``measured`` holds every candidate that passed the
-    error rule, eager among them; ``chosen`` is one of those. Sizes as in Problem; ``r`` answers for its bucket."""
+    error rule, eager among them; ``chosen`` is one of those. Sizes as in CallShape; ``r`` represents its bucket."""
 
     gpu: str
     op: str
@@ -81,12 +81,12 @@ class Entry:
 
     @property
     def chosen(self) -> Measured:
-        """The fastest candidate, or eager where none is faster by the margin."""
+        """The fastest candidate, or eager if none is faster by the margin."""
         best = min(self.measured, key=lambda m: m.cost)
         return best if best.cost <= MARGIN * self.eager.cost else self.eager
 
     def best(self, plan: str) -> Measured | None:
-        """The fastest tiles of one plan; None where it was not measured."""
+        """The fastest tiles of one plan; None if it was not measured."""
         return min((m for m in self.measured if m.plan == plan), key=lambda m: m.cost, default=None)
 
 
@@ -98,14 +98,14 @@ def bucket(size: int) -> int:
 Key = tuple[str, str, int, int, int, bool, bool, bool]
 
 
-def key_of(q: Problem | Entry) -> Key:
-    """What must agree between a call and an entry, all but the row count."""
+def key_of(q: CallShape | Entry) -> Key:
+    """The fields in which a call and an entry must agree: all but the row count."""
     dtype = q.dtype if isinstance(q.dtype, str) else str(q.dtype).removeprefix("torch.")
     return q.op, dtype, q.N, q.K, max(bucket(q.r), 4), q.dropout, q.dropout and q.bits, q.op == "bwd" and q.need_dx
 
 
 class Table:
-    """The entries of one GPU, by key and row bucket; of two for the same the later counts."""
+    """The entries of one GPU, by key and row bucket; a later entry replaces an earlier one with the same key."""
 
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
         self._entries: dict[Key, dict[int, Entry]] = {}
@@ -116,13 +116,13 @@ class Table:
     def entries(self) -> list[Entry]:
         return [entry for rows in self._entries.values() for entry in rows.values()]
 
-    def lookup(self, q: Problem) -> Entry | None:
-        """The entry with the nearest row bucket, the larger one of two; None where none is near."""
+    def lookup(self, q: CallShape) -> Entry | None:
+        """The entry with the nearest row bucket, the larger of two equally near; None if none is within REACH."""
         rows = self._entries.get(key_of(q), {})
         near = [b for b in rows if abs(b - bucket(q.M)) <= REACH]
         return rows[min(near, key=lambda b: (abs(b - bucket(q.M)), -b))] if near else None
 
-    def exact(self, q: Problem) -> Entry | None:
+    def exact(self, q: CallShape) -> Entry | None:
         """The entry measured in q's own row bucket."""
         return self._entries.get(key_of(q), {}).get(bucket(q.M))
 
@@ -154,10 +154,10 @@ def dumps(gpu: str, entries: Iterable[Entry], rehearsal: bool = False) -> str:
 
 
 def loads(text: str, gpu: str, rehearsal: bool = False) -> list[Entry]:
-    """The entries of a table's text, which must be one of ``gpu``.
+    """Parse the entries of a table for ``gpu``.
 
     Raises:
-        TableError: not JSON, another format, another GPU, a rehearsal (unless asked for), or fields that make no sense.
+        TableError: not JSON, another format, another GPU, a rehearsal (unless ``rehearsal``), or invalid fields.
     """
     try:
         found = json.loads(text)
@@ -195,22 +195,19 @@ def slug(gpu: str) -> str:
 
 
 def cache_folder() -> Path:
-    """Where the user's tables lie: $LORA_KERNELS_CACHE, else lora_kernels in $XDG_CACHE_HOME or ~/.cache."""
+    """The folder of the user's tables: $LORA_KERNELS_CACHE, else lora_kernels in $XDG_CACHE_HOME or ~/.cache."""
     if given := os.environ.get("LORA_KERNELS_CACHE"):
         return Path(given) / "tuned"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_kernels" / "tuned"
 
 
 def user_table(gpu: str) -> Path:
-    """The file `lora-kernels tune` writes for this GPU unless told otherwise."""
+    """The file `lora-kernels tune` writes for this GPU by default."""
     return cache_folder() / f"{slug(gpu)}.json"
 
 
 def read(path: Path, gpu: str) -> list[Entry]:
-    """The entries of a file, none where it does not exist; what makes it unusable is warned of.
-
-    The planner then goes by its model, which is slower at worst: no reason to stop a program.
-    """
+    """The entries of a file; none if it does not exist. Warns if it cannot be used; the planner then uses its model."""
     try:
         return loads(path.read_text(), gpu)
     except FileNotFoundError:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from lora_kernels.autograd.multi_lora_linear import multi_lora_linear, run
+from lora_kernels.autograd.multi_lora_linear import multi_lora_linear, multi_lora_linear_unchecked
 from lora_kernels.errors import AdapterPoolError
 from lora_kernels.operands.dtypes import low_rank_dtype
 from lora_kernels.operands.slots import Slots
@@ -61,7 +61,7 @@ class _Pooled(nn.Module):
         W, bias, slots = self.base_weight(), self.bias, batch.slots(self)
         fits = x.dtype == W.dtype and x.device == W.device and x.shape[-1] == slots.A.shape[1]
         if fits and not W.requires_grad and not torch.is_autocast_enabled(x.device.type):
-            y = run(x, W, slots, ids, bias, self.pool_backend)
+            y = multi_lora_linear_unchecked(x, W, slots, ids, bias, self.pool_backend)
         else:
             y = multi_lora_linear(x, W, slots, ids.view(x.shape[:-1]), bias, backend=self.pool_backend)
         biases = self._buffers["pool_bias"]

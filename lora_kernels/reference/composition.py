@@ -197,7 +197,7 @@ def lora_conv(
 def multi_lora_linear(X: Tensor, W: Tensor, slots: Slots, ids: Tensor, bias: Tensor | None) -> Tensor:
     """Y (M, N) for X (M, K) and ids (M,): each row with its own adapter or none. The ids are read on the host."""
     Y, rows = linear(X, W, bias), [torch.tensor([], dtype=torch.int64, device=X.device)]
-    made = [_update(X[:0], slots.A, slots.B, 1.0, None, 0.0)]  # of no rows: connects Y to A and B in every case
+    made = [_update(X[:0], slots.A, slots.B, 1.0, None, 0.0)]  # without rows: connects Y to A and B in every case
     for own, first, r, scaling in _owners(slots, ids):
         rows.append(torch.tensor(own, device=X.device))
         A, B = slots.A[first : first + r], slots.B[:, first : first + r]
@@ -206,7 +206,7 @@ def multi_lora_linear(X: Tensor, W: Tensor, slots: Slots, ids: Tensor, bias: Ten
 
 
 def _owners(slots: Slots, ids: Tensor) -> list[tuple[list[int], int, int, float]]:
-    """(rows, first rank, rank, scaling) for each slot that the ids name; nothing is cached for another call."""
+    """(rows, first rank, rank, scaling) for each slot in the ids; not cached."""
     starts, ranks, scalings = map(bare, slots[2:5])
     held = places(Slots(slots.A, slots.B, starts, ranks, scalings, slots.max_rank))
     rows = defaultdict[int, list[int]](list)

@@ -29,13 +29,13 @@ import torch
 from torch import Tensor
 
 from lora_kernels.operands.dtypes import low_rank_dtype
-from lora_kernels.reference.lora_linear import Needs, _as, _inv_keep, lora_linear_bwd, lora_linear_fwd
+from lora_kernels.reference.lora_linear import GradMask, _as, _inv_keep, lora_linear_bwd, lora_linear_fwd
 from lora_kernels.reference.products import add_low_rank_, linear, mm, scaled_mm
 from lora_kernels.reference.weight_norm import row_blocks, wide
 
 
 class DoRANeeds(NamedTuple):
-    """Which gradients a backward call makes."""
+    """The gradients that a backward call computes."""
 
     X: bool = True
     A: bool = True
@@ -45,7 +45,7 @@ class DoRANeeds(NamedTuple):
 
 
 def magnitude_scale(m: Tensor, norm: Tensor) -> Tensor:
-    """g (N,) = m / norm in norm's dtype or wider; infinite or NaN where a row of W + s B A is zero, as in PEFT."""
+    """g (N,) = m / norm in norm's dtype or wider; infinite or NaN if a row of W + s B A is zero, as in PEFT."""
     return m / norm
 
 
@@ -120,10 +120,10 @@ def dora_linear_bwd(
         if needs.m and Z is not None:
             dm = column_dots(dY, Z).div_(norm).to(m.dtype)
         dbias = dY.sum(0) if needs.bias else None
-        linear_needs = Needs(needs.X, needs.A, needs.B)
+        linear_needs = GradMask(needs.X, needs.A, needs.B)
         dX, dA, dB, _ = lora_linear_bwd(scale_columns(dY, g), X, W, A, B, XA, scaling, None, 0.0, linear_needs)
         return dX, dA, dB, dm, dbias
-    linear_needs = Needs(needs.X, needs.A, needs.B or needs.m, needs.bias)
+    linear_needs = GradMask(needs.X, needs.A, needs.B or needs.m, needs.bias)
     gB = B * g[:, None]
     dZ = scale_columns(dY, g) if keep is None and needs.X else None
     dX, dA, dgB, dbias = lora_linear_bwd(dY, X, W, A, gB, XA, scaling, keep, p, linear_needs, dZ)

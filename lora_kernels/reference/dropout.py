@@ -2,8 +2,8 @@
 
 Philox4x32 with seven rounds (Salmon et al., SC 2011: the fewest that pass BigCrush), key = seed, counter =
 (column // 8, row, offset low, offset high). One draw is 128 bits: eight 16-bit lanes for eight neighbouring columns.
-An element is dropped when its lane is below round(p * 65536). The mask depends on (seed, offset, row, column) alone,
-not on M, K or a tile shape, so every kernel regenerates the same one.
+An element is dropped when its lane is below round(p * 65536). The mask depends only on (seed, offset, row, column),
+not on M, K or a tile shape, so every kernel regenerates the same mask.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def generator_keep_mask(seed: Tensor, p: float, M: int, K: int, dtype: torch.dty
     """
     first, second = seed.tolist()
     mixed = (first * 0x9E3779B97F4A7C15 + second * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-    generator = torch.Generator().manual_seed(mixed >> 32)  # the CPU generator looks at 32 bits of its seed
+    generator = torch.Generator().manual_seed(mixed >> 32)  # the CPU generator uses 32 bits of its seed
     draws = torch.randint(-(2**63), 2**63 - 1, (M, (K + 3) // 4), generator=generator, device="cpu")
     lanes = draws.view(torch.int16) if K % 4 == 0 else draws.view(torch.int16)[:, :K]
     keep = lanes.float().ge_(drop_threshold(p) - 32768)
@@ -67,7 +67,7 @@ def generator_keep_mask(seed: Tensor, p: float, M: int, K: int, dtype: torch.dty
 
 
 def packed_width(K: int) -> int:
-    """Bytes that a row of K kept-or-dropped bits takes, in whole groups of 16: rows start where wide loads can."""
+    """Bytes of a row of K mask bits, rounded up to a multiple of 16, so that rows are aligned for wide loads."""
     return 16 * ((K + 127) // 128)
 
 

@@ -33,7 +33,7 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Geometry(NamedTuple):
-    """Of the base's convolution, one number a dimension; A's is the same with one group."""
+    """Geometry of the base's convolution, one number a dimension; A's is the same with one group."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -42,7 +42,7 @@ class Geometry(NamedTuple):
 
 
 class ConvNeeds(NamedTuple):
-    """Which gradients a backward call makes."""
+    """The gradients that a backward call computes."""
 
     X: bool = True
     A: bool = True
@@ -52,7 +52,7 @@ class ConvNeeds(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """How a keep mask is drawn: where X lies channels last so does the mask, and a graph draws it by Philox."""
+    """How a keep mask is drawn: channels last if X is, and by Philox in a compiled graph."""
 
     seed: Tensor
     p: float
@@ -73,7 +73,7 @@ def keep_mask(mask: Mask, X: Tensor) -> Tensor:
 
 
 def is_channels_last(T: Tensor) -> bool:
-    """Whether T's channels lie side by side in memory, and its places do not."""
+    """Whether T's channels are adjacent in memory, and its places are not."""
     layout = CHANNELS_LAST.get(T.dim())
     return layout is not None and not T.is_contiguous() and T.is_contiguous(memory_format=layout)
 
@@ -88,7 +88,7 @@ def _columns(T: Tensor, groups: int, channels_last: bool) -> Tensor:
 
 
 def _factor(scaling: float, mask: Mask | None) -> float:
-    """c = s/(1-p); 0 where everything is dropped."""
+    """c = s/(1-p); 0 if everything is dropped."""
     if mask is None:
         return scaling
     return 0.0 if mask.p >= 1.0 else scaling / (1.0 - mask.p)
@@ -159,7 +159,7 @@ def lora_conv_bwd(
     needs: ConvNeeds = ConvNeeds(),  # noqa: B008  (immutable)
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dX (M, C, *in), dA (r, C, *k) in A's dtype, dB (N, r/groups) in B's, dbias in dY's and dlora_bias (N,) in
-    float32 or wider; None for each that ``needs`` leaves out."""
+    float32 or wider; None for each that ``needs`` excludes."""
     dX = dA = dB = dbias = dlora_bias = None
     groups = geometry.groups
     channels_last = is_channels_last(dY)

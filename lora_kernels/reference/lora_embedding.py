@@ -38,7 +38,7 @@ def _add_product(Y: Tensor, XA: Tensor, B: Tensor, scaling: float) -> None:
     if wide == Y.dtype:
         Y.addmm_(XA.t(), sB.t())
         return
-    # a CPU widens only as much of Y at a time as fits its cache
+    # on a CPU, convert only as much of Y at a time as fits the cache
     whole = Y.device.type != "cpu" or torch.compiler.is_compiling() or Y.numel() == 0
     rows = Y.shape[0] if whole else max(1, CHUNK // Y.shape[1])
     for y, xa in [(Y, XA)] if whole else zip(Y.split(rows), XA.split(rows, 1), strict=True):
@@ -71,7 +71,7 @@ def lora_embedding_bwd(
     padding_idx: int | None = None,
     needs: tuple[bool, bool] = (True, True),
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dA (r, vocab) and dB (N, r) in the adapter's dtype, XA's, for dY (M, N); None for each that ``needs`` leaves out.
+    """dA (r, vocab) and dB (N, r) in the adapter's dtype, XA's, for dY (M, N); None for each that ``needs`` excludes.
 
     Deterministic: a CPU adds row by row in the order of ids, elsewhere PyTorch's embedding backward sorts them. Rows of
     a 16-bit adapter are added up in float32 (a padding id may come back a thousand times).

@@ -8,8 +8,8 @@
     dB  = dY^T XA                           (N, r)
     dbias = sum over the rows of dY         (N,)
 
-D is the 0/1 keep mask of inverted dropout on the adapter's input, s the scaling. s enters twice only, into XA and into
-dYB, before they are rounded: no product is rounded once more for it, and no other term needs it.
+D is the 0/1 keep mask of inverted dropout on the adapter's input, s the scaling. s is applied only to XA and dYB,
+before they are rounded, so it adds no rounding; no other term needs it.
 XA and dYB are in low_rank_dtype(X.dtype), to which A and B are converted: float32 for float16, else X's own.
 Source: Hu et al., LoRA, arXiv 2106.09685, equation 3.
 """
@@ -24,8 +24,8 @@ from lora_kernels.operands.dtypes import low_rank_dtype
 from lora_kernels.reference.products import add_low_rank_, linear, mm, scaled_mm, wide_mm
 
 
-class Needs(NamedTuple):
-    """Which gradients a backward call makes."""
+class GradMask(NamedTuple):
+    """The gradients that a backward call computes."""
 
     X: bool = True
     A: bool = True
@@ -34,14 +34,14 @@ class Needs(NamedTuple):
 
 
 def _inv_keep(keep: Tensor | None, p: float) -> float:
-    """1/(1-p), the factor of inverted dropout; 1 where nothing is dropped."""
+    """1/(1-p), the factor of inverted dropout; 1 without dropout."""
     if keep is None:
         return 1.0
     return 0.0 if p >= 1.0 else 1.0 / (1.0 - p)
 
 
 def _as(T: Tensor, X: Tensor) -> Tensor:
-    """T in X's dtype; T itself where it has it (asking ``to`` for nothing costs microseconds)."""
+    """T in X's dtype; T itself if it has that dtype (a ``to`` without effect takes microseconds)."""
     return T if T.dtype == X.dtype else T.to(X.dtype)
 
 
@@ -78,10 +78,10 @@ def lora_linear_bwd(
     scaling: float,
     keep: Tensor | None = None,
     p: float = 0.0,
-    needs: Needs = Needs(),  # noqa: B008  (immutable)
+    needs: GradMask = GradMask(),  # noqa: B008  (immutable)
     dZ: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dX (M, K), dA (r, K) in A's dtype, dB (N, r) in B's, dbias (N,); None for each that ``needs`` leaves out.
+    """dX (M, K), dA (r, K) in A's dtype, dB (N, r) in B's, dbias (N,); None for each that ``needs`` excludes.
 
     ``dZ`` (M, N): the gradient of the base product X W^T if it differs from dY (in DoRA); None for dY.
     """

@@ -26,7 +26,7 @@ from lora_kernels.reference.products import add_low_rank_, add_mm_, linear, mm, 
 
 
 class StackedNeeds(NamedTuple):
-    """Which gradients a backward call makes: of X, of A (all projections at once), of each B_p and bias_p."""
+    """The gradients that a backward call computes: of X, of A (all projections at once), of each B_p and bias_p."""
 
     X: bool
     A: bool
@@ -88,9 +88,9 @@ def lora_linear_stacked_bwd(
     p: float,
     needs: StackedNeeds,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """dX (M, K), dA (R, K) in A's dtype, the dB_p in B's, the dbias_p; None for each that ``needs`` leaves out.
+    """dX (M, K), dA (R, K) in A's dtype, the dB_p in B's, the dbias_p; None for each that ``needs`` excludes.
 
-    XA is given as its blocks (M, r_p), so that projections without a gradient can be left out of every list.
+    XA is given as its blocks (M, r_p), so that every list can omit projections without a gradient.
     """
     dX = dA = None
     D = None if keep is None else _as(keep, X)

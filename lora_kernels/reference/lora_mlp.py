@@ -1,7 +1,7 @@
 """LoRA on all three layers of a SwiGLU block, forward and backward.
 
     G, U = gate(X), up(X)                   (M, F)   saved       stacked LoRA linear layers of one X
-    H    = silu(G) * U                      (M, F)   not saved: made again from G and U
+    H    = silu(G) * U                      (M, F)   not saved: computed again from G and U
     Y    = down(H)                          (M, N)   a LoRA linear layer
     dG   = dH * U * sig(G) (1 + G (1 - sig(G)))
     dU   = dH * silu(G)                     silu(G) = G sig(G), sig the logistic function
@@ -18,12 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels.reference.lora_linear import Needs, lora_linear_bwd, lora_linear_fwd
+from lora_kernels.reference.lora_linear import GradMask, lora_linear_bwd, lora_linear_fwd
 from lora_kernels.reference.lora_linear_stacked import StackedNeeds, lora_linear_stacked_bwd, lora_linear_stacked_fwd
 
 
 class MLPNeeds(NamedTuple):
-    """Which gradients a backward call makes: of X, and of A, B and bias of (gate, up, down)."""
+    """The gradients that a backward call computes: of X, and of A, B and bias of (gate, up, down)."""
 
     X: bool
     A: Sequence[bool]
@@ -32,17 +32,17 @@ class MLPNeeds(NamedTuple):
 
     @property
     def first(self) -> StackedNeeds:
-        """Those of gate and up."""
+        """The selection for gate and up."""
         return StackedNeeds(self.X, any(self.A[:2]), self.B[:2], self.bias[:2])
 
     @property
     def through(self) -> bool:
-        """Whether the gradient has to pass through down."""
+        """Whether the gradient must flow through down."""
         return self.X or any((*self.A[:2], *self.B[:2], *self.bias[:2]))
 
 
 class MLPGrads(NamedTuple):
-    """dX (M, K), dA of gate and up (R, K), dA of down (r, F), and dB, dbias of the three; None where not asked for."""
+    """dX (M, K), dA of gate and up (R, K), dA of down (r, F), and dB, dbias of the three; None if not selected."""
 
     X: Tensor | None
     A: Tensor | None
@@ -95,9 +95,9 @@ def lora_mlp_bwd(
     p: float,
     needs: MLPNeeds,
 ) -> MLPGrads:
-    """The gradients that ``needs`` asks for; XA as its blocks (M, r_p) of gate and up."""
-    last = Needs(needs.through, needs.A[2], needs.B[2], needs.bias[2])
-    H = swiglu(G, U) if needs.A[2] else G  # without dA nothing but its shape is asked for
+    """The gradients selected by ``needs``; XA as its blocks (M, r_p) of gate and up."""
+    last = GradMask(needs.through, needs.A[2], needs.B[2], needs.bias[2])
+    H = swiglu(G, U) if needs.A[2] else G  # without dA only its shape is used
     dH, dA_down, *down = lora_linear_bwd(dY, H, W[2], A[2], B[2], HA, scaling[2], keep_h, p, last)
     if dH is None:
         return MLPGrads(None, None, dA_down, [None, None, down[0]], [None, None, down[1]])

@@ -1,16 +1,16 @@
-"""The forward of many adapters over one linear layer where nothing is kept for a backward: four orders, one answer.
+"""The forward of many adapters over one linear layer without a backward, computed in one of four orders.
 
     Y[m] = X[m] W^T + bias + s_l X[m] A_l^T B_l^T        l = ids[m]        X (M, K)  W (N, K)  Y (M, N)
 
-runs      neighbours with one adapter are a slice of X and of Y: no row moves
-masked    X times every adapter that is there, other rows' ranks set to zero, one product into Y; runs groups if a B is
-          not finite, since zero times such a B is NaN in every row
-sorted    rows brought together by adapter before the base product, slices of it, and put back
-groups    each adapter's rows gathered, its product added to their places in Y
+runs      adjacent rows with one adapter are a slice of X and of Y: no row is copied
+masked    X times every adapter in use, ranks of other rows' adapters set to zero, one product into Y; uses groups if a
+          B is not finite, since zero times such a B is NaN in every row
+sorted    rows sorted by adapter before the base product, slices of it, and rows put back in order
+groups    each adapter's rows gathered, its product added to those rows of Y
 
 X A^T is in low_rank_dtype(X.dtype), to which A and B are converted: float32 for float16, else X's own.
 Which is fastest on a CPU depends on the number of rows, on the dtype and on the CPU: 16-bit products of few rows cost
-20 to 50 us each whatever their size, so there one large product wins. docs/multi_lora_linear.md has the measurements.
+20 to 50 us each at any size, so there one large product is faster. docs/multi_lora_linear.md has the measurements.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from lora_kernels.operands.dtypes import low_rank_dtype
 from lora_kernels.operands.slots import Slots
 from lora_kernels.reference.products import add_low_rank_, linear, wide_mm
 
-RUN_ROWS = 64  # mean run from which slices beat gathered rows
-SORTED_ROWS = 512  # up to which moving whole rows of X and Y costs less than adding to scattered ones
+RUN_ROWS = 64  # mean run length from which slices are faster than gathered rows
+SORTED_ROWS = 512  # up to which copying whole rows of X and Y costs less than adding to scattered ones
 MASKED_ROWS = 256  # up to which one product for all adapters costs less than one each, where 16 bits come in tiles
-KEPT_SCALES = 8  # layers of a model that hold their adapters in different places
+KEPT_SCALES = 8  # number of different adapter positions among a model's layers to cache
 MASKED_PRODUCTS = 4_000_000  # M r (K + N) that take as long as one adapter's two products take to start, in 16 bit
 
 
 class Run(NamedTuple):
-    """Rows begin .. end with one adapter: its place in A and B, its rank and its scaling."""
+    """Rows begin .. end with one adapter: its position in A and B, its rank and its scaling."""
 
     begin: int
     end: int
@@ -47,7 +47,7 @@ class Run(NamedTuple):
 
 
 class Rows:
-    """What the ids (M,) of a batch say of its rows, made when asked for: runs of neighbours, and the rows sorted."""
+    """Rows of a batch by its ids (M,), computed on first use: runs of equal adjacent ids, and the sorted rows."""
 
     def __init__(self, ids: Tensor) -> None:
         self.ids = ids
@@ -62,7 +62,7 @@ class Rows:
 
     @functools.cached_property
     def runs(self) -> int:
-        """How many runs of equal neighbours there are."""
+        """Number of runs of equal adjacent ids."""
         return int((self.ids[1:] != self.ids[:-1]).sum()) + 1 if self.ids.numel() else 0
 
     @functools.cached_property
@@ -72,12 +72,12 @@ class Rows:
 
     @functools.cached_property
     def order(self) -> Tensor:
-        """The rows sorted by slot, neighbours in the order they came in."""
+        """The rows sorted by slot (stable)."""
         return self.ids.argsort(stable=True)
 
     @functools.cached_property
     def back(self) -> Tensor:
-        """Where each row stands in ``order``."""
+        """The position of each row in ``order``."""
         back = torch.empty_like(self.order)
         back[self.order] = torch.arange(back.shape[0], device=back.device)
         return back
@@ -88,7 +88,7 @@ class Rows:
         return _runs(self.ids[self.order])
 
     def index(self, L: int) -> Tensor:
-        """The slot of each row, L where it names none."""
+        """The slot of each row, L for none."""
         if L not in self._index:
             self._index[L] = torch.where((self.ids < 0) | (self.ids >= L), L, self.ids)
         return self._index[L]
@@ -125,11 +125,11 @@ _last: tuple[weakref.ref[Tensor], int, Rows] | None = None
 
 
 def rows_of(ids: Tensor) -> Rows:
-    """The Rows of ``ids``, remembered for the last tensor while nothing writes to it: every layer asks."""
+    """The Rows of ``ids``, cached for the last tensor until it is written to: every layer uses it."""
     global _last
-    if ids.is_inference():  # such a tensor counts no changes
+    if ids.is_inference():  # such a tensor has no version counter
         return Rows(ids)
-    last = _last  # read once: another thread may put its own batch there at any time
+    last = _last  # read once: another thread may replace it at any time
     if last is not None and last[0]() is ids and last[1] == ids._version:
         return last[2]
     rows = Rows(ids.detach())  # no cycle: a view keeps the memory, not the tensor that was given
@@ -138,7 +138,7 @@ def rows_of(ids: Tensor) -> Rows:
 
 
 def places(slots: Slots) -> list[tuple[int, int, float]]:
-    """(first, rank, scaling) of each slot; a rank of 0 where it is empty or reaches out of the buffers."""
+    """(first, rank, scaling) of each slot; a rank of 0 if it is empty or exceeds the buffers."""
     starts, ranks, scalings = slots.starts.tolist(), slots.ranks.tolist(), slots.scalings.tolist()
     R = slots.A.shape[0]
     return [
@@ -148,13 +148,13 @@ def places(slots: Slots) -> list[tuple[int, int, float]]:
 
 
 def owned(runs: list[tuple[int, int, int]], held: list[tuple[int, int, float]]) -> list[Run]:
-    """The runs that have an adapter, each with its place."""
+    """The runs that have an adapter, each with its position."""
     return [Run(begin, end, *held[slot]) for slot, begin, end in runs if 0 <= slot < len(held) and held[slot][1]]
 
 
 @functools.cache
 def tiles_of_16_bit() -> bool:
-    """Whether this CPU multiplies whole tiles of bfloat16 (AMX): then products cost little and their starts much."""
+    """Whether this CPU multiplies whole tiles of bfloat16 (AMX): then a product costs little and its start much."""
     capabilities: Callable[[], Mapping[str, object]] = getattr(torch.cpu, "get_capabilities", dict)
     return bool(capabilities().get("amx_bf16"))
 

@@ -1,4 +1,4 @@
-"""Many adapters over one linear layer, every row of X with its own, forward and backward.
+"""Many adapters over one linear layer, one adapter for each row of X, forward and backward.
 
     l = ids[m], the slot of row m with rank r_l and scaling s_l; none for ids[m] < 0, ids[m] >= L or r_l = 0
     XA[m, :r_l] = s_l X[m] A_l^T             (M, max_rank)   saved; zero elsewhere
@@ -23,13 +23,13 @@ from torch import Tensor
 
 from lora_kernels.operands.dtypes import low_rank_dtype
 from lora_kernels.operands.slots import Slots
-from lora_kernels.reference.lora_linear import Needs, _as
+from lora_kernels.reference.lora_linear import GradMask, _as
 from lora_kernels.reference.multi_infer import owned, places, rows_of
 from lora_kernels.reference.products import add_low_rank_, linear, mm, scaled_mm
 
 
 class Part(NamedTuple):
-    """The rows of one slot: a slice where they are neighbours, else their indices; and the slot's place and scaling."""
+    """The rows of one slot: a slice if they are adjacent, else their indices; and the slot's position and scaling."""
 
     rows: slice | Tensor
     first: int
@@ -38,7 +38,7 @@ class Part(NamedTuple):
 
 
 def parts(slots: Slots, ids: Tensor) -> Iterator[Part]:
-    """The slots that rows ``ids`` (M,) use, in order; ids that name no slot, and empty slots, use none."""
+    """The slots that rows ``ids`` (M,) use, in order; without ids that are not slots, and without empty slots."""
     batch = rows_of(ids)
     for begin, end, first, r, scaling in owned(batch.in_order, places(slots)):
         rows = batch.order[begin:end]
@@ -77,9 +77,9 @@ def multi_lora_linear_bwd(
     slots: Slots,
     ids: Tensor,
     XA: Tensor,
-    needs: Needs = Needs(),  # noqa: B008  (immutable)
+    needs: GradMask = GradMask(),  # noqa: B008  (immutable)
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dX (M, K), dA (R, K) in A's dtype, dB (N, R) in B's, dbias (N,); None for each that ``needs`` leaves out.
+    """dX (M, K), dA (R, K) in A's dtype, dB (N, R) in B's, dbias (N,); None for each that ``needs`` excludes.
 
     dA and dB are zero where no row of the batch belongs.
     """

@@ -1,13 +1,13 @@
-"""Matrix products of the reference path, by the faster of the two libraries that PyTorch has for float32 on a CPU.
+"""Matrix products of the reference path, computed by the faster of PyTorch's two float32 libraries on a CPU.
 
     linear(X, W, bias) = X W^T + bias        mm(P, Q) = P Q
     scaled_mm(P, Q, f) = f P Q               add_mm_(Y, P, Q), add_low_rank_(Y, P, Q): Y += P Q
 
-``F.linear`` and ``@`` take MKL for float32, which leaves a tenth to a fifth of an AMD core's rate unused (Zen 4, two
+``F.linear`` and ``@`` use MKL for float32, which does not use a tenth to a fifth of an AMD core's rate (Zen 4, two
 threads, 512 x 768 x 3072: 15.2 ms, oneDNN 12.2; XA 0.28, 0.23; dY^T XA 0.91, 0.45). torch.compile's CPU backend calls
-oneDNN by an operator of its own, which is called here where it was measured to win: products that are large enough on
-AMD processors with AVX-512. Everything else, other dtypes, devices and layouts, are PyTorch's usual operators.
-docs/lora_linear.md has the figures; ``LORA_KERNELS_CPU_GEMM`` = auto, torch or onednn decides otherwise.
+oneDNN by a separate operator. This file calls it where it was measured to be faster: large products on AMD processors
+with AVX-512. All other products, dtypes, devices and layouts use PyTorch's usual operators. docs/lora_linear.md has the
+figures; ``LORA_KERNELS_CPU_GEMM`` = auto, torch or onednn selects the library.
 
 Operands of two dtypes are multiplied in the wider one, for example float32 A and B of a float16 layer. Such products
 use in-place operations, since autocast narrows the operands of all other products to 16 bits.
@@ -34,10 +34,10 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 
 def library() -> tuple[str, str]:
-    """ "onednn" or "torch", whose float32 products a CPU gets, and why.
+    """The library of float32 products on a CPU, "onednn" or "torch", and the reason.
 
     Raises:
-        ConfigError: the environment asks for something else.
+        ConfigError: the environment names another library.
     """
     asked = os.environ.get(SWITCH, "auto")
     if asked not in CHOICES:
@@ -53,7 +53,7 @@ def library() -> tuple[str, str]:
 
 
 def _vendor() -> str:
-    """The processor's maker as it names itself: AuthenticAMD, GenuineIntel; "" where nothing says."""
+    """The processor's vendor id: AuthenticAMD, GenuineIntel; "" if unknown."""
     if not _CPUINFO.is_file():
         return platform.processor().rpartition(", ")[2]  # Windows: "AMD64 Family 25 Model 17 Stepping 1, AuthenticAMD"
     lines = (line.partition(":") for line in _CPUINFO.read_text().splitlines())
@@ -62,14 +62,14 @@ def _vendor() -> str:
 
 @functools.cache
 def _onednn() -> Callable[..., Tensor] | None:
-    """oneDNN's X W^T + bias (X, W, bias, "none", [], ""), where it is the library."""
+    """oneDNN's X W^T + bias (X, W, bias, "none", [], ""), if it is the selected library."""
     return torch.ops.mkldnn._linear_pointwise.default if library()[0] == "onednn" else None
 
 
 def _takes(P: Tensor, Q: Tensor, columns: int) -> bool:
-    """Whether P times Q, or its transpose, is for oneDNN: large, float32, on a CPU, of no autograd graph.
+    """Whether oneDNN computes P times Q, or its transpose: large, float32, on a CPU, in no autograd graph.
 
-    Sizes and strides alone are looked at: a view made for the question would be an operator more.
+    Reads only sizes and strides: a view would cost one more operator.
     """
     return (
         P.numel() * columns >= MULTIPLICATIONS
@@ -84,7 +84,7 @@ def _takes(P: Tensor, Q: Tensor, columns: int) -> bool:
 
 
 def _dense(T: Tensor) -> bool:
-    """Whether rows or columns follow one another without gaps."""
+    """Whether rows or columns are adjacent without gaps."""
     rows, columns = T.stride()
     return (columns == 1 and rows == T.size(1)) or (rows == 1 and columns == T.size(0))
 
@@ -122,7 +122,7 @@ def mm(P: Tensor, Q: Tensor) -> Tensor:
     """P Q (m, n) for P (m, k), Q (k, n)."""
     if P.dtype is not Q.dtype:
         return wide_mm(P, Q)
-    if _takes(P, Q, Q.size(1)):  # oneDNN copies a first operand that is not contiguous: let it be the small one
+    if _takes(P, Q, Q.size(1)):  # oneDNN copies a first operand that is not contiguous: make it the small one
         small = P.size(0) <= Q.size(1)
         if (small or P.is_contiguous()) and _dense(Q):
             return _run(P, Q.t())
@@ -132,12 +132,12 @@ def mm(P: Tensor, Q: Tensor) -> Tensor:
 
 
 def add_mm_(Y: Tensor, P: Tensor, Q: Tensor) -> Tensor:
-    """Y += P Q in place, for an inner size so large that another pass over Y is nothing beside the product."""
+    """Y += P Q in place, for an inner size so large that another pass over Y costs little."""
     return Y.add_(mm(P, Q)) if _takes(P, Q, Q.size(1)) else Y.addmm_(P, Q)
 
 
 def add_low_rank_(Y: Tensor, P: Tensor, Q: Tensor) -> Tensor:
-    """Y += P Q in place for P (M, r), Q (r, N), rounded to Y's dtype once where P and Q have a wider one.
+    """Y += P Q in place for P (M, r), Q (r, N), rounded to Y's dtype once if P and Q have a wider one.
 
     On a CPU the rows are added in parts whose wide product fits the cache.
     """
@@ -154,7 +154,7 @@ def add_low_rank_(Y: Tensor, P: Tensor, Q: Tensor) -> Tensor:
 def scaled_mm(P: Tensor, Q: Tensor, factor: float, like: Tensor | None = None) -> Tensor:
     """factor * P Q with the factor applied before rounding to 16 bit, in one matrix product.
 
-    ``like``: any tensor of the result's shape and dtype. addmm wants one, and reads nothing of it at beta=0.
+    ``like``: any tensor of the result's shape and dtype. addmm requires it, and does not read it at beta=0.
     """
     if factor == 1.0:
         return mm(P, Q)

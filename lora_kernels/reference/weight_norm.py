@@ -1,10 +1,10 @@
-"""The row norms that DoRA divides by, of W + s B A, which is never made as a whole.
+"""The row norms that DoRA divides by, of W + s B A, without computing the whole matrix.
 
     norm_n^2 = |W_n|^2 + 2 s (W A^T)_n . B_n + s^2 B_n (A A^T) B_n^T
 
-The first term is that of the base weight alone; the others cost one product of width r. Where s B_n A nearly cancels
-W_n the three terms are much larger than their sum, and their rounding errors with them: such rows are found by
-comparing the two, and are added up element by element in float64.
+The first term is that of the base weight alone; the others cost one product of width r. If s B_n A nearly
+cancels W_n, the three terms and their rounding errors are much larger than the sum. Such rows are found by comparing
+the sum with its terms, and are then summed element by element in float64.
 Source: Liu et al., DoRA, arXiv 2402.09353, equation 5.
 """
 
@@ -20,7 +20,7 @@ CANCELLED = 0.25  # norm^2 over the sum of its positive terms; from here up canc
 
 
 def wide(*tensors: Tensor) -> torch.dtype:
-    """The dtype of norms and scales: float32, or float64 where an operand is that."""
+    """The dtype of norms and scales: float32, or float64 if an operand is float64."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
@@ -38,7 +38,7 @@ def base_norm_sq(W: Tensor) -> Tensor:
 def weight_norm(W: Tensor, A: Tensor, B: Tensor, scaling: float, W_sq: Tensor | None = None) -> Tensor:
     """The norms (N,) of W (N, K) + scaling * B (N, r) A (r, K) from the factored terms, in ``wide``'s dtype.
 
-    ``W_sq``: base_norm_sq(W), where it is known. Looks at a comparison on the host; float64 operands go through
+    ``W_sq``: base_norm_sq(W), if known. Reads a comparison on the host; float64 operands go through
     weight_norm_direct, since they leave nothing wider to be exact in.
     """
     if wide(W, A, B) == torch.float64:
@@ -56,7 +56,7 @@ def weight_norm(W: Tensor, A: Tensor, B: Tensor, scaling: float, W_sq: Tensor | 
 
 
 def weight_norm_direct(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """The same norms, a block of rows of W + scaling * B A at a time; never waits for the device."""
+    """The same norms, a block of rows of W + scaling * B A at a time; does not synchronize with the device."""
     dtype = wide(W, A, B)
     norm = W.new_empty(W.shape[0], dtype=dtype)
     A, B = A.to(dtype), B.to(dtype)

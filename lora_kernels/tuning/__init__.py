@@ -1,1 +1,1 @@
-"""Measures every plan of an operator on the GPU that is there, and writes the winners into a table."""
+"""Measures every plan of an operator on the current GPU and writes the fastest ones into a table."""

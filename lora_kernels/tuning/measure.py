@@ -1,7 +1,7 @@
-"""One problem on trial: its candidates, operands of its sizes, the error rule, and times in turns.
+"""Measure one CallShape: its candidates, random operands, the error rule, and the times.
 
-Turns (A B C, B C A, ...) let drifting clocks, power and temperature fall on every candidate alike. A GPU call finds
-the L2 cache cold: a buffer larger than it is read in between.
+Candidates are timed in turns (A B C, B C A, ...), so that drifting clocks, power and temperature affect all of them
+equally. Each GPU call starts with a cold L2 cache: a buffer larger than the cache is read before it.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ from lora_kernels import ops, reference
 from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.kernels.chip import Chip
 from lora_kernels.planning.choose import triton_kernels
-from lora_kernels.planning.cost import Problem, Tiles
+from lora_kernels.planning.cost import CallShape, Tiles
 from lora_kernels.planning.plans import VARIANTS
-from lora_kernels.reference import Needs
+from lora_kernels.reference import GradMask
 from lora_kernels.testing import Problem as Operands
 from lora_kernels.testing import Results, plain, truth, within_rule
 
 Call = Callable[[], tuple[Tensor | None, ...]]
 Candidate = tuple[str, Tiles | None]  # a plan, and the tiles of its main product (None: the default ones)
-SCALING = 1.7  # no power of two: a kernel that rounds scaling * B shows
+SCALING = 1.7  # not a power of two, so that the check detects a kernel that rounds scaling * B
 SWEEP_BYTES = 256 << 20
 SWEEP_HOST_US = 20.0  # to queue the read of the sweep and two events
 
 
 class Times(NamedTuple):
-    """Microseconds of one call: on the GPU, and on the host until it is queued."""
+    """Microseconds of one call: on the GPU, and on the host to queue it."""
 
     us: float
     host_us: float
 
 
 class Spread(NamedTuple):
-    """Of the times of one call, in their unit: median, 20th and 80th percentile."""
+    """Times of one call, in the unit of the samples: median, 20th and 80th percentile."""
 
     p50: float
     p20: float
     p80: float
 
 
-def candidates(q: Problem, chip: Chip) -> list[Candidate]:
-    """Every plan that can run ``q``, eager first, with its default tiles (None) and those near them; plans with the
-    launches of an earlier one are left out."""
+def candidates(q: CallShape, chip: Chip) -> list[Candidate]:
+    """Every plan that can run ``q``, eager first, with its default tiles (None) and variations of them. A plan with the
+    same launches as an earlier one is omitted."""
     found: list[Candidate] = []
     seen: set[object] = set()
     for variant in VARIANTS:
@@ -65,7 +65,7 @@ def candidates(q: Problem, chip: Chip) -> list[Candidate]:
 
 
 def variations(tiles: Tiles) -> list[Tiles]:
-    """Tiles near the given ones: wider, narrower, shorter, deeper, and in another order over L2."""
+    """Variations of the given tiles: wider, narrower, shorter, deeper, and another tile order for L2."""
     depth = "STAGES" if hasattr(tiles, "STAGES") else "num_stages"
     stages = getattr(tiles, depth)
     changes: list[dict[str, int]] = [{depth: stages + 1}]
@@ -81,18 +81,18 @@ def variations(tiles: Tiles) -> list[Tiles]:
 
 
 def candidate_label(plan: str, tiles: Tiles | None) -> str:
-    """A candidate in short: "tma_extend M128 N256 K64 num_warps8 num_stages3 GROUP_M16"."""
+    """Short name of a candidate: "tma_extend M128 N256 K64 num_warps8 num_stages3 GROUP_M16"."""
     fields = {} if tiles is None else asdict(tiles)
     return " ".join([plan, *(f"{name.removeprefix('BLOCK_')}{value}" for name, value in fields.items())])
 
 
-class Trial:
-    """A Problem with random operands on ``device``, its LoRA term as large as its base term, dropout ``p`` if any.
+class TuningRun:
+    """A CallShape with random operands on ``device``. The LoRA term is as large as the base term.
 
-    Adapters are float32 beside 16-bit weights, as LoRALinear keeps them.
+    Adapters are float32 beside 16-bit weights, as in LoRALinear.
     """
 
-    def __init__(self, problem: Problem, device: torch.device, chip: Chip, p: float = 0.1, seed: int = 0) -> None:
+    def __init__(self, problem: CallShape, device: torch.device, chip: Chip, p: float = 0.1, seed: int = 0) -> None:
         self.problem, self.chip = problem, chip
         self._given = _operands(problem, device, p if problem.dropout else 0.0, seed)
         given, (M, K) = self._given, self._given.X.shape
@@ -106,23 +106,23 @@ class Trial:
         self._truth: Results | None = None
 
     def call(self, plan: str, tiles: Tiles | None) -> Call:
-        """The candidate as its launcher makes it: (Y, XA), or (dX, dA, dB, dbias)."""
+        """A call of the candidate's launcher: (Y, XA), or (dX, dA, dB, dbias)."""
         g, q, chip, kernels = self._given, self.problem, self.chip, triton_kernels()
         drop = None if self._seed is None else kernels.Dropout(g.p, self._seed, self._bits)
         if q.op == "fwd":
             return lambda: kernels.lora_linear_fwd(g.X, g.W, g.A, g.B, g.bias, SCALING, drop, plan, chip, tiles)
-        needs, XA = Needs(q.need_dx, True, True, q.bias), self._XA
+        needs, XA = GradMask(q.need_dx, True, True, q.bias), self._XA
         return lambda: kernels.lora_linear_bwd(g.dY, g.X, g.W, g.A, g.B, XA, SCALING, drop, needs, plan, chip, tiles)
 
     def fault(self, call: Call) -> str | None:
-        """None where every result of the call is finite and as exact as the error rule asks; otherwise what is wrong.
+        """None if every result of the call is finite and passes the error rule; otherwise a description of the fault.
 
         Raises:
-            BackendUnavailableError: it raised, and the device answers nothing any more.
+            BackendUnavailableError: the call raised, and the device no longer works.
         """
         try:
             return self._judge(call())
-        except Exception as error:  # whatever a compiler or driver raises, the other candidates are wanted
+        except Exception as error:  # an error of a compiler or driver must not stop the other candidates
             try:
                 if self._given.X.is_cuda:
                     torch.cuda.synchronize(self._given.X.device)
@@ -143,11 +143,11 @@ class Trial:
         return None
 
     def forget_truth(self) -> None:
-        """Give the memory of the float64 results back before anything is timed."""
+        """Free the float64 results before the timing."""
         self._truth = self._plain = None
 
 
-def _operands(q: Problem, device: torch.device, p: float, seed: int) -> Operands:
+def _operands(q: CallShape, device: torch.device, p: float, seed: int) -> Operands:
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, std: float = 1.0, dtype: torch.dtype = q.dtype) -> Tensor:
@@ -168,7 +168,7 @@ def _operands(q: Problem, device: torch.device, p: float, seed: int) -> Operands
 
 
 def timed(calls: Mapping[str, Call], device: torch.device, rounds: int) -> dict[str, Times]:
-    """Median times of each call over ``rounds`` rounds, taken in turns; who goes first changes. On a CPU the host's."""
+    """Median times of each call over ``rounds`` rounds, taken in turns. On a CPU: host times."""
     names = list(calls)
     taken: dict[str, list[Times]] = {name: [] for name in names}
     sweep = torch.ones(SWEEP_BYTES // 4, device=device) if device.type == "cuda" else torch.ones(1)
@@ -187,8 +187,7 @@ def timed(calls: Mapping[str, Call], device: torch.device, rounds: int) -> dict[
 
 
 def _cuda_round(calls: Mapping[str, Call], order: list[str], sweep: Tensor, queueing: float) -> dict[str, Times]:
-    """The GPU waits until about all calls of the round are queued, so that between two events nothing waits for the
-    host."""
+    """Times of one round. The GPU sleeps until about all calls are queued, so that no event waits for the host."""
     torch.cuda.synchronize()
     torch.cuda._sleep(int(min(0.05, 1.5 * queueing) * 2e9))  # cycles, at no more than 2 GHz
     events, hosts = [], []
@@ -224,7 +223,7 @@ def spread(samples: Sequence[float]) -> Spread:
 
 
 def captured(calls: Sequence[Callable[[], object]], device: torch.device) -> Callable[[], object]:
-    """All calls as one: the replay of a CUDA graph that makes them, on a CPU one after another."""
+    """One function that makes all calls: the replay of a CUDA graph, or on a CPU one call after another."""
     if device.type != "cuda":
         return lambda: [call() for call in calls]
     side = torch.cuda.Stream()

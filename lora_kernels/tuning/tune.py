@@ -1,8 +1,8 @@
 """Measures every plan of LoRA linear layers on this GPU, and writes the tuned table that the planner reads.
 
-Each candidate (a plan with some tiles) passes the error rule against plain PyTorch before it is timed. The table is
-written whole after each problem: killed and started again, tune goes on with what is missing. A candidate that the
-process died in is passed over from then on.
+Each candidate (a plan with some tiles) must pass the error rule against plain PyTorch before it is timed. The whole
+table is written after each problem, so that a tune that was killed continues with the missing problems when it is
+started again. It skips a candidate that ended the process.
 """
 
 from __future__ import annotations
@@ -25,38 +25,38 @@ from lora_kernels.atomic_write import atomic_write
 from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.kernels.chip import Chip
 from lora_kernels.planning import choose as planner
-from lora_kernels.planning.cost import Problem
+from lora_kernels.planning.cost import CallShape
 from lora_kernels.planning.tuned import Entry, Measured, Table, TableError, dumps, loads, read, user_table
-from lora_kernels.tuning.measure import Call, Candidate, Trial, candidate_label, candidates, timed
+from lora_kernels.tuning.measure import Call, Candidate, TuningRun, candidate_label, candidates, timed
 
 REHEARSAL = "rehearsal"
-HOPELESS = 1.25  # times the fastest: not timed any further
+PRUNE_RATIO = 1.25  # candidates slower than this multiple of the fastest are not timed further
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Told as tune goes along: ``done`` of ``total`` problems, the one at hand, and what is happening to it."""
+    """Argument of on_progress: ``done`` of ``total`` problems, the current problem, and its state as text."""
 
     done: int
     total: int
-    problem: Problem | None
+    problem: CallShape | None
     text: str
 
 
 @dataclass
 class Outcome:
-    """``entries``: of every problem asked for that is measured, now or before. ``left``: problems the budget did not
-    reach. ``faults``: (problem, candidate, reason) of candidates that failed or were passed over. ``path``: the table.
+    """``entries``: of every given problem that was measured, now or before. ``left``: problems that were not measured.
+    ``faults``: (problem, candidate, reason) of candidates that failed or were skipped. ``path``: the table.
     """
 
     path: Path
     entries: list[Entry] = field(default_factory=list)
-    left: list[Problem] = field(default_factory=list)
-    faults: list[tuple[Problem, str, str]] = field(default_factory=list)
+    left: list[CallShape] = field(default_factory=list)
+    faults: list[tuple[CallShape, str, str]] = field(default_factory=list)
 
 
 def tune(
-    problems: Sequence[Problem],
+    problems: Sequence[CallShape],
     device: torch.device,
     budget: float | None = None,
     out: Path | None = None,
@@ -68,19 +68,20 @@ def tune(
     rehearse: bool = False,
     commit: str = "",
 ) -> Outcome:
-    """Measures ``problems`` in their order, and writes the table of ``device`` to ``out``, or to the user's cache.
+    """Measure ``problems`` in order, and write the table of ``device`` to ``out``, by default in the user's cache.
 
     Args:
-        budget: seconds after which nothing new is begun; None for no limit.
+        budget: seconds after which no new candidate starts; None for no limit.
         on_progress: called with a Progress before each problem and candidate.
         dropout_p: of problems with dropout.
-        rounds: calls of each candidate whose median counts; a few first, which leave out the hopeless.
-        again: measure also what the table has from these versions of PyTorch, Triton and this package.
-        rehearse: in Triton's interpreter; the table says so and is never read by the planner.
+        rounds: calls of each candidate, of which the median is used. Four rounds first exclude candidates above
+            PRUNE_RATIO.
+        again: also measure problems that the table has from these versions of PyTorch, Triton and this package.
+        rehearse: run in Triton's interpreter; the table is marked as a rehearsal, and the planner never reads it.
         commit: of the sources, for the table; the package's version by default.
 
     Raises:
-        BackendUnavailableError: kernels cannot run on ``device``, or it answers nothing any more after a fault.
+        BackendUnavailableError: kernels cannot run on ``device``, or the device no longer works after a fault.
     """
     if why := planner.triton_missing(device.type):
         raise BackendUnavailableError(f"tune cannot measure on {device}: {why}")
@@ -96,7 +97,7 @@ def tune(
         entry = Table(_entries(outcome.path, gpu, rehearse)).exact(q)
         known = entry is not None and all(getattr(entry, name) == value for name, value in where.items())
 
-        def tell(text: str, number: int = number, q: Problem = q) -> None:
+        def tell(text: str, number: int = number, q: CallShape = q) -> None:
             if on_progress is not None:
                 on_progress(Progress(number, len(problems), q, text))
 
@@ -122,7 +123,7 @@ def tune(
 
 
 def _measure(
-    q: Problem,
+    q: CallShape,
     device: torch.device,
     chip: Chip,
     dropout_p: float,
@@ -132,29 +133,29 @@ def _measure(
     outcome: Outcome,
     tell: Callable[[str], None],
 ) -> tuple[Measured, ...] | None:
-    """Every candidate that passed, with its times; None where time ran out before all had their turn."""
+    """Every candidate that passed, with its times; None if the deadline came first."""
     if deadline is not None and time.monotonic() > deadline:
         return None
-    trial = Trial(q, device, chip, dropout_p)
+    run = TuningRun(q, device, chip, dropout_p)
     passed: dict[str, tuple[Candidate, Call]] = {}
     for plan, tiles in candidates(q, chip):
         label = candidate_label(plan, tiles)
         if deadline is not None and time.monotonic() > deadline:
             return None
         tell(label)
-        call = trial.call(plan, tiles)
+        call = run.call(plan, tiles)
         with attempts.attempt(f"{q} {label}") as blocked:
-            fault = blocked or trial.fault(call)
+            fault = blocked or run.fault(call)
         if fault:
             outcome.faults.append((q, label, fault))
         else:
             passed[label] = (plan, tiles), call
-    trial.forget_truth()
+    run.forget_truth()
     if "eager" not in passed:
         raise BackendUnavailableError(f"eager fails on {device} for {q}: {outcome.faults[-1][2]}")
     tell(f"timing {len(passed)} candidates")
     times = timed({label: call for label, (_, call) in passed.items()}, device, min(4, rounds))
-    limit = HOPELESS * min(max(t) for t in times.values())
+    limit = PRUNE_RATIO * min(max(t) for t in times.values())
     close = {label: call for label, (_, call) in passed.items() if max(times[label]) <= limit or label == "eager"}
     times |= timed(close, device, rounds) if rounds > 4 else {}
     return tuple(
@@ -163,7 +164,7 @@ def _measure(
 
 
 class _Attempts:
-    """A log of candidates begun and ended: one that was begun and never ended took the process with it."""
+    """Log of candidates that began and ended. One that began and did not end has ended the process."""
 
     def __init__(self, path: Path, fresh: bool) -> None:
         self._path = path
@@ -181,14 +182,14 @@ class _Attempts:
 
     @contextlib.contextmanager
     def attempt(self, label: str) -> Iterator[str | None]:
-        """Around a first call: yields why it must not be made, or None."""
+        """Context of a candidate's first call. Yields why the call must be skipped, or None."""
         if label in self._fatal:
             yield "passed over: the last run ended in it (--again tries it once more)"
             return
         self._write("begin", label)
         try:
             yield None
-        except KeyboardInterrupt:  # no crash, unlike an error that gets here: the device broke down
+        except KeyboardInterrupt:  # not a fault of the candidate; an error that arrives here is a broken device
             self._write("end", label)
             raise
         self._write("end", label)
@@ -201,7 +202,7 @@ class _Attempts:
             os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Forget all of it."""
+        """Delete the log."""
         self._path.unlink(missing_ok=True)
 
 
@@ -214,7 +215,7 @@ def _entries(path: Path, gpu: str, rehearsal: bool) -> list[Entry]:
         return []
 
 
-def _entry(q: Problem, measured: tuple[Measured, ...], where: dict[str, str]) -> Entry:
+def _entry(q: CallShape, measured: tuple[Measured, ...], where: dict[str, str]) -> Entry:
     return Entry(
         op=q.op, dtype=str(q.dtype).removeprefix("torch."), M=q.M, N=q.N, K=q.K, r=q.r, dropout=q.dropout, bits=q.bits,
         bias=q.bias, need_dx=q.need_dx, measured=measured, **where,
@@ -230,7 +231,7 @@ def _version(package: str) -> str:
 
 
 def _versions() -> dict[str, str]:
-    """torch, triton and the driver, as entries name them."""
+    """Versions of torch, triton and the driver, by their field in Entry."""
     driver = ""
     if torch.cuda.is_available() and shutil.which("nvidia-smi"):
         command = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")

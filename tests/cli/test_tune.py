@@ -50,7 +50,7 @@ def test_what_the_budget_left_and_what_failed_is_told(capsys, monkeypatch):
     assert told.err == ""
     monkeypatch.setattr(tuner, "candidates", lambda q, chip: [("eager", None), ("no_such_plan", None)])
     monkeypatch.setattr(
-        tuner.Trial, "call", lambda self, plan, tiles, made=tuner.Trial.call: _or_raise(self, plan, made)
+        tuner.TuningRun, "call", lambda self, plan, tiles, made=tuner.TuningRun.call: _or_raise(self, plan, made)
     )
     arguments = ["--tokens", "8", "--ops", "bwd", "--dropout", "0", "--quiet", "--rehearse"]
     assert main(["tune", "--shapes-from", "bert-base", *arguments]) == 0

@@ -15,7 +15,7 @@ from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.kernels import csrc
 from lora_kernels.kernels.chip import CHIPS
 from lora_kernels.planning import multi_plan
-from lora_kernels.planning.multi_cost import MultiProblem
+from lora_kernels.planning.multi_cost import MultiCallShape
 from lora_kernels.testing.multi import make_multi_problem, mix_ids, multi_plain, multi_truth
 from lora_kernels.testing.rule import assert_close
 
@@ -133,13 +133,13 @@ def test_the_planner_refuses_what_the_kernel_does_not_take(here):
     def why(problem, unsuited=None):
         return {plan.name: plan.refused for plan in multi_plan.candidates(problem, CHIPS["sm_90"], unsuited)}["cuda"]
 
-    fits = MultiProblem("fwd", 16, 4096, 4096, 8, 128, torch.bfloat16)
+    fits = MultiCallShape("fwd", 16, 4096, 4096, 8, 128, torch.bfloat16)
     assert why(fits) is None
     assert why(fits, "X lies askew") == "X lies askew"
-    assert "float32" in why(MultiProblem("fwd", 16, 4096, 4096, 8, 128, torch.float32))
-    assert "K = 100" in why(MultiProblem("fwd", 16, 4096, 100, 8, 128, torch.bfloat16))
-    assert "65 rows" in why(MultiProblem("fwd", 65, 4096, 4096, 8, 128, torch.bfloat16))
-    assert "forward" in why(MultiProblem("bwd", 16, 4096, 4096, 8, 128, torch.bfloat16))
+    assert "float32" in why(MultiCallShape("fwd", 16, 4096, 4096, 8, 128, torch.float32))
+    assert "K = 100" in why(MultiCallShape("fwd", 16, 4096, 100, 8, 128, torch.bfloat16))
+    assert "65 rows" in why(MultiCallShape("fwd", 65, 4096, 4096, 8, 128, torch.bfloat16))
+    assert "forward" in why(MultiCallShape("bwd", 16, 4096, 4096, 8, 128, torch.bfloat16))
     with pytest.raises(BackendUnavailableError, match="askew"):
         multi_plan.choose(fits, CHIPS["sm_90"], "cuda", "X lies askew")
 

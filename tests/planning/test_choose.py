@@ -13,11 +13,11 @@ from lora_kernels.kernels.tiles import GemmConfig, TmaConfig
 from lora_kernels.planning import choose as plan
 from lora_kernels.planning import plans as variants
 from lora_kernels.planning import tuned
-from lora_kernels.planning.cost import Problem
+from lora_kernels.planning.cost import CallShape
 from lora_kernels.planning.tuned import Entry, Measured
 
 H100 = CHIPS["sm_90"]
-LAYER = Problem("fwd", 8192, 4096, 4096, 16, torch.bfloat16)
+LAYER = CallShape("fwd", 8192, 4096, 4096, 16, torch.bfloat16)
 
 
 def test_auto_takes_the_reference_on_a_cpu():
@@ -78,15 +78,15 @@ def launches(problem, name):
 
 
 def test_launches_of_each_plan():
-    bwd = Problem("bwd", 8192, 4096, 4096, 16, torch.bfloat16)
+    bwd = CallShape("bwd", 8192, 4096, 4096, 16, torch.bfloat16)
     assert launches(LAYER, "eager") == ["XA", "matmul", "addmm_"]
     assert launches(LAYER, "shrink_extend") == ["shrink", "extend"]
     assert launches(LAYER, "one_pass") == ["one_pass"]
     assert launches(bwd, "eager") == ["dYB", "dB", "matmul", "addmm_", "dA"]
     assert launches(bwd, "shrink_extend") == ["dyb_db", "reduce", "dx_da", "reduce"]
-    no_dx = Problem("bwd", 8192, 4096, 4096, 16, torch.bfloat16, need_dx=False)
+    no_dx = CallShape("bwd", 8192, 4096, 4096, 16, torch.bfloat16, need_dx=False)
     assert launches(no_dx, "shrink_extend") == ["dyb_db", "reduce", "da", "reduce"]
-    wide = Problem("bwd", 8192, 4096, 4096, 128, torch.bfloat16)
+    wide = CallShape("bwd", 8192, 4096, 4096, 128, torch.bfloat16)
     assert launches(wide, "shrink_extend") == ["dyb_db", "reduce", "dx_da", "da", "reduce"]
 
 
@@ -107,15 +107,15 @@ def test_bytes_over_the_frozen_layer():
         (LAYER, "eager"),
         (LAYER, "shrink_extend"),
         (LAYER, "one_pass"),
-        (Problem("bwd", 8192, 4096, 4096, 16, torch.bfloat16), "shrink_extend"),
-        (Problem("bwd", 8192, 4096, 4096, 16, torch.bfloat16, dropout=True), "eager"),
-        (Problem("bwd", 8192, 4096, 4096, 128, torch.bfloat16, need_dx=False), "shrink_extend"),
-        (Problem("fwd", 64, 512, 256, 8, torch.bfloat16, dropout=True), "eager"),
-        (Problem("fwd", 64, 512, 256, 8, torch.bfloat16, dropout=True), "tma_extend"),
+        (CallShape("bwd", 8192, 4096, 4096, 16, torch.bfloat16), "shrink_extend"),
+        (CallShape("bwd", 8192, 4096, 4096, 16, torch.bfloat16, dropout=True), "eager"),
+        (CallShape("bwd", 8192, 4096, 4096, 128, torch.bfloat16, need_dx=False), "shrink_extend"),
+        (CallShape("fwd", 64, 512, 256, 8, torch.bfloat16, dropout=True), "eager"),
+        (CallShape("fwd", 64, 512, 256, 8, torch.bfloat16, dropout=True), "tma_extend"),
         (LAYER, "one_launch"),
         (LAYER, "ptr_one_launch"),
-        (Problem("bwd", 8192, 4096, 4096, 16, torch.bfloat16), "tma_extend"),
-        (Problem("bwd", 8192, 4096, 4096, 16, torch.bfloat16, need_dx=False), "tma_extend"),
+        (CallShape("bwd", 8192, 4096, 4096, 16, torch.bfloat16), "tma_extend"),
+        (CallShape("bwd", 8192, 4096, 4096, 16, torch.bfloat16, need_dx=False), "tma_extend"),
     ],
     ids=lambda v: v if isinstance(v, str) else f"{v.op}-{v.M}-r{v.r}",
 )
@@ -142,7 +142,7 @@ def count_launches(monkeypatch, device):
 
     def count(problem, name):
         from lora_kernels import ops
-        from lora_kernels.reference import Needs
+        from lora_kernels.reference import GradMask
         from lora_kernels.testing import make_problem
 
         p = make_problem(40, 32, 48, min(problem.r, 72), problem.dtype, device)
@@ -152,7 +152,7 @@ def count_launches(monkeypatch, device):
         if problem.op == "fwd":
             ops.lora_linear_fwd(p.X, p.W, p.A, p.B, None, 1.0, 0.5, seed, f"triton:{name}")
         else:
-            needs = Needs(X=problem.need_dx)
+            needs = GradMask(X=problem.need_dx)
             ops.lora_linear_bwd(p.dY, p.X, p.W, p.A, p.B, XA, 1.0, 0.5, seed, None, needs, f"triton:{name}")
         return len(counted)
 
@@ -161,22 +161,22 @@ def count_launches(monkeypatch, device):
 
 def test_the_choice_is_the_least_predicted_time():
     for M in (1, 64, 2048, 8192):
-        plans = plan.candidates(Problem("fwd", M, 4096, 4096, 16, torch.bfloat16), H100)
+        plans = plan.candidates(CallShape("fwd", M, 4096, 4096, 16, torch.bfloat16), H100)
         plans = tuple(p for p in plans if not p.opt_in)
         assert [p.seconds for p in plans] == sorted(p.seconds for p in plans)
-        chosen = plan.choose(Problem("fwd", M, 4096, 4096, 16, torch.bfloat16), H100)
+        chosen = plan.choose(CallShape("fwd", M, 4096, 4096, 16, torch.bfloat16), H100)
         assert (chosen.name, chosen.why) == (plans[0].name, "model")
 
 
 def test_one_row_takes_one_launch():
-    assert plan.choose(Problem("fwd", 1, 4096, 4096, 16, torch.bfloat16), H100).name == "one_pass"
+    assert plan.choose(CallShape("fwd", 1, 4096, 4096, 16, torch.bfloat16), H100).name == "one_pass"
 
 
 def test_a_forced_plan_runs_or_says_why():
     assert plan.choose(LAYER, H100, "shrink_extend").name == "shrink_extend"
     with pytest.raises(BackendUnavailableError, match="above 64"):
-        plan.choose(Problem("fwd", 8, 64, 64, 65, torch.bfloat16), H100, "one_pass")
-    backward = Problem("bwd", 8192, 4096, 4096, 16, torch.bfloat16)
+        plan.choose(CallShape("fwd", 8, 64, 64, 65, torch.bfloat16), H100, "one_pass")
+    backward = CallShape("bwd", 8192, 4096, 4096, 16, torch.bfloat16)
     assert plan.choose(backward, H100, "one_pass") == plan.choose(backward, H100)
     assert plan.choose(backward, H100, "ptr_one_launch") == plan.choose(backward, H100)
     assert plan.choose(backward, H100, "one_launch").name == "tma_extend"
@@ -299,7 +299,7 @@ def test_a_plan_is_looked_up_not_made_again(table):
 
 def test_the_environment_switches_a_plan_off(monkeypatch):
     plan.forget()
-    row = Problem("fwd", 1, 4096, 4096, 16, torch.bfloat16)
+    row = CallShape("fwd", 1, 4096, 4096, 16, torch.bfloat16)
     assert plan.choose(row, H100).name == "one_pass"
     monkeypatch.setenv("LORA_KERNELS_DISABLE", "one_pass,gluon_one_launch")
     plan.forget()

@@ -8,7 +8,7 @@ import torch
 from lora_kernels.kernels.chip import CHIPS
 from lora_kernels.planning import cost
 from lora_kernels.planning import plans as variants
-from lora_kernels.planning.cost import Launch, Problem
+from lora_kernels.planning.cost import CallShape, Launch
 
 H100 = CHIPS["sm_90"]
 
@@ -27,7 +27,7 @@ def test_a_launch_costs_the_larger_of_arithmetic_and_memory_and_its_own_time():
 def test_arithmetic_is_that_of_the_mathematics(op, name):
     """Forward 2MN(K+r) + 2MKr, backward 2MK(N+r) + 4MNr + 2MKr: KERNELS of a LoRA layer, to the last FLOP."""
     M, N, K, r = 512, 384, 256, 16
-    total = sum(x.flop for x in variants.launches(name, Problem(op, M, N, K, r, torch.bfloat16)))
+    total = sum(x.flop for x in variants.launches(name, CallShape(op, M, N, K, r, torch.bfloat16)))
     if op == "fwd":
         assert total == 2 * M * N * (K + r) + 2 * M * K * r
     else:
@@ -41,7 +41,7 @@ def test_fp32_without_tf32_runs_on_scalar_units():
 
 def test_partial_sums_are_written_by_one_kernel_and_read_by_the_next():
     M, N, K, r = 8192, 4096, 2048, 16
-    q = Problem("bwd", M, N, K, r, torch.bfloat16)
+    q = CallShape("bwd", M, N, K, r, torch.bfloat16)
     small = 2 * r * (M + N + K)
     dyb_and_db, da = 4 * r * (M * 32 + N * 16), 4 * r * K * 64  # a block of 128 columns, a span of 512 rows; 128 rows
     assert cost.reduce(q).bytes == dyb_and_db + small

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from lora_kernels.planning.cost import Launch
-from lora_kernels.planning.multi_cost import KERNELS, MultiProblem, decode, launches
+from lora_kernels.planning.multi_cost import KERNELS, MultiCallShape, decode, launches
 
 N = K = 4096
-DECODE = MultiProblem("fwd", 32, N, K, L=8, R=8 * 16, dtype=torch.bfloat16)
+DECODE = MultiCallShape("fwd", 32, N, K, L=8, R=8 * 16, dtype=torch.bfloat16)
 PREFILL = replace(DECODE, M=4096)
 BACKWARD = replace(PREFILL, op="bwd", need_xa=True)
 

@@ -8,12 +8,12 @@ from lora_kernels import ConfigError
 from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.kernels.chip import CHIPS
 from lora_kernels.planning import multi_plan
-from lora_kernels.planning.multi_cost import MultiProblem
+from lora_kernels.planning.multi_cost import MultiCallShape
 from lora_kernels.testing.multi import make_multi_problem, mix_ids
 
 H100 = CHIPS["sm_90"]
-DECODE = MultiProblem("fwd", 16, 4096, 4096, 8, 128, torch.bfloat16)
-PREFILL = MultiProblem("fwd", 8192, 4096, 4096, 8, 128, torch.bfloat16)
+DECODE = MultiCallShape("fwd", 16, 4096, 4096, 8, 128, torch.bfloat16)
+PREFILL = MultiCallShape("fwd", 8192, 4096, 4096, 8, 128, torch.bfloat16)
 
 
 def names(problem):
@@ -27,7 +27,7 @@ def test_launches_of_each_plan():
     assert launches(DECODE, "decode") == ["multi_decode"]
     assert launches(PREFILL, "extend") == ["multi_shrink", "multi_extend"]
     assert launches(PREFILL, "eager") == ["multi_shrink", "matmul", "multi_expand"]
-    bwd = MultiProblem("bwd", 8192, 4096, 4096, 8, 128, torch.bfloat16)
+    bwd = MultiCallShape("bwd", 8192, 4096, 4096, 8, 128, torch.bfloat16)
     assert launches(bwd, "extend") == ["multi_shrink", "multi_extend", "multi_rows", "multi_grads"]
 
 
@@ -41,15 +41,15 @@ def test_decode_costs_the_bytes_of_the_weight_and_of_the_adapters_that_are_there
     (launch,) = multi_plan.choose(DECODE, H100).launches
     weight, adapters = 2 * 4096 * 4096, 2 * 128 * (4096 + 4096)
     assert launch.bytes == pytest.approx(weight + adapters, rel=0.01)
-    (one,) = multi_plan.choose(MultiProblem("fwd", 1, 4096, 4096, 8, 128, torch.bfloat16), H100).launches
+    (one,) = multi_plan.choose(MultiCallShape("fwd", 1, 4096, 4096, 8, 128, torch.bfloat16), H100).launches
     assert one.bytes == pytest.approx(weight + adapters / 8, rel=0.01)
 
 
 @pytest.mark.parametrize(
     ("problem", "why"),
     [
-        (MultiProblem("fwd", 65, 64, 64, 2, 8, torch.bfloat16), "65 rows"),
-        (MultiProblem("fwd", 16, 64, 64, 2, 8, torch.bfloat16, need_xa=True), "no_grad"),
+        (MultiCallShape("fwd", 65, 64, 64, 2, 8, torch.bfloat16), "65 rows"),
+        (MultiCallShape("fwd", 16, 64, 64, 2, 8, torch.bfloat16, need_xa=True), "no_grad"),
     ],
 )
 def test_decode_says_why_it_cannot_run(problem, why):
@@ -59,7 +59,7 @@ def test_decode_says_why_it_cannot_run(problem, why):
 
 
 def test_a_forward_plan_that_is_named_leaves_the_backward_to_the_planner():
-    plan = multi_plan.choose(MultiProblem("bwd", 16, 64, 64, 2, 8, torch.bfloat16), H100, "decode")
+    plan = multi_plan.choose(MultiCallShape("bwd", 16, 64, 64, 2, 8, torch.bfloat16), H100, "decode")
     assert plan.name in ("eager", "extend")
     assert "decode is a forward plan" in plan.why
 

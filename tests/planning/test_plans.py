@@ -8,10 +8,10 @@ import torch
 from lora_kernels.kernels.chip import CHIPS
 from lora_kernels.kernels.tiles import GemmConfig
 from lora_kernels.planning import plans as variants
-from lora_kernels.planning.cost import KERNELS, Problem
+from lora_kernels.planning.cost import KERNELS, CallShape
 
 H100 = CHIPS["sm_90"]
-FWD = Problem("fwd", 8192, 4096, 4096, 16, torch.bfloat16)
+FWD = CallShape("fwd", 8192, 4096, 4096, 16, torch.bfloat16)
 BWD = dataclasses.replace(FWD, op="bwd")
 
 

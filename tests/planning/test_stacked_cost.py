@@ -6,13 +6,13 @@ import torch
 from lora_kernels.kernels.chip import CHIPS
 from lora_kernels.planning import cost
 from lora_kernels.planning import plans as variants
-from lora_kernels.planning.stacked_cost import PLANS, StackedProblem, candidates, choose, launches
+from lora_kernels.planning.stacked_cost import PLANS, StackedCallShape, candidates, choose, launches
 
-QKV = StackedProblem("fwd", 8192, (4096, 1024, 1024), 4096, (16, 16, 16), torch.bfloat16)
+QKV = StackedCallShape("fwd", 8192, (4096, 1024, 1024), 4096, (16, 16, 16), torch.bfloat16)
 
 
 def names(plan, **how):
-    return [launch.kernel for launch in launches(plan, StackedProblem(**{**QKV.__dict__, **how}))]
+    return [launch.kernel for launch in launches(plan, StackedCallShape(**{**QKV.__dict__, **how}))]
 
 
 def test_launches_in_order():
@@ -30,7 +30,7 @@ def test_launches_in_order():
 @pytest.mark.parametrize("op", ["fwd", "bwd"])
 @pytest.mark.parametrize("plan", PLANS)
 def test_fewer_bytes_than_separate_layers_for_the_same_flop(plan, op):
-    q = StackedProblem(**{**QKV.__dict__, "op": op})
+    q = StackedCallShape(**{**QKV.__dict__, "op": op})
     stacked = launches(plan, q)
     apart = [launch for p in range(3) for launch in variants.launches(plan, q.one(p))]
     x = q.dtype.itemsize * q.M * q.K

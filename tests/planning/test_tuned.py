@@ -12,11 +12,11 @@ import torch
 from lora_kernels.kernels.tiles import GemmConfig, TmaConfig
 from lora_kernels.planning import choose as plan
 from lora_kernels.planning import tuned
-from lora_kernels.planning.cost import Problem
+from lora_kernels.planning.cost import CallShape
 from lora_kernels.planning.tuned import Entry, Measured, Table, TableError
 
 GPU = "NVIDIA H100 80GB HBM3"
-Q = Problem("fwd", 8192, 4096, 4096, 16, torch.bfloat16)
+Q = CallShape("fwd", 8192, 4096, 4096, 16, torch.bfloat16)
 TILES = TmaConfig(128, 128, 64, num_warps=8, num_stages=4, FLATTEN=True)
 TIMES = (Measured("eager", None, 400.0), Measured("tma_extend", TILES, 380.0), Measured("tma_extend", None, 390.0))
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_kernels.reference import Needs
+from lora_kernels.reference import GradMask
 from lora_kernels.reference.dora_linear import (
     DoRANeeds,
     column_dots,
@@ -129,7 +129,7 @@ def test_lora_is_dora_with_the_norm_as_magnitude():
     norm = weight_norm(problem.W, problem.A, problem.B, problem.scaling)
     Y, *grads = run(problem, norm, None)
     lora, XA = lora_linear_fwd(problem.X, problem.W, problem.A, problem.B, problem.bias, problem.scaling)
-    needs = Needs(True, True, True, True)
+    needs = GradMask(True, True, True, True)
     want = lora_linear_bwd(problem.dY, problem.X, problem.W, problem.A, problem.B, XA, problem.scaling, needs=needs)
     torch.testing.assert_close(Y, lora)
     for got, grad in zip((grads[0], grads[1], grads[2], grads[4]), want, strict=True):

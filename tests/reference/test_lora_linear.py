@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from lora_kernels.reference import Needs, lora_linear_bwd, lora_linear_fwd
+from lora_kernels.reference import GradMask, lora_linear_bwd, lora_linear_fwd
 from lora_kernels.testing import MAGNITUDES, assert_close, make_problem, plain, truth
 
-ALL = Needs(True, True, True, True)
+ALL = GradMask(True, True, True, True)
 
 
 def run(problem, keep, dtype=None):
@@ -52,7 +52,7 @@ def test_makes_only_what_is_needed():
     problem = make_problem(5, 6, 7, 2, torch.float64)
     _, XA = lora_linear_fwd(problem.X, problem.W, problem.A, problem.B, None, 2.0)
     for i in range(4):
-        needs = Needs(*(j == i for j in range(4)))
+        needs = GradMask(*(j == i for j in range(4)))
         grads = lora_linear_bwd(problem.dY, problem.X, problem.W, problem.A, problem.B, XA, 2.0, needs=needs)
         assert [grad is not None for grad in grads] == list(needs)
 

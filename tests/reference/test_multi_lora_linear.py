@@ -5,7 +5,7 @@ import torch
 
 from lora_kernels import reference
 from lora_kernels.operands.slots import Slots
-from lora_kernels.reference import Needs
+from lora_kernels.reference import GradMask
 from lora_kernels.reference.multi_lora_linear import parts
 from lora_kernels.testing import Pool
 from lora_kernels.testing.multi import (
@@ -21,7 +21,7 @@ from lora_kernels.testing.multi import (
 
 def results(p):
     Y, XA = reference.multi_lora_linear_fwd(p.X, p.W, p.slots, p.ids, p.bias)
-    needs = Needs(bias=p.bias is not None)
+    needs = GradMask(bias=p.bias is not None)
     return Y, *reference.multi_lora_linear_bwd(p.dY, p.X, p.W, p.slots, p.ids, XA, needs)
 
 
@@ -89,9 +89,9 @@ def test_neighbours_are_a_slice_and_others_are_gathered():
 def test_needs_leave_out_what_is_not_asked_for():
     p = make_multi_problem(mix_ids("uniform", 9, 3), 8, 12, (4, 2, 1), torch.float32)
     XA = reference.multi_lora_linear_fwd(p.X, p.W, p.slots, p.ids, p.bias)[1]
-    whole = reference.multi_lora_linear_bwd(p.dY, p.X, p.W, p.slots, p.ids, XA, Needs(True, True, True, True))
+    whole = reference.multi_lora_linear_bwd(p.dY, p.X, p.W, p.slots, p.ids, XA, GradMask(True, True, True, True))
     for place in range(4):
-        needs = Needs(*(i == place for i in range(4)))
+        needs = GradMask(*(i == place for i in range(4)))
         one = reference.multi_lora_linear_bwd(p.dY, p.X, p.W, p.slots, p.ids, XA, needs)
         assert [g is not None for g in one] == list(needs)
         assert torch.equal(one[place], whole[place])

@@ -8,14 +8,14 @@ import torch
 from lora_kernels.kernels.chip import CHIPS
 from lora_kernels.kernels.tiles import GemmConfig, TmaConfig
 from lora_kernels.planning import choose as plan
-from lora_kernels.planning.cost import Problem
+from lora_kernels.planning.cost import CallShape
 from lora_kernels.planning.plans import BY_NAME
 from lora_kernels.tuning import measure as trial
-from lora_kernels.tuning.measure import Trial
+from lora_kernels.tuning.measure import TuningRun
 
 H100 = CHIPS["sm_90"]
-LAYER = Problem("fwd", 8192, 4096, 4096, 16, torch.bfloat16)
-TINY = Problem("fwd", 33, 80, 64, 8, torch.bfloat16, bias=True)
+LAYER = CallShape("fwd", 8192, 4096, 4096, 16, torch.bfloat16)
+TINY = CallShape("fwd", 33, 80, 64, 8, torch.bfloat16, bias=True)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
@@ -52,7 +52,7 @@ def trials(device):
     made = {}
     for op, dropout, bits in (("fwd", False, True), ("fwd", True, True), ("bwd", True, True), ("bwd", True, False)):
         q = dataclasses.replace(TINY, op=op, dropout=dropout, bits=bits)
-        made[op, dropout, bits] = Trial(q, torch.device(device), H100)
+        made[op, dropout, bits] = TuningRun(q, torch.device(device), H100)
     return made
 
 

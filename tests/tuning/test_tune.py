@@ -12,12 +12,12 @@ import torch
 from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.kernels.tiles import GemmConfig
 from lora_kernels.planning import tuned
-from lora_kernels.planning.cost import Problem
+from lora_kernels.planning.cost import CallShape
 from lora_kernels.tuning import tune as tuner
-from lora_kernels.tuning.measure import Trial
+from lora_kernels.tuning.measure import TuningRun
 from lora_kernels.tuning.tune import Outcome, Progress, tune
 
-FWD = Problem("fwd", 33, 80, 64, 8, torch.bfloat16)
+FWD = CallShape("fwd", 33, 80, 64, 8, torch.bfloat16)
 TWO = (FWD, dataclasses.replace(FWD, op="bwd"))
 TILES = GemmConfig(32, 32, 32, num_warps=4, num_stages=2)
 
@@ -77,21 +77,21 @@ def test_interrupted_it_goes_on(rehearse, out):
 
 
 def test_a_candidate_that_took_the_process_with_it_is_passed_over(rehearse, monkeypatch):
-    fault = Trial.fault
+    fault = TuningRun.fault
 
-    def die(self: Trial, call: object) -> str | None:
+    def die(self: TuningRun, call: object) -> str | None:
         if self.dying and call is self.last:
             raise SystemExit
         return fault(self, call)
 
-    def call(self: Trial, plan: str, tiles: object, made=Trial.call) -> object:
+    def call(self: TuningRun, plan: str, tiles: object, made=TuningRun.call) -> object:
         self.last = made(self, plan, tiles)
         self.dying = plan == "shrink_extend"
         return self.last
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trial, "fault", die)
-        patch.setattr(Trial, "call", call)
+        patch.setattr(TuningRun, "fault", die)
+        patch.setattr(TuningRun, "call", call)
         with pytest.raises(SystemExit):
             rehearse(TWO[:1])
     outcome, _ = rehearse(TWO[:1])
@@ -124,7 +124,7 @@ def test_a_failing_candidate_is_told_and_left_out(rehearse, monkeypatch):
 
 
 def test_without_eager_there_is_nothing_to_compare_with(rehearse, monkeypatch):
-    monkeypatch.setattr(Trial, "fault", lambda self, call: "wrong")
+    monkeypatch.setattr(TuningRun, "fault", lambda self, call: "wrong")
     with pytest.raises(BackendUnavailableError, match="eager fails"):
         rehearse(TWO[:1])
 
@@ -133,7 +133,7 @@ def test_operands_that_do_not_fit_the_memory(rehearse, monkeypatch):
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(tuner, "Trial", full)
+    monkeypatch.setattr(tuner, "TuningRun", full)
     outcome, _ = rehearse(TWO[:1])
     assert outcome.left == [FWD]
     assert outcome.faults[0][1:] == ("its operands", "CUDA out of memory")

@@ -141,7 +141,7 @@ def _row(arch: str, found: Compiled) -> Row:
     faults += ["fewer than two stages"] if stages < 2 else []
     faults += ["no block fits"] if fits.blocks < 1 else []
     faults += [f"no {unit}" for unit in ("HMMA", RINGS[found.ring]) if not counts[unit]]
-    launch = multi_cost.decode(multi_cost.MultiProblem("fwd", tokens, N, K, 1, R, found.dtype))
+    launch = multi_cost.decode(multi_cost.MultiCallShape("fwd", tokens, N, K, 1, R, found.dtype))
     seconds = cost.seconds(launch, found.dtype, chip)
     return Row(
         arch, KERNEL, f"M<={tokens} r={R}", str(found.dtype).removeprefix("torch."),

@@ -23,7 +23,7 @@ import torch
 
 from lora_kernels.kernels.chip import CHIPS, Chip
 from lora_kernels.planning import cost, multi_cost
-from lora_kernels.planning.stacked_cost import StackedProblem, stacked_dx, stacked_extend
+from lora_kernels.planning.stacked_cost import StackedCallShape, stacked_dx, stacked_extend
 
 if TYPE_CHECKING:
     from lora_kernels.check.compile.cases.case import Case
@@ -202,16 +202,16 @@ def _work(case: Case, name: str) -> cost.Launch | None:
     if name in _MATRICES:
         return cost.Launch(name, 0, _MATRICES[name] * case.dtype.itemsize * case.M * case.N)
     if case.L:
-        mix = multi_cost.MultiProblem("fwd", case.M, case.N, case.K, case.L, case.L * case.r, case.dtype)
+        mix = multi_cost.MultiCallShape("fwd", case.M, case.N, case.K, case.L, case.L * case.r, case.dtype)
         return multi_cost.KERNELS[name](mix) if name in multi_cost.KERNELS else None
     if case.Ns:
         ranks = (case.r,) * len(case.Ns)
-        stack = StackedProblem("fwd", case.M, case.Ns, case.K, ranks, case.dtype, mask, bits=bits)
+        stack = StackedCallShape("fwd", case.M, case.Ns, case.K, ranks, case.dtype, mask, bits=bits)
         problem, works = stack.whole, {work.__name__: partial(work, stack) for work in (stacked_extend, stacked_dx)}
         if name in works:
             return works[name]()
     else:
-        problem = cost.Problem("fwd", case.M, case.N, case.K, case.r, case.dtype, mask, bias=True, bits=bits)
+        problem = cost.CallShape("fwd", case.M, case.N, case.K, case.r, case.dtype, mask, bias=True, bits=bits)
     if name == "reduce" and case.kernel != "dyb_db":
         return cost.reduce_da(problem)
     return cost.KERNELS[name](problem) if name in cost.KERNELS else None

@@ -22,7 +22,7 @@ from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.finetune.train.extras import installed, require
 from lora_kernels.operands.slots import BASE
 from lora_kernels.planning.choose import TRITON_DTYPES, chip_for, split_name, triton_missing
-from lora_kernels.planning.multi_cost import MultiProblem as PlannerProblem
+from lora_kernels.planning.multi_cost import MultiCallShape
 from lora_kernels.planning.multi_plan import CPP_ROWS, PLANS, choose, cpp_missing, resolve
 from lora_kernels.testing.multi import MultiProblem
 
@@ -224,8 +224,8 @@ def planned_launches(case: ServingCase, backend: str, device: torch.device) -> i
     return 0 if name in ("reference", "cpp") else len(choose(_planned(case), chip_for(device), name).launches)
 
 
-def _planned(case: ServingCase) -> PlannerProblem:
-    return PlannerProblem("fwd", case.M, case.N, case.K, case.L, sum(case.ranks), case.dtype)
+def _planned(case: ServingCase) -> MultiCallShape:
+    return MultiCallShape("fwd", case.M, case.N, case.K, case.L, sum(case.ranks), case.dtype)
 
 
 def contenders(case: ServingCase, device: torch.device) -> list[Contender]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.autograd.lora_linear_stacked import Projection, run_stacked
+from lora_kernels.autograd.lora_linear_stacked import Projection, lora_linear_stacked_unchecked
 from lora_kernels.integrations.peft import why_not as conditions
 from lora_kernels.integrations.peft.linear import FusedLinear, drops, projection_of
 from lora_kernels.integrations.peft.reads import Partners, Reads
@@ -100,7 +100,7 @@ class Group:
             return None
         if not compiling and not self.reads.begin(partners, p > 0.0):
             return None
-        made = run_stacked(x, [q for _, q, _ in found.values()], p)
+        made = lora_linear_stacked_unchecked(x, [q for _, q, _ in found.values()], p)
         return {i: (y, layer) for (i, (layer, _, _)), y in zip(found.items(), made, strict=True)}
 
 

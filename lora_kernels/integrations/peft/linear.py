@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import Identity
 from transformers.pytorch_utils import Conv1D
 
-from lora_kernels.autograd.lora_linear import run as run_lora_linear
+from lora_kernels.autograd.lora_linear import lora_linear_unchecked
 from lora_kernels.autograd.lora_linear_stacked import Projection
 from lora_kernels.integrations.peft import why_not as conditions
 from lora_kernels.integrations.peft.dora import dora_forward, is_dora, why_not_dora
@@ -210,7 +210,7 @@ class FusedLinear(Told, Linear):
                 W, A, B, bias, scaling, p, dora = found
                 if dora is not None:
                     return dora_forward(self, dora, x)
-                return run_lora_linear(x, W, A, B, bias, scaling, p, None, "auto", True)
+                return lora_linear_unchecked(x, W, A, B, bias, scaling, p, None, "auto", True)
             reason = found
         count_peft_call(self, reason)
         return super().forward(x, *args, **kwargs)

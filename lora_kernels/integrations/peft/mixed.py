@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.autograd.multi_lora_linear import run
+from lora_kernels.autograd.multi_lora_linear import multi_lora_linear_unchecked
 from lora_kernels.operands.slots import BASE, Slots
 
 Part = tuple[Tensor, Tensor, Tensor | None, float, float]  # A (r, K), B (N, r), lora_bias, scaling, dropout's p
@@ -50,7 +50,7 @@ def mixed_forward(
         return "no adapter of the batch is on it"
     A, B, _, scalings, _ = zip(*parts, strict=True)
     slots = Slots.of(A, B, None, scalings)  # at every call: weights change in ways that no tensor counts (.data)
-    return run(x, W, slots, _ids_of(names, there, x), bias)
+    return multi_lora_linear_unchecked(x, W, slots, _ids_of(names, there, x), bias)
 
 
 def _ids_of(names: Sequence[str], there: list[str], x: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ from lora_kernels.kernels.hopper.gluon_ring import (
     view,
 )
 from lora_kernels.kernels.hopper.gluon_tiles import GluonConfig
+from lora_kernels.kernels.launch import launch
 from lora_kernels.kernels.persistent import one_launch_flags, one_launch_grid
 from lora_kernels.kernels.tiles import rank_tile
 
@@ -168,7 +169,10 @@ def gluon_extend(
     r = B.shape[1]
     R = rank_tile(r, X.dtype) if r else 16  # without ranks the plain product: no box of them is ever read
     tiles = triton.cdiv(X.shape[0], config.BLOCK_M) * triton.cdiv(W.shape[0], config.BLOCK_N)
-    _gluon_extend_kernel[(min(units, tiles),)](
+    launch(
+        _gluon_extend_kernel,
+        (min(units, tiles),),
+        X.device,
         XA_desc=box(low_rank_operand(XA, X.dtype) if r else X, config.BLOCK_M, R),
         B_desc=box(low_rank_operand(B, X.dtype) if r else W, config.BLOCK_N, R),
         HAS_RANKS=r > 0,
@@ -340,7 +344,10 @@ def gluon_one_launch(
     kept = torch.empty(num_m * config.BLOCK_M, R, dtype=X.dtype, device=X.device)
     programs, xa_programs = one_launch_grid(num_m, num_n, units)
     ready, readers = one_launch_flags(num_m, X.device)
-    _gluon_one_launch_kernel[(programs,)](
+    launch(
+        _gluon_one_launch_kernel,
+        (programs,),
+        X.device,
         A_desc=box(low_rank_operand(A, X.dtype), R, config.BLOCK_K),
         XA_desc=box(kept, config.BLOCK_M, R),
         B_desc=box(low_rank_operand(B, X.dtype), config.BLOCK_N, R),
@@ -352,7 +359,7 @@ def gluon_one_launch(
         stride_sm=XA.stride(0),
         scaling=scaling,
         xa_programs=xa_programs,
-        launch_cooperative_grid=True,
+        cooperative=True,
         **shared,
     )
     return Y, XA

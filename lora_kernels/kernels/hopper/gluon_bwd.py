@@ -41,6 +41,7 @@ from lora_kernels.kernels.hopper.gluon_ring import (
     view,
 )
 from lora_kernels.kernels.hopper.gluon_tiles import GluonConfig
+from lora_kernels.kernels.launch import launch
 from lora_kernels.kernels.reduce import Partial, reduce_partials
 from lora_kernels.kernels.tiles import rank_tile
 
@@ -243,7 +244,10 @@ def gluon_dx(
     R, blocks_m = rank_tile(r, X.dtype) if r else 16, triton.cdiv(M, config.BLOCK_M)
     part_da = torch.empty(blocks_m, r, K, dtype=torch.float32, device=X.device) if make_da and r else None
     low_rank = low_rank_operand(dYB, X.dtype) if r else dY
-    _gluon_dx_kernel[(min(units, blocks_m * triton.cdiv(K, config.BLOCK_N)),)](
+    launch(
+        _gluon_dx_kernel,
+        (min(units, blocks_m * triton.cdiv(K, config.BLOCK_N)),),
+        X.device,
         box(dY, config.BLOCK_M, config.BLOCK_K),
         box(W, config.BLOCK_K, config.BLOCK_N),
         box(low_rank, config.BLOCK_M, R),
@@ -267,5 +271,4 @@ def gluon_dx(
         GROUP_M=config.GROUP_M,
         num_warps=config.num_warps,
     )
-    (dA,) = reduce_partials(Partial(part_da, A.dtype, inv_keep(drop)))
-    return dX, dA
+    return dX, reduce_partials(Partial(part_da, A.dtype, inv_keep(drop)))[0]

@@ -24,6 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.kernels.common import tile_order
+from lora_kernels.kernels.launch import launch
 from lora_kernels.kernels.persistent import (
     add_low_rank,
     count_reader,
@@ -233,7 +234,10 @@ def tma_extend(
     """
     Y, shared = _prepare(X, W, config)
     tiles = triton.cdiv(X.shape[0], config.BLOCK_M) * triton.cdiv(W.shape[0], config.BLOCK_N)
-    _tma_extend_kernel[(min(units, tiles),)](
+    launch(
+        _tma_extend_kernel,
+        (min(units, tiles),),
+        X.device,
         XA_ptr=XA,
         B_ptr=B,
         bias_ptr=bias,
@@ -265,12 +269,11 @@ def one_launch(
     XA = torch.empty(X.shape[0], A.shape[0], dtype=X.dtype, device=X.device)
     num_m, num_n = triton.cdiv(X.shape[0], config.BLOCK_M), triton.cdiv(W.shape[0], config.BLOCK_N)
     programs, xa_programs = one_launch_grid(num_m, num_n, units)
-    if knobs.runtime.interpret:
-        xa_programs = 1
-    else:
-        shared["launch_cooperative_grid"] = True
     ready, readers = one_launch_flags(num_m, X.device)
-    _one_launch_kernel[(programs,)](
+    launch(
+        _one_launch_kernel,
+        (programs,),
+        X.device,
         A_ptr=A,
         B_ptr=B,
         bias_ptr=bias,
@@ -285,10 +288,11 @@ def one_launch(
         stride_bias=0 if bias is None else bias.stride(0),
         stride_sm=XA.stride(0),
         scaling=scaling,
-        xa_programs=xa_programs,
+        xa_programs=1 if knobs.runtime.interpret else xa_programs,
         HAS_BIAS=bias is not None,
         XA_STAGES=config.XA_STAGES,
         BLOCK_R=rank_tile(A.shape[0], X.dtype),
+        cooperative=True,
         **shared,
     )
     return Y, XA

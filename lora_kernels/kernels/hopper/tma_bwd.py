@@ -22,6 +22,7 @@ from torch import Tensor
 from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.kernels.common import Dropout, dropout_args, inv_keep, keep_tile, tile_order
 from lora_kernels.kernels.hopper.tma import descriptor, descriptor_refusal
+from lora_kernels.kernels.launch import launch
 from lora_kernels.kernels.persistent import add_low_rank, halves, rank_columns
 from lora_kernels.kernels.reduce import Partial, reduce_partials
 from lora_kernels.kernels.tiles import TmaDxConfig, rank_tile
@@ -172,7 +173,10 @@ def tma_dx(
         raise BackendUnavailableError("tma_dx reads dropout's mask as bits, given is a seed; keep the bits in forward")
     spans, x_columns = triton.cdiv(M, config.BLOCK_M * config.DA_ROWS), max(64, config.BLOCK_N // 2)
     part_da = torch.empty(spans, r, K, dtype=torch.float32, device=X.device) if make_da else None
-    _tma_dx_kernel[(min(units, spans * triton.cdiv(K, config.BLOCK_N)),)](
+    launch(
+        _tma_dx_kernel,
+        (min(units, spans * triton.cdiv(K, config.BLOCK_N)),),
+        X.device,
         descriptor(dY, config.BLOCK_M, config.BLOCK_K),
         descriptor(W, config.BLOCK_K, config.BLOCK_N),
         descriptor(X, config.BLOCK_M, x_columns),
@@ -201,5 +205,4 @@ def tma_dx(
         num_stages=config.num_stages,
         **dropout_args(drop),
     )
-    (dA,) = reduce_partials(Partial(part_da, A.dtype, inv_keep(drop)))
-    return dX, dA
+    return dX, reduce_partials(Partial(part_da, A.dtype, inv_keep(drop)))[0]

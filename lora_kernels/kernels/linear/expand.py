@@ -1,4 +1,4 @@
-"""dX += factor D*(dYB A): the low-rank term added to a base product that the vendor's library made.
+"""dX += factor D*(dYB A): adds the low-rank term to a base product of the vendor's library.
 
 dX (M, K), dYB (M, r), A (r, K);  D = dropout's keep mask, factor = 1 / (1 - p)
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_kernels.kernels.chip import Chip
 from lora_kernels.kernels.common import Dropout, dropout_args, inv_keep, keep_tile, low_rank, precision_of
+from lora_kernels.kernels.launch import launch
 from lora_kernels.kernels.tiles import GemmConfig, expand_config, rank_tile, wide_loads
 from lora_kernels.operands.dtypes import low_rank_dtype
 
@@ -61,12 +62,15 @@ def _expand_kernel(
 
 
 def expand_add_(dX: Tensor, dYB: Tensor, A: Tensor, drop: Dropout | None, config: GemmConfig) -> Tensor:
-    """dX (M, K) += D/(1-p) * (dYB A) in place, for a dX just made by the caller; one launch, M > 0.
+    """dX (M, K) += D/(1-p) * (dYB A) in place, for a dX that the caller has just computed; one launch, M > 0.
 
-    dYB's ranks are side by side, and so are the columns of dX; A has any strides.
+    dYB and dX have contiguous rows; A has any strides.
     """
     (M, K), r = dX.shape, A.shape[0]
-    _expand_kernel[(triton.cdiv(M, config.BLOCK_M), triton.cdiv(K, config.BLOCK_N))](
+    launch(
+        _expand_kernel,
+        (triton.cdiv(M, config.BLOCK_M), triton.cdiv(K, config.BLOCK_N)),
+        dX.device,
         dX,
         dYB,
         A,
@@ -90,7 +94,7 @@ def expand_add_(dX: Tensor, dYB: Tensor, A: Tensor, drop: Dropout | None, config
 
 
 def add_update_(Y: Tensor, XA: Tensor, B: Tensor, chip: Chip) -> Tensor:
-    """Y (M, N) += XA B^T in place, for a Y just made by the caller, XA (M, r) and B (N, r); one launch, M > 0."""
+    """Y (M, N) += XA B^T in place, for the caller's own Y, XA (M, r) and B (N, r); one launch, M > 0."""
     return expand_add_(Y, XA, B.t(), None, expand_config(Y.shape[0], Y.shape[1], Y.dtype, chip, wide_loads(Y)))
 
 

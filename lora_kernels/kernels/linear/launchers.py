@@ -1,11 +1,11 @@
-"""The plans of a LoRA linear layer: which launches, in which order, with which tiles. Importing it imports Triton.
+"""Launch sequences and tiles of the plans of a LoRA linear layer. Importing this module imports Triton.
 
     XA  = s/(1-p) (D*X) A^T        Y  = X W^T + bias + XA B^T
     dYB = s dY B                   dX = dY W + D/(1-p) * (dYB A)       dA = dYB^T (D*X) / (1-p)       dB = dY^T XA
 
-eager makes the base product by the vendor's library and adds the update: the floor that no plan may fall below. The
-library makes the products of rank r, too, where no mask is drawn and all operands share a dtype (library_low_rank).
-cost.py has the launches of each plan as data, plan.py chooses among them.
+eager computes the base product by the vendor's library and adds the update; no plan may be slower. The library also
+computes the products of rank r if there is no mask and all operands share a dtype (library_low_rank). planning/plans.py
+has the launches of each plan as data, planning/choose.py chooses among them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from lora_kernels.kernels.tiles import (
 )
 from lora_kernels.operands.dtypes import low_rank_dtype
 
-# Plans whose main product is a persistent kernel: that kernel, and who chooses its tiles.
+# Plans whose main product is a persistent kernel: that kernel, and the function that chooses its tiles.
 ONE_LAUNCH: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Any]]] = {
     "one_launch": (one_launch, lambda M, N, r, dtype, chip, wide: tma_config(M, N, r, dtype, chip)),
     "gluon_one_launch": (gluon_one_launch, lambda M, N, r, dtype, chip, wide: gluon_config(M, N, r, dtype, chip)),
@@ -83,10 +83,10 @@ def lora_linear_fwd(
     tiles: Any = None,
     base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Y (M, N) and XA (M, r) by ``plan``; M > 0. Fills ``drop.bits`` where there are any.
+    """Y (M, N) and XA (M, r) by ``plan``; M > 0. Fills ``drop.bits`` if they exist.
 
-    ``tiles``: the configuration of the plan's main product; None takes the default of tuning.py. ``base`` (M, N), by
-    the eager plan: used in place of X W^T + bias; it is changed into Y.
+    ``tiles``: the configuration of the plan's main product; None uses the default of tiles.py. ``base`` (M, N), in the
+    eager plan: used in place of X W^T + bias and overwritten with Y.
     """
     M, (N, r), dtype = X.shape[0], B.shape, X.dtype
     wide = wide_loads(X, W)
@@ -126,9 +126,9 @@ def lora_linear_bwd(
     tiles: Any = None,
     dZ: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dX, dA, dB, dbias by ``plan``; None for each that ``needs`` (X, A, B, bias) leaves out; M > 0.
+    """dX, dA, dB, dbias by ``plan``; None for each that ``needs`` (X, A, B, bias) excludes; M > 0.
 
-    ``dZ`` (M, N), by the eager plan: the gradient of the base product, if it differs from dY.
+    ``dZ`` (M, N), in the eager plan: the gradient of the base product, if it differs from dY.
     """
     need_x, need_a, need_b, need_bias = needs
     if plan == "eager":

@@ -29,6 +29,7 @@ from lora_kernels.kernels.common import (
     tile_order,
     unpack_keep,
 )
+from lora_kernels.kernels.launch import launch
 from lora_kernels.kernels.tiles import GemmConfig, rank_tile
 from lora_kernels.operands.dtypes import low_rank_dtype
 
@@ -183,7 +184,10 @@ def extend(X: Tensor, W: Tensor, XA: Tensor, B: Tensor, bias: Tensor | None, con
     """Y (M, N) = X W^T + bias + XA B^T for X (M, K), W (N, K), XA (M, r), B (N, r), bias (N,) or None; M > 0."""
     (M, K), (N, r) = X.shape, B.shape
     Y = torch.empty(M, N, dtype=X.dtype, device=X.device)
-    _extend_kernel[_grid(M, N, config)](
+    launch(
+        _extend_kernel,
+        _grid(M, N, config),
+        X.device,
         X,
         W,
         XA,
@@ -231,7 +235,10 @@ def one_pass(
     (M, K), (N, r) = X.shape, B.shape
     Y = torch.empty(M, N, dtype=X.dtype, device=X.device)
     XA = torch.empty(M, r, dtype=low_rank_dtype(X.dtype), device=X.device)
-    _one_pass_kernel[_grid(M, N, config)](
+    launch(
+        _one_pass_kernel,
+        _grid(M, N, config),
+        X.device,
         X,
         W,
         A,

@@ -26,6 +26,7 @@ from lora_kernels.kernels.common import (
     precision_of,
     tile_order,
 )
+from lora_kernels.kernels.launch import launch
 from lora_kernels.kernels.reduce import Partial, reduce_partials
 from lora_kernels.kernels.tiles import GemmConfig, SplitConfig, rank_tile
 
@@ -235,7 +236,10 @@ def dyb_db(
     part_dyb = partial(make_dyb, blocks_n, M, r)
     part_db = partial(make_db, spans, N, r)
     part_dbias = partial(make_dbias, spans, N)
-    _dyb_db_kernel[(spans, blocks_n, triton.cdiv(r, BLOCK_R))](
+    launch(
+        _dyb_db_kernel,
+        (spans, blocks_n, triton.cdiv(r, BLOCK_R)),
+        dY.device,
         dY,
         B,
         XA,
@@ -282,7 +286,10 @@ def dx_da(
     dX = torch.empty(M, K, dtype=X.dtype, device=X.device)
     blocks_m = triton.cdiv(M, config.BLOCK_M)
     part_da = torch.empty(blocks_m, r, K, dtype=torch.float32, device=X.device) if make_da else None
-    _dx_kernel[(blocks_m * triton.cdiv(K, config.BLOCK_N),)](
+    launch(
+        _dx_kernel,
+        (blocks_m * triton.cdiv(K, config.BLOCK_N),),
+        X.device,
         dY,
         W,
         dYB,
@@ -326,7 +333,10 @@ def da(dYB: Tensor, X: Tensor, drop: Dropout | None, dtype: torch.dtype, config:
     (M, K), r = X.shape, dYB.shape[1]
     spans, BLOCK_R = triton.cdiv(M, config.SPAN_M), rank_tile(r, X.dtype)
     part = torch.empty(spans, r, K, dtype=torch.float32, device=X.device)
-    _da_kernel[(spans, triton.cdiv(K, config.BLOCK_N), triton.cdiv(r, BLOCK_R))](
+    launch(
+        _da_kernel,
+        (spans, triton.cdiv(K, config.BLOCK_N), triton.cdiv(r, BLOCK_R)),
+        X.device,
         X,
         dYB,
         part,

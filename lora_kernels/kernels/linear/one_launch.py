@@ -12,8 +12,6 @@ was lost; docs/sm90_linear.md the protocol of the flags. Not measured on a GPU.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +19,7 @@ from torch import Tensor
 from triton import knobs
 
 from lora_kernels.kernels.common import accumulate, precision_of, tile_order
+from lora_kernels.kernels.launch import launch
 from lora_kernels.kernels.persistent import (
     add_low_rank,
     count_reader,
@@ -184,9 +183,11 @@ def ptr_one_launch(
     XA = torch.empty(M, r, dtype=low_rank_dtype(X.dtype), device=X.device)
     num_m, num_n = triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, config.BLOCK_N)
     programs, xa_programs = one_launch_grid(num_m, num_n, units)
-    cooperative: dict[str, Any] = {} if knobs.runtime.interpret else {"launch_cooperative_grid": True}
     ready, readers = one_launch_flags(num_m, X.device)
-    _ptr_one_launch_kernel[(programs,)](
+    launch(
+        _ptr_one_launch_kernel,
+        (programs,),
+        X.device,
         X,
         W,
         A,
@@ -212,7 +213,7 @@ def ptr_one_launch(
         stride_ym=Y.stride(0),
         stride_sm=XA.stride(0),
         scaling=scaling,
-        xa_programs=xa_programs if cooperative else 1,
+        xa_programs=1 if knobs.runtime.interpret else xa_programs,
         HAS_BIAS=bias is not None,
         EVEN_K=K % config.BLOCK_K == 0,
         PRECISION=precision_of(X.dtype),
@@ -225,6 +226,6 @@ def ptr_one_launch(
         GROUP_M=config.GROUP_M,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **cooperative,
+        cooperative=True,
     )
     return Y, XA

@@ -1,10 +1,10 @@
-"""XA = factor * (D*X) A^T: the one pass over X that makes the low-rank activations.
+"""XA = factor * (D*X) A^T: one pass over X that computes the low-rank activations.
 
     X (M, K), A (r, K) -> XA (M, r) in low_rank_dtype of X's;  D = dropout's keep mask, factor = scaling / (1 - p)
 
 Memory bound: 2 M r FLOP per 2 M bytes of X at 16 bit. One program makes BLOCK_M rows and BLOCK_R columns; X is read
-once per 64 ranks. The mask is drawn in registers; its bits are stored, 1/16 of a 16-bit X, where the backward is to
-read them instead of drawing again.
+once per 64 ranks. The mask is drawn in registers; its bits are stored, 1/16 of a 16-bit X, if the backward reads
+them instead of drawing again.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from lora_kernels.kernels.common import (
     store_keep,
     unpack_keep,
 )
+from lora_kernels.kernels.launch import launch
 from lora_kernels.kernels.tiles import ShrinkConfig, rank_tile
 from lora_kernels.operands.dtypes import low_rank_dtype
 
@@ -103,13 +104,16 @@ def shrink(
 ) -> Tensor:
     """XA (M, r) = scaling/(1-p) (D*X) A^T for X (M, K) and A (r, K) of any strides and float dtypes; M > 0.
 
-    Fills ``drop.bits`` where there are any. ``later``: for an A that stacks projections (first rank, scaling) of those
-    after the first, in order, where they have scalings of their own.
+    Fills ``drop.bits`` if they exist. ``later``: for an A that stacks projections with different scalings, (first rank,
+    scaling) of those after the first, in order.
     """
     (M, K), r = X.shape, A.shape[0]
     XA = torch.empty(M, r, dtype=low_rank_dtype(X.dtype), device=X.device)
     BLOCK_R = rank_tile(r, X.dtype)
-    _shrink_kernel[(triton.cdiv(M, config.BLOCK_M), triton.cdiv(r, BLOCK_R))](
+    launch(
+        _shrink_kernel,
+        (triton.cdiv(M, config.BLOCK_M), triton.cdiv(r, BLOCK_R)),
+        X.device,
         X,
         A,
         XA,

@@ -3,7 +3,7 @@
     dH = dY W_d + D_h/(1-p) * (dYB A_d)     dG, dU, H = swiglu_bwd(dH, G, U)     dA_d = dYB^T (D_h*H) / (1-p)
     dX = dG W_g + dU W_u + D_x/(1-p) * ([dGB, dUB] [A_g; A_u])
 
-H is not at hand while dH is made, so dA of down is a pass of its own over H, which swiglu_bwd yields beside dG and dU:
+H does not exist while dH is computed, so dA of down is a separate pass over H, which swiglu_bwd computes with dG, dU:
 7 passes over (M, F) from dH on. H first and dA from dH's epilogue would be 9.
 """
 

@@ -1,10 +1,10 @@
-"""The activation of a SwiGLU block, and its gradient with the activation made again.
+"""The activation of a SwiGLU block, and its gradient, which computes the activation again.
 
     H  = silu(G) * U = G s U                          s = 1 / (1 + exp(-G)), fp32 inside, rounded once
     dG = dH U s (1 + G (1 - s)),   dU = dH G s        G, U, H, dH, dG, dU (M, F)
 
-Memory bound: forward reads two and writes one; backward reads three and writes two, or three with H, which takes the
-place of dH. Making H again in a pass of its own would read G and U and write H once more.
+Memory bound: forward reads two and writes one; backward reads three and writes two, or three with H, which
+overwrites dH. A separate pass for H would read G and U and write H once more.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.kernels.launch import launch
 from lora_kernels.kernels.tiles import ShrinkConfig
 
 TILES = ShrinkConfig(1, 1024, num_warps=4, num_stages=1)  # 8 elements, 16 bytes of 16 bits, a thread
@@ -34,7 +35,7 @@ def _swiglu_kernel(G_ptr, U_ptr, H_ptr, F, stride_g, stride_u, BLOCK: tl.constex
 def _swiglu_bwd_kernel(
     dH_ptr, G_ptr, U_ptr, dG_ptr, dU_ptr, F, stride_g, stride_u, MAKE_H: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """dG = dH U s (1 + G (1 - s)) and dU = dH G s for BLOCK columns of one row; H = G s U in the place of dH."""
+    """dG = dH U s (1 + G (1 - s)) and dU = dH G s for BLOCK columns of one row; H = G s U overwrites dH."""
     row = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < F
@@ -55,22 +56,25 @@ def _grid(M: int, F: int) -> tuple[int, int]:
 
 
 def swiglu(G: Tensor, U: Tensor) -> Tensor:
-    """H (M, F) = silu(G) * U, contiguous; G and U have columns next to one another and any row stride; M > 0."""
+    """H (M, F) = silu(G) * U, contiguous; G and U have contiguous rows and any row stride; M > 0."""
     M, F = G.shape
     H = torch.empty(M, F, dtype=G.dtype, device=G.device)
     strides = G.stride(0), U.stride(0)
-    _swiglu_kernel[_grid(M, F)](G, U, H, F, *strides, BLOCK=TILES.BLOCK_K, num_warps=TILES.num_warps)
+    launch(_swiglu_kernel, _grid(M, F), G.device, G, U, H, F, *strides, BLOCK=TILES.BLOCK_K, num_warps=TILES.num_warps)
     return H
 
 
 def swiglu_bwd(dH: Tensor, G: Tensor, U: Tensor, make_h: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """dG, dU and, with ``make_h``, H: (M, F) each, one launch.
 
-    ``dH`` is the caller's own to lose: contiguous, just made, and H's memory afterwards. M > 0.
+    ``dH`` is contiguous and is overwritten by H: no other tensor may use it. M > 0.
     """
     M, F = G.shape
     dG, dU = torch.empty_like(dH), torch.empty_like(dH)
-    _swiglu_bwd_kernel[_grid(M, F)](
+    launch(
+        _swiglu_bwd_kernel,
+        _grid(M, F),
+        G.device,
         dH,
         G,
         U,

@@ -20,13 +20,14 @@ what was lost. Not measured on a GPU.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.kernels.common import precision_of
+from lora_kernels.kernels.launch import launch
 from lora_kernels.kernels.multi.shrink import load_ids, low_rank_dot, slot_rows
 from lora_kernels.kernels.multi.workspace import workspace_of
 from lora_kernels.kernels.tiles import SHRINK_K, SHRINK_RANKS, DecodeConfig
@@ -331,10 +332,13 @@ def multi_decode(
     assert config.BLOCK_M >= M, f"{M} rows, and {config} takes up to {config.BLOCK_M}"
     L, max_rank = slots.starts.shape[0], slots.max_rank
     sizes = sizes_of(N, K, L, max_rank, config, units)
-    limit = {} if config.maxnreg is None else {"maxnreg": config.maxnreg}
+    limit: dict[str, Any] = {} if config.maxnreg is None else {"maxnreg": config.maxnreg}
     space = workspace_of(sizes.workspace, X.device, dtype)
     Y = X.new_empty(M, N) if out is None else out
-    _multi_decode_kernel[(sizes.adapter_programs + sizes.tiles * config.SPLIT,)](
+    launch(
+        _multi_decode_kernel,
+        (sizes.adapter_programs + sizes.tiles * config.SPLIT,),
+        X.device,
         X,
         W,
         slots.A,

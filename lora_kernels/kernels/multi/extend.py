@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.kernels.common import accumulate, precision_of, tile_order
+from lora_kernels.kernels.launch import launch
 from lora_kernels.kernels.multi.shrink import load_ids, low_rank_dot, next_slot, slot_rows
 from lora_kernels.kernels.multi.tiles import extend_rank_tile
 from lora_kernels.kernels.tiles import GemmConfig
@@ -188,7 +189,10 @@ def multi_extend(
     """
     (M, K), N = X.shape, W.shape[0]
     Y = X.new_empty(M, N) if out is None else out
-    _multi_extend_kernel[(triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)](
+    launch(
+        _multi_extend_kernel,
+        (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),),
+        X.device,
         X,
         W,
         XA,
@@ -235,7 +239,10 @@ def multi_expand_add_(Y: Tensor, XA: Tensor, B: Tensor, slots: Slots, ids: Tenso
     (M, N), L = Y.shape, slots.starts.shape[0]
     if not slots.max_rank:
         return Y
-    _multi_expand_kernel[(triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, config.BLOCK_N))](
+    launch(
+        _multi_expand_kernel,
+        (triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, config.BLOCK_N)),
+        Y.device,
         Y,
         XA,
         B,

@@ -13,7 +13,7 @@ The same bits in every run. A row's X and dY reach its own slot's sums only. Row
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.kernels.common import precision_of
+from lora_kernels.kernels.launch import launch
 from lora_kernels.kernels.multi.shrink import low_rank_dot, slot_rows
 from lora_kernels.kernels.multi.tiles import grads_rank_tile
 from lora_kernels.kernels.tiles import SplitConfig
@@ -245,7 +246,7 @@ def multi_rows(ids: Tensor, L: int) -> Rows:
     """The rows of each of L slots for ids int32 (M,), M > 0, L > 0; one launch."""
     M = ids.shape[0]
     rows = Rows(*torch.empty(M + 2 * L, dtype=torch.int32, device=ids.device).split([M, L, L]))
-    _multi_rows_kernel[(L,)](ids, *rows, M=M, BLOCK=ROWS_BLOCK, num_warps=4)
+    launch(_multi_rows_kernel, (L,), ids.device, ids, *rows, M=M, BLOCK=ROWS_BLOCK, num_warps=4)
     return rows
 
 
@@ -274,12 +275,15 @@ def multi_grads(
     sums = outputs
     if spans > 1:
         sums = [None if o is None else o.new_empty(spans, *o.shape, dtype=torch.float32) for o in outputs]
-    made = {"MAKE_DA": dA is not None, "MAKE_DB": dB is not None}
+    made: dict[str, Any] = {"MAKE_DA": dA is not None, "MAKE_DB": dB is not None}
     BLOCK_R = grads_rank_tile(slots.max_rank, X.dtype)
     widths = [C for C, o in zip((K, N), outputs, strict=True) if o is not None]
     blocks = sum(triton.cdiv(C, config.BLOCK_N) for C in widths)
-    sizes = {"K": K, "N": N, "R": R, "max_rank": slots.max_rank, "spans": spans}
-    _multi_grads_kernel[(blocks * L * spans, triton.cdiv(slots.max_rank, BLOCK_R))](
+    sizes: dict[str, Any] = {"K": K, "N": N, "R": R, "max_rank": slots.max_rank, "spans": spans}
+    launch(
+        _multi_grads_kernel,
+        (blocks * L * spans, triton.cdiv(slots.max_rank, BLOCK_R)),
+        X.device,
         X,
         dYB,
         sums[0],
@@ -309,7 +313,10 @@ def multi_grads(
     )
     if spans > 1:
         blocks = sum(triton.cdiv(slots.max_rank * C, SUM_BLOCK) for C in widths)
-        _multi_sum_kernel[(blocks * L,)](
+        launch(
+            _multi_sum_kernel,
+            (blocks * L,),
+            X.device,
             sums[0],
             dA,
             sums[1],
@@ -327,7 +334,7 @@ def multi_grads(
     return dA, dB
 
 
-def _strides(sums: list[Tensor | None]) -> dict[str, int]:
+def _strides(sums: list[Tensor | None]) -> dict[str, Any]:
     """Strides of rank and column of dA and dB^T, or of their partials."""
     names = (("stride_dar", "stride_dak"), ("stride_dbr", "stride_dbn"))
     return {

@@ -1,11 +1,11 @@
-"""The plans of a linear layer under mixed batches: which launches, in which order, with which tiles. Imports Triton.
+"""Launch sequences and tiles of the plans of a linear layer with mixed batches. Imports Triton.
 
     XA[m]  = s_l X[m] A_l^T       Y[m]  = X[m] W^T + bias + XA[m, :r_l] B_l^T        l = ids[m]
     dYB[m] = s_l dY[m] B_l        dX[m] = dY[m] W + dYB[m] A_l        dA_l, dB_l: sums over the rows of l
 
 eager   the vendor's library for the base, a pass over the rows with adapters for XA, another for Y += XA B_l^T
-extend  that first pass, then one GEMM whose accumulator opens with XA B_l^T: two launches forward
-decode  all of the forward in one launch that reads W once, up to 64 rows; keeps no XA, so no backward follows
+extend  that first pass, then one GEMM whose accumulator starts with XA B_l^T: two launches forward
+decode  the whole forward in one launch that reads W once, up to 64 rows; returns no XA, so it has no backward
 """
 
 from __future__ import annotations
@@ -46,11 +46,10 @@ def multi_lora_linear_fwd(
     tiles: Any = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Y (M, N), in ``out`` where it is given, and XA (M, max_rank) by ``plan``; X (M, K), ids int32 (M,), M > 0.
+    """Y (M, N), in ``out`` if given, and XA (M, max_rank) by ``plan``; X (M, K), ids int32 (M,), M > 0.
 
-    decode takes up to 64 rows and gives no XA.
-
-    ``tiles``: the configuration of the plan's main product; None takes the default of multi_config.py.
+    decode accepts up to 64 rows and returns no XA. ``tiles``: the configuration of the plan's main product; None
+    uses the default of tiles.py.
     """
     assert plan in PLANS, f"no plan {plan!r}"
     M, N, dtype, ids = X.shape[0], W.shape[0], X.dtype, ids.contiguous()
@@ -83,9 +82,9 @@ def multi_lora_linear_bwd(
     plan: str,
     chip: Chip,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dX (M, K), dA (R, K), dB (N, R), dbias (N,) by ``plan``; None for each that ``needs`` (X, A, B, bias) leaves out.
+    """dX (M, K), dA (R, K), dB (N, R), dbias (N,) by ``plan``; None for each that ``needs`` (X, A, B, bias) excludes.
 
-    XA (M, max_rank) is the forward's; only dB wants it. M > 0.
+    XA (M, max_rank) is the forward's; only dB uses it. M > 0.
     """
     assert plan in ("eager", "extend"), f"no backward by plan {plan!r}"
     need_x, need_a, need_b, need_bias = needs

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.kernels.common import precision_of
+from lora_kernels.kernels.launch import launch
 from lora_kernels.kernels.tiles import ShrinkConfig, rank_tile
 from lora_kernels.operands.dtypes import low_rank_dtype
 from lora_kernels.operands.slots import Slots
@@ -130,7 +131,10 @@ def multi_shrink(P: Tensor, Q: Tensor, slots: Slots, ids: Tensor, config: Shrink
     grid = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(slots.max_rank, BLOCK_R))
     if not S.numel():
         return S
-    _multi_shrink_kernel[grid](
+    launch(
+        _multi_shrink_kernel,
+        grid,
+        P.device,
         P,
         Q,
         S,

@@ -40,7 +40,7 @@ Grads = list[Tensor | None]
 
 
 def stack(parts: Tensors) -> Tensor:
-    """The parts under one another; one part is itself."""
+    """The parts concatenated along the rows; a single part is returned unchanged."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
@@ -59,7 +59,7 @@ def _make_xa(
 
 
 def _shared_parts(Y: Tensor, Ns: Sequence[int]) -> list[Tensor]:
-    """Y's columns as tensors of their own over Y's memory. Not views: autograd lets each be changed in place."""
+    """Y's columns as separate tensors on Y's memory. Not views, so autograd allows in-place changes of each."""
     starts = [sum(Ns[:p]) for p in range(len(Ns))]
     storage, stride = Y.untyped_storage(), Y.stride()
     return [Y.new_empty(0).set_(storage, at, (Y.shape[0], N), stride) for at, N in zip(starts, Ns, strict=True)]  # type: ignore[arg-type]
@@ -139,7 +139,7 @@ def low_rank_grads(
 
 
 def dx_config(M: int, K: int, drop: Dropout | None, dtype: torch.dtype, chip: Chip, wide: bool) -> GemmConfig:
-    """Tiles of stacked_dx: the GEMM's, half as wide where the mask is drawn (128 x 128 spills on sm_80 and sm_90)."""
+    """Tiles of stacked_dx: the GEMM's, half as wide if the mask is drawn (128 x 128 spills on sm_80 and sm_90)."""
     tiles = gemm_config(M, K, dtype, chip, wide)
     drawn = drop is not None and drop.bits is None
     return replace(tiles, BLOCK_N=min(tiles.BLOCK_N, 64)) if drawn else tiles
@@ -158,7 +158,7 @@ def dx_of(
 ) -> tuple[Tensor, Tensor | None]:
     """dX (M, K) = sum_p dY_p W_p + D/(1-p) * (dYB A), and dA (R, K) where ``need_a`` and dX's epilogue yields it.
 
-    Where it does not, and always by the eager plan, X lends its shape alone.
+    If it does not, and always in the eager plan, only X.shape is used.
     """
     (M, K), dtype = X.shape, X.dtype
     wide = wide_loads(*dY, *W, X)
@@ -174,7 +174,7 @@ def dx_of(
 
 
 def da_of(dYB: Tensor, X: Tensor, drop: Dropout | None, dtype: torch.dtype, plan: str, chip: Chip) -> Tensor:
-    """dA (R, K) = dYB^T (D*X) / (1-p) in ``dtype``, by a pass of its own over X."""
+    """dA (R, K) = dYB^T (D*X) / (1-p) in ``dtype``, by a separate pass over X."""
     if plan == "eager" and library_low_rank(X.dtype, drop):
         return (dYB.t() @ X).to(dtype)
     return da(dYB, X, drop, dtype, split_config(X.shape[0], X.dtype, chip, dYB.shape[1]))

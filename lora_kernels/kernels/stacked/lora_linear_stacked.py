@@ -29,6 +29,7 @@ from lora_kernels.kernels.common import (
     precision_of,
     tile_order,
 )
+from lora_kernels.kernels.launch import launch
 from lora_kernels.kernels.reduce import Partial, reduce_partials
 from lora_kernels.kernels.tiles import GemmConfig, rank_tile
 
@@ -196,12 +197,15 @@ def stacked_extend(
     Ns, ranks = tuple(w.shape[0] for w in W), tuple(b.shape[1] for b in B)
     Y = tuple(torch.empty(M, N, dtype=X.dtype, device=X.device) for N in Ns)
     blocks = tuple(triton.cdiv(N, config.BLOCK_N) for N in Ns)
-    _stacked_extend_kernel[(triton.cdiv(M, config.BLOCK_M) * sum(blocks),)](
+    launch(
+        _stacked_extend_kernel,
+        (triton.cdiv(M, config.BLOCK_M) * sum(blocks),),
+        X.device,
         X,
         XA,
         tuple(W),
         tuple(B),
-        tuple(X if b is None else b for b in bias),  # X stands where there is none: nothing is read of it
+        tuple(X if b is None else b for b in bias),  # X in place of a missing bias: it is not read
         Y,
         M=M,
         K=K,
@@ -253,7 +257,10 @@ def stacked_dx(
     blocks_m = triton.cdiv(M, config.BLOCK_M)
     part_da = torch.empty(blocks_m, R, K, dtype=torch.float32, device=X.device) if make_da else None
     Ns = tuple(w.shape[0] for w in W)
-    _stacked_dx_kernel[(blocks_m * triton.cdiv(K, config.BLOCK_N),)](
+    launch(
+        _stacked_dx_kernel,
+        (blocks_m * triton.cdiv(K, config.BLOCK_N),),
+        X.device,
         tuple(dY),
         tuple(W),
         dYB,

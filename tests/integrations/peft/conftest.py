@@ -59,7 +59,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter:
 
         monkeypatch.setattr(fused_linear, name, call)
 
-    counting("run_lora_linear", lambda *_: "fused")
+    counting("lora_linear_unchecked", lambda *_: "fused")
     counting("dora_forward", lambda *_: "dora")
     counting("mixed_forward", lambda *_: "mixed")
     counting("count_peft_call", lambda layer, reason: reason)
@@ -147,9 +147,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(1)
         return run_alone(*args)
 
-    run_stacked, run_alone = groups.run_stacked, fused_linear.run_lora_linear
-    monkeypatch.setattr(groups, "run_stacked", stacked)
-    monkeypatch.setattr(fused_linear, "run_lora_linear", alone)
+    run_stacked, run_alone = groups.lora_linear_stacked_unchecked, fused_linear.lora_linear_unchecked
+    monkeypatch.setattr(groups, "lora_linear_stacked_unchecked", stacked)
+    monkeypatch.setattr(fused_linear, "lora_linear_unchecked", alone)
     return calls
 
 

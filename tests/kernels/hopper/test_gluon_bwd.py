@@ -12,7 +12,7 @@ from lora_kernels.kernels.common import Dropout
 from lora_kernels.kernels.hopper.gluon import gluon_extend
 from lora_kernels.kernels.hopper.gluon_bwd import gluon_dx
 from lora_kernels.kernels.hopper.gluon_tiles import GluonConfig, gluon_config
-from lora_kernels.reference import Needs, pack_keep, philox_keep_mask
+from lora_kernels.reference import GradMask, pack_keep, philox_keep_mask
 from lora_kernels.testing import assert_close, make_problem, plain, poison, truth
 from lora_kernels.testing.emulator import emulate
 
@@ -121,7 +121,7 @@ def test_through_the_operator(plan, p, kernels):
     operands, how = (q.X, q.W, q.A, q.B), (q.scaling, p, seed)
     with emulate() as launched:
         Y, XA, bits = ops.lora_linear_fwd(*operands, q.bias, *how, f"triton:{plan}", True)
-        grads = ops.lora_linear_bwd(q.dY, *operands, XA, *how, bits if p else None, Needs(), f"triton:{plan}")
+        grads = ops.lora_linear_bwd(q.dY, *operands, XA, *how, bits if p else None, GradMask(), f"triton:{plan}")
     assert launched == kernels
     for name, got in zip(("Y", "dX", "dA", "dB"), (Y, *grads[:3]), strict=True):
         assert_close(got, getattr(plain(q, keep), name), getattr(truth(q, keep), name), what=name)

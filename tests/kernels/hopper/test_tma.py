@@ -15,7 +15,7 @@ from lora_kernels.kernels.persistent import one_launch_flags
 from lora_kernels.kernels.tiles import TmaConfig, is_valid, tma_config
 from lora_kernels.planning import choose as plan
 from lora_kernels.planning import plans as variants
-from lora_kernels.planning.cost import Problem
+from lora_kernels.planning.cost import CallShape
 from lora_kernels.reference import lora_linear_fwd, philox_keep_mask
 from lora_kernels.testing import assert_close, make_problem, plain, poison, truth
 
@@ -141,7 +141,7 @@ def test_what_descriptors_cannot_take(device):
     assert tma_extend(wide[:1, 8:24], q.W, wide[:1, :4], q.B, q.bias, SMALL, 1).shape == (1, 16)
 
 
-LAYER = Problem("fwd", 8192, 4096, 4096, 16, torch.bfloat16)
+LAYER = CallShape("fwd", 8192, 4096, 4096, 16, torch.bfloat16)
 TMA_PLANS = ("tma_extend", "one_launch")
 
 

@@ -12,7 +12,7 @@ from lora_kernels.kernels.chip import CHIPS
 from lora_kernels.kernels.common import Dropout
 from lora_kernels.kernels.hopper.tma_bwd import tma_dx
 from lora_kernels.kernels.tiles import TmaDxConfig, is_valid, tma_dx_config
-from lora_kernels.reference import Needs, pack_keep, philox_keep_mask
+from lora_kernels.reference import GradMask, pack_keep, philox_keep_mask
 from lora_kernels.testing import assert_close, make_problem, plain, poison, truth
 
 H100 = CHIPS["sm_90"]
@@ -121,7 +121,7 @@ def test_through_the_operators(p, device):
     X, W, A, B, backend = q.X, q.W, q.A, q.B, "triton:tma_extend"
     with poison():
         Y, XA, bits = ops.lora_linear_fwd(X, W, A, B, q.bias, q.scaling, p, seed, backend, bool(p))
-        kept, needs = bits if p else None, Needs(True, True, True, True)
+        kept, needs = bits if p else None, GradMask(True, True, True, True)
         grads = ops.lora_linear_bwd(q.dY, X, W, A, B, XA, q.scaling, p, seed, kept, needs, backend)
     for name, got in zip(("Y", "dX", "dA", "dB", "dbias"), (Y, *grads), strict=True):
         assert_close(got, getattr(plain(q, keep), name), getattr(truth(q, keep), name), what=name)

@@ -5,20 +5,20 @@ import torch
 
 from lora_kernels import ops
 from lora_kernels.kernels.tiles import rank_block
-from lora_kernels.reference import Needs, pack_keep, packed_width, philox_keep_mask, unpack_keep
+from lora_kernels.reference import GradMask, pack_keep, packed_width, philox_keep_mask, unpack_keep
 from lora_kernels.testing import MAGNITUDES, REGIMES, assert_close, fuzz_problems, make_problem, plain, poison, truth
 from lora_kernels.testing.rule import Pool
 
 PLANS = ("eager", "shrink_extend", "one_pass")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-ALL = Needs(True, True, True, True)
+ALL = GradMask(True, True, True, True)
 
 
 def run(problem, plan, needs=None, keep_bits=True):
     """Y, XA and the four gradients by one plan, in memory that holds NaN until it is written."""
     backend = f"triton:{plan}"
     seed = problem.seed if problem.p else None
-    needs = needs or Needs(True, True, True, problem.bias is not None)
+    needs = needs or GradMask(True, True, True, problem.bias is not None)
     X, W, A, B = problem.X, problem.W, problem.A, problem.B
     with poison():
         Y, XA, keep = ops.lora_linear_fwd(
@@ -94,7 +94,7 @@ def test_makes_only_what_is_needed(plan, device):
     problem = make_problem(20, 24, 40, 4, torch.bfloat16, device, dropout_p=0.25)
     _, _, everything = run(problem, plan, ALL)
     for i in range(4):
-        needs = Needs(*(j == i for j in range(4)))
+        needs = GradMask(*(j == i for j in range(4)))
         _, _, grads = run(problem, plan, needs)
         assert [grad is not None for grad in grads] == list(needs)
         assert grads[i].shape == everything[i].shape

@@ -12,7 +12,7 @@ import lora_kernels as lk
 from lora_kernels.kernels import csrc
 from lora_kernels.kernels.chip import CHIPS
 from lora_kernels.planning import multi_plan
-from lora_kernels.planning.multi_cost import MultiProblem
+from lora_kernels.planning.multi_cost import MultiCallShape
 from lora_kernels.testing import MAGNITUDES, Magnitudes, Pool
 from lora_kernels.testing.multi import make_multi_problem, mix_ids, multi_plain, multi_truth
 from tests.kernels.multi.test_isolation import PLANS, results
@@ -56,7 +56,7 @@ def test_the_same_of_the_operator_in_cpp(sizes: Magnitudes, monkeypatch: pytest.
 
 def test_float16_is_refused_where_XA_has_16_bits() -> None:
     assert "XA may leave float16's range" in str(csrc.refusal(torch.float16, 64))
-    problem = MultiProblem("fwd", 16, 4096, 4096, 8, 128, torch.float16)
+    problem = MultiCallShape("fwd", 16, 4096, 4096, 8, 128, torch.float16)
     plan = next(plan for plan in multi_plan.candidates(problem, CHIPS["sm_90"]) if plan.name == "cuda")
     assert plan.refused is not None
     assert multi_plan.choose(problem, CHIPS["sm_90"]).name != "cuda"

@@ -14,7 +14,7 @@ import lora_kernels as lk
 from lora_kernels import ops
 from lora_kernels.errors import BackendUnavailableError, ConfigError, FrozenWeightError, ShapeError
 from lora_kernels.operands.slots import Slots
-from lora_kernels.reference import Needs
+from lora_kernels.reference import GradMask
 
 M, N, K, RANKS = 6, 5, 8, [3, 0, 4]
 R, L = sum(RANKS), len(RANKS)
@@ -242,7 +242,7 @@ def test_what_only_the_device_sees_has_a_defined_result(name, backend, device, p
     slots = slots._replace(**{key: value.to(device) for key, value in given.items()})
     forward = Y, XA = ops.multi_lora_linear_fwd(o["X"], o["W"], slots, o["ids"], o["bias"], True, backend)
     dY = torch.ones_like(Y)
-    grads = ops.multi_lora_linear_bwd(dY, o["X"], o["W"], slots, o["ids"], XA, Needs(bias=True), backend)
+    grads = ops.multi_lora_linear_bwd(dY, o["X"], o["W"], slots, o["ids"], XA, GradMask(bias=True), backend)
     dA, dB, dX = torch.zeros_like(A), torch.zeros_like(Bt.t()), dY @ o["W"]
     expected = linear(o["X"], o["W"], o["bias"])
     for m, r in enumerate(defined(o, slots)):
