@@ -30,7 +30,8 @@ def read_adapter(layer: Any, name: str, dtype: torch.dtype, kind: type[nn.Module
     if name in variants and not is_dora(layer, name):
         return f"{type(variants[name]).__name__} has no fused path"
     modules = layer._modules
-    if kind is nn.Embedding:
+    embedded = kind is nn.Embedding
+    if embedded:
         prefix, bias, p = "lora_embedding_", None, 0.0
         A, B = modules["lora_embedding_A"][name], modules["lora_embedding_B"][name]
     else:
@@ -62,7 +63,7 @@ def read_adapter(layer: Any, name: str, dtype: torch.dtype, kind: type[nn.Module
             return reason
     if conditions.unsavable(A):
         return conditions.UNSAVABLE
-    if kind is not nn.Embedding and A.dtype is not dtype and not getattr(layer, "cast_input_dtype_enabled", True):
+    if A.dtype is not dtype and not embedded and not getattr(layer, "cast_input_dtype_enabled", True):
         return "casting its input to the adapter's dtype is switched off"
     reason = why_not_dora(layer, name) if name in variants else None
     scaling = conditions.scaling_of(layer, name) if reason is None else reason

@@ -79,7 +79,10 @@ def test_float32_adapters_over_16_bits_are_computed_as_peft_does_under_autocast(
 
 
 def float16_base(model, size):
-    """Return a float16 base under float32 adapters; A is divided and B multiplied by ``size``."""
+    """Return a float16 base under float32 adapters, with A divided and B multiplied by ``size``.
+
+    Values of a small ``size`` are outside the range of float16.
+    """
     model.to(torch.float16)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
