@@ -32,10 +32,9 @@ def read_adapter(layer: Any, name: str, dtype: torch.dtype, kind: type[nn.Module
     modules = layer._modules
     embedded = kind is nn.Embedding
     if embedded:
-        prefix, bias, p = "lora_embedding_", None, 0.0
+        bias, p = None, 0.0
         A, B = modules["lora_embedding_A"][name], modules["lora_embedding_B"][name]
     else:
-        prefix = "lora_"
         lora_A, lora_B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
         dropout = modules["lora_dropout"]._modules[name]
         for module, called in ((lora_A, "lora_A"), (lora_B, "lora_B"), (dropout, "lora_dropout")):
@@ -58,6 +57,7 @@ def read_adapter(layer: Any, name: str, dtype: torch.dtype, kind: type[nn.Module
         bias = held["bias"] if "bias" in held else conditions.weight_of(lora_B, "bias")
     plain = type(A) in PLAIN and type(B) in PLAIN and A.dtype in FLOATS and B.dtype in FLOATS and not A.is_meta
     if not plain or kind is not nn.Linear:  # one expression for a linear layer, which the host runs at each call
+        prefix = "lora_embedding_" if embedded else "lora_"
         reason = conditions.weight_reason(A, prefix + "A") or conditions.weight_reason(B, prefix + "B")
         if reason is not None:
             return reason

@@ -1,4 +1,4 @@
-"""Tensor parallel: transformers' tp_plan under PEFT and accelerate; our own layers say that they cannot."""
+"""Tensor parallel: transformers' tp_plan under PEFT and accelerate; our own layers raise an error."""
 
 from __future__ import annotations
 
