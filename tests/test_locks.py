@@ -173,7 +173,7 @@ def test_a_pool_into_which_another_thread_writes_is_refused_in_the_child():
 def test_siblings_of_which_another_thread_learns():
     setup = """
         import torch
-        from lora_kernels.integrations.peft import groups, reads
+        from lora_kernels.integrations.peft import groups, sharing
         from tests.integrations.peft.siblings import adapted, example, gradients, same
         torch.set_num_threads(1)
         model, twin = adapted(), adapted(group=False)
@@ -181,7 +181,7 @@ def test_siblings_of_which_another_thread_learns():
     """
     hold = """
         def hold():
-            with reads._lock:
+            with sharing._lock:
                 wait()
     """
     child = """

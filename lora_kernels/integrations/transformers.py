@@ -1,4 +1,4 @@
-"""transformers.Trainer with LoRA: one callback for PEFT models, for models of apply_lora, and for TRL's trainers."""
+"""Connects transformers.Trainer: one callback for PEFT models, for models of apply_lora, and for TRL's trainers."""
 
 from __future__ import annotations
 
@@ -26,47 +26,49 @@ _SLIM = "lora_slim_checkpoints"
 
 
 class AccelerateCallback(transformers.TrainerCallback, ExportableState):
-    """Makes the LoRA layers of a Trainer's model ours, says so once, and keeps checkpoints of our own models small.
+    """Accelerate the LoRA layers of a Trainer's model, report it once, and keep checkpoints of our own models small.
 
-    ``Trainer(model, ..., callbacks=[AccelerateCallback()])``, or TRL's SFTTrainer. A model with PEFT's LoRA layers
-    (PeftModel, or after ``model.add_adapter``) goes through lora_kernels.accelerate when the Trainer has been built,
-    and again when training begins, for what was added or wrapped in between. A model of apply_lora or load_adapter has
-    our layers already; its checkpoints become adapters, see slim_checkpoints, unless ``slim`` is False. The checkpoints
-    of a model with ``add_adapter``, from which Trainer alone cannot resume, get the trained weights that it misses.
+    ``Trainer(model, ..., callbacks=[AccelerateCallback()])``, or TRL's SFTTrainer. For a model with PEFT's LoRA layers
+    (PeftModel, or after ``model.add_adapter``) it calls lora_kernels.accelerate when the Trainer has been built, and
+    again when training begins, for layers that were added or wrapped in between. A model of apply_lora or load_adapter
+    already has our layers; its checkpoints contain only the adapter, see slim_checkpoints, unless ``slim`` is False.
+    Trainer alone cannot resume from a checkpoint of a model with ``add_adapter``; the callback adds the trained weights
+    that it lacks.
 
-    What groups of layers have learned (q, k, v share a dropout mask once they are known to read one input) is kept in
-    trainer_state.json, so that a resumed run draws the masks of an uninterrupted one.
+    The partners of groups (q, k, v share a dropout mask once they are known to read one input) are saved in
+    trainer_state.json, so that a resumed run draws the same masks as an uninterrupted one.
 
-    strict, group: as in lora_kernels.accelerate. verbose: print the report, once, by the first process.
-    A model without any LoRA layer when training begins: a warning, ConfigError with ``strict``.
+    strict, group: as in lora_kernels.accelerate. verbose: print the report once, in the first process.
+    A model without LoRA layers when training begins causes a warning, or ConfigError with ``strict``.
     """
 
     def __init__(self, *, strict: bool = False, group: bool = True, verbose: bool = True, slim: bool = True) -> None:
         self.strict, self.group, self.verbose, self.slim = strict, group, verbose, slim
         self.groups: list[Any] = []
-        self._told = False
+        self._reported = False
         self._model: weakref.ref[nn.Module] | None = None
 
     def state(self) -> dict[str, Any]:
-        """What Trainer keeps of the callback in a checkpoint."""
+        """Return what Trainer saves of the callback in a checkpoint."""
         model = self._model() if self._model is not None else None
         if model is not None:
-            self.groups = [[g.path, g.names, g.reads.partners] for g in _groups(model) if g.reads.partners is not None]
+            known = (group for group in _groups(model) if group.sharing.partners is not None)
+            self.groups = [[group.path, group.names, group.sharing.partners] for group in known]
         names = ("strict", "group", "verbose", "slim")
         return {"args": {name: getattr(self, name) for name in names}, "attributes": {"groups": self.groups}}
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Before a checkpoint is looked for: resuming loads into the layers that train."""
+        """Accelerate before Trainer looks for a checkpoint: resuming loads into the layers that train."""
         if model is not None:
             self._apply(args, model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """For a callback or layers that came after the Trainer was built, and for what a checkpoint knows."""
+        """Accelerate for a callback or layers added after the Trainer was built; restore groups from a checkpoint."""
         name, found = type(self).__name__, self._apply(args, model)
-        if state.stateful_callbacks is not None:  # a checkpoint written without this callback has no place for it
+        if state.stateful_callbacks is not None:  # a checkpoint written without this callback has no entry for it
             kept = state.stateful_callbacks.setdefault(name, self.state())
             if isinstance(kept, dict):
-                _teach(unwrap(model), kept["attributes"].get("groups", ()))
+                _restore_partners(unwrap(model), kept["attributes"].get("groups", ()))
         if found:
             return
         message = (
@@ -78,7 +80,7 @@ class AccelerateCallback(transformers.TrainerCallback, ExportableState):
         warnings.warn(message, stacklevel=2)
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Adds to a checkpoint without weights what Trainer reads when it resumes: those that are trained."""
+        """Add the trained weights, which Trainer reads when it resumes, to a checkpoint without model weights."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         inner = unwrap(model)
         written = {path.name for path in folder.glob("*.safetensors*")}
@@ -87,8 +89,8 @@ class AccelerateCallback(transformers.TrainerCallback, ExportableState):
             save_file(tensors, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
 
     def _apply(self, args: Any, model: nn.Module) -> bool:
-        """Whether the model has LoRA layers; they are ours afterwards, wherever that is possible."""
-        verbose = self.verbose and not self._told and args.process_index == 0
+        """Fuse the model's LoRA layers where possible; return whether it has any."""
+        verbose = self.verbose and not self._reported and args.process_index == 0
         inner = unwrap(model)
         self._model = weakref.ref(inner)
         injection = injection_of(inner)
@@ -103,36 +105,36 @@ class AccelerateCallback(transformers.TrainerCallback, ExportableState):
             lora_kernels.accelerate(model, strict=self.strict, group=self.group, verbose=verbose)
         else:
             return False
-        self._told = True
+        self._reported = True
         return True
 
 
 def has_peft_layers(model: nn.Module) -> bool:
-    """Whether a module of the model is a LoRA layer of PEFT's. PEFT need not be installed to ask."""
+    """Return whether a module of the model is a LoRA layer of PEFT's. PEFT need not be installed."""
     return any(hasattr(module, "base_layer") and hasattr(module, "lora_A") for module in model.modules())
 
 
 def _groups(model: nn.Module) -> list[Any]:
-    """The groups that accelerate formed, asked without importing PEFT."""
-    seats = (vars(module).get("_lora_group") for module in model.modules())
-    return list({id(seat.group): seat.group for seat in seats if seat is not None}.values())
+    """Return the groups that accelerate formed, without importing PEFT."""
+    members = (vars(module).get("_lora_group") for module in model.modules())
+    return list({id(member.group): member.group for member in members if member is not None}.values())
 
 
-def _teach(model: nn.Module, known: Iterable[Any]) -> None:
-    """Tells groups that have learned nothing yet what those of the same layers knew when a checkpoint was written."""
-    partners = {(path, *names): tuple(map(tuple, seats)) for path, names, seats in known}
+def _restore_partners(model: nn.Module, known: Iterable[Any]) -> None:
+    """Set the partners of groups that have none to those that a checkpoint holds for the same layers."""
+    partners = {(path, *names): tuple(map(tuple, indices)) for path, names, indices in known}
     for group in _groups(model):
-        learned = partners.get((group.path, *group.names))
-        if learned is not None and group.reads.partners is None:
-            group.reads = type(group.reads)(len(group.names), learned)
+        saved = partners.get((group.path, *group.names))
+        if saved is not None and group.sharing.partners is None:
+            group.sharing = type(group.sharing)(len(group.names), saved)
 
 
 def slim_checkpoints(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-    """Lets ``model.save_pretrained``, and so every Trainer, write the adapter in PEFT's format and no frozen weight.
+    """Make ``model.save_pretrained``, and so every Trainer, write the adapter in PEFT's format and no frozen weight.
 
-    For models of apply_lora and load_adapter; in place, returns the model. ``load_state_dict`` then counts frozen
-    weights that are absent, all of them together, as not missing. A state dict handed to ``save_pretrained``, as FSDP
-    and DeepSpeed do, is still written as transformers writes it. Undone by ``del model.save_pretrained``.
+    For models of apply_lora and load_adapter; changes the model in place and returns it. If all frozen weights are
+    absent, ``load_state_dict`` no longer reports them as missing. A state dict passed to ``save_pretrained``, as FSDP
+    and DeepSpeed do, is still written as transformers writes it. ``del model.save_pretrained`` restores the default.
     Raises ConfigError for a model without our layers.
     """
     if injection_of(model) is None:

@@ -224,7 +224,7 @@ def test_save_model_leaves_an_adapter_that_both_read(kind, adapter, tmp_path):
     run.train()
     run.save_model(str(tmp_path / "saved"))
     assert not (tmp_path / "saved" / "model.safetensors").exists()
-    if kind == "add_adapter":  # transformers writes the adapter and not the head, which it knows nothing of
+    if kind == "add_adapter":  # transformers writes the adapter, but not the head
         saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")
         assert len(saved) == 26
         return

@@ -1,1 +1,1 @@
-"""What of PEFT works on which family of models once lora_kernels.accelerate was called: found out by running it."""
+"""Runs PEFT's features on families of models after lora_kernels.accelerate, for the compatibility table."""

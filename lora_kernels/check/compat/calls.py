@@ -1,4 +1,4 @@
-"""Which calls of a model's LoRA layers were fused, counted where they happen and not where they are reported."""
+"""Counts which calls of a model's LoRA layers ran fused, in the layers' forwards instead of in their reports."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from lora_kernels.integrations.peft.report import report
 
 @dataclass
 class Calls:
-    """Calls of PEFT's LoRA layers: how many began in a fused class, how many of these ended in PEFT's own forward, and
-    the reasons of these with those of layers that have no fused class."""
+    """Count calls of PEFT's LoRA layers: those that began in a fused class, those of them that ended in PEFT's own
+    forward, and the reasons, including those of layers that have no fused class."""
 
     begun: int = 0
     peft: int = 0
@@ -30,11 +30,10 @@ class Calls:
         return self.begun - self.peft
 
     def note(self, model: nn.Module) -> None:
-        """Add what the layers of ``model`` remember, and layers that are not of a fused class at all."""
+        """Add the reasons counted in the layers of ``model``, and those of layers without a fused class."""
         classes = tuple(FUSED.values())
-        told = report(model, FUSED).layers
         modules = dict(model.named_modules())
-        for path, reason in told.items():
+        for path, reason in report(model, FUSED).layers.items():
             layer = modules[path]
             self.reasons.update(layer.__dict__.get(CALLS, {}))
             if not isinstance(layer, classes) and reason is not None:
@@ -43,8 +42,8 @@ class Calls:
 
 @contextlib.contextmanager
 def counted() -> Iterator[Calls]:
-    """Counts calls of every fused class, those that its instances hand on to PEFT's forward, and a gated MLP that
-    runs whole as its three layers, while inside."""
+    """Count, inside the context, the calls of every fused class and those that it passes to PEFT's forward. A gated MLP
+    that runs as one call counts as its three layers."""
     calls = Calls()
     fused = tuple(FUSED.values())
     owners = {_owner(own): "peft" for own in FUSED} | {_owner(kind): "begun" for kind in fused}
@@ -77,5 +76,5 @@ def counted() -> Iterator[Calls]:
 
 
 def _owner(kind: type) -> type:
-    """The class that a class has its forward from."""
+    """Return the class that defines the forward of ``kind``."""
     return next(each for each in kind.__mro__ if "forward" in each.__dict__)

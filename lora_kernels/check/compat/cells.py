@@ -1,4 +1,4 @@
-"""A cell of the table: one feature on one family, run with PEFT, with PEFT in float64, and accelerated."""
+"""Computes a cell of the table: one feature on one family, run with PEFT, with PEFT in float64, and accelerated."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from lora_kernels.check.compat.judge import Answers, Errors, errors, fault
 from lora_kernels.check.compat.stage import Stage, Unavailable
 from lora_kernels.errors import LoRAKernelsError
 
-SURE = 0.5  # of the rule's limits: a draw within it needs no others
+SURE = 0.5  # share of the rule's limits: after a draw within it no other seeds run
 FUSED, PARTLY, PEFT, REFUSED, ABSENT, WRONG = "fused", "partly", "PEFT", "refused", "-", "WRONG"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What was found. ``status``: fused (every call), partly, PEFT (its own forward every time), refused, - (PEFT or
-    the family does not have it) or WRONG; ``reasons`` say why. ``fused`` of ``calls`` calls with the first seed."""
+    """Result of one feature on one family.
+
+    status: fused (every call), partly, PEFT (its own forward every time), refused, - (PEFT or the family does not have
+    it) or WRONG. reasons: for the status. fused, calls: fused calls and all calls with the first seed.
+    """
 
     feature: str
     family: str
@@ -36,7 +39,7 @@ class Cell:
 
 
 def try_cell(feature: Feature, family: Family) -> Cell:
-    """Runs the feature on the family; what is thrown is part of the finding."""
+    """Run the feature on the family. An exception becomes part of the result."""
     draws: list[Errors] = []
     found = Calls()
     for seed in range(feature.draws):
@@ -44,7 +47,7 @@ def try_cell(feature: Feature, family: Family) -> Cell:
             plain, truth = (_run(feature, Stage(family, seed, exact=exact)) for exact in (False, True))
         except Unavailable as why:
             return Cell(feature.name, family.name, ABSENT, (str(why),))
-        except Exception as error:  # PEFT's, transformers' or torch's: without us it does not work either
+        except Exception as error:  # PEFT, transformers or torch fail without lora_kernels too
             return Cell(feature.name, family.name, ABSENT, (f"PEFT: {_line(error)}",))
         with counted() as calls:
             stage = Stage(family, seed, accelerated=True, calls=calls)
@@ -55,14 +58,14 @@ def try_cell(feature: Feature, family: Family) -> Cell:
                 return Cell(feature.name, family.name, ABSENT, (str(why),))
             except LoRAKernelsError as refusal:
                 return Cell(feature.name, family.name, REFUSED, (_line(refusal),))
-            except Exception as error:  # where PEFT alone gave an answer
+            except Exception as error:  # PEFT alone gave a result
                 return Cell(feature.name, family.name, WRONG, (_line(error),), calls.fused, calls.begun)
         if seed == 0:
             found = calls
             for model in stage.models:
                 found.note(model)
         if all(torch.equal(got[name], plain[name]) for name in got):
-            break  # the same bits: other seeds can say nothing else
+            break  # equal bits: other seeds would give the same status
         if feature.dtype is torch.float32 and len(draws) == 1 and fault(draws, feature.dtype, SURE) is None:
             break
     wrong = fault(draws, feature.dtype)
@@ -84,7 +87,7 @@ def _run(feature: Feature, stage: Stage) -> Answers:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings and advice that configurations of this size and kind provoke."""
+    """Suppress the warnings that models of this size and kind cause."""
     logging = transformers.utils.logging
     level = logging.get_verbosity()
     logging.set_verbosity_error()

@@ -1,8 +1,8 @@
-"""Tiny models of the families that people adapt, made from configurations: random weights, nothing downloaded.
+"""Builds tiny models of commonly adapted families from configurations: random weights, nothing downloaded.
 
-Two layers, 32 to 64 wide; a forward and backward in milliseconds. Every source of randomness of the base (dropout, drop
-path) is off, and the weights are large enough that each layer changes the output: what a comparison says about such a
-model it says about LoRA.
+The models have two layers, 32 to 64 wide; a forward and backward takes milliseconds. Every source of randomness of the
+base (dropout, drop path) is off, and the weights are large enough that each layer changes the output. So differences
+between two runs come from LoRA.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ Inputs = dict[str, Tensor]
 
 VOCABULARY, ROWS, TOKENS = 64, 3, 12
 PAD, START = 0, 1
-SPREAD = 0.15  # standard deviation of the weights: a layer 32 to 64 wide keeps the size of what passes through it
+SPREAD = 0.15  # standard deviation of the weights: a layer 32 to 64 wide keeps the norm of its input
 
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of model.
+    """Describe a family of models.
 
-    name: as users say it. task: PEFT's task_type ("" where PEFT has none). attention, linear: target_modules of PEFT
-    that users take, the attention's projections or every linear layer but the head. decodes: has ``generate``.
-    config, model_class: names in transformers; settings: the configuration's own fields.
+    name: its usual name. task: PEFT's task_type ("" if PEFT has none). attention, linear: usual target_modules of PEFT,
+    the attention's projections or every linear layer except the head. decodes: has ``generate``.
+    config, model_class: names in transformers. settings: the configuration's own fields.
     """
 
     name: str
@@ -45,35 +45,33 @@ class Family:
         return self.task in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
     def build(self, seed: int = 0, **settings: Any) -> tuple[Any, Inputs]:
-        """A new model in training mode, the same weights for the same seed, and inputs with labels: it has a ``.loss``.
+        """Return a new model in training mode, equal weights for equal seeds, and inputs with labels (for ``.loss``).
 
         Args:
-            settings: fields of the configuration in place of this family's.
+            settings: fields of the configuration that replace this family's.
         """
         return self.model(seed, **settings), self.example_inputs(seed)
 
     def model(self, seed: int = 0, **settings: Any) -> Any:
-        """The model alone; the generators of the program are left as they were."""
+        """Return the model alone. The state of the global generators does not change."""
         config = getattr(transformers, self.config)(**{**self.settings, **settings})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             made = getattr(transformers, self.model_class)(config).train()
-        if (
-            getattr(made, "loss_type", "") is None
-        ):  # transformers takes this one then, and warns where torch.compile cannot
+        if getattr(made, "loss_type", "") is None:  # transformers' default; without it a warning breaks torch.compile
             made.loss_type = "ForCausalLM"
         return made
 
     def example_inputs(self, seed: int = 0) -> Inputs:
-        """Keyword arguments of a forward, labels included; the rows of a text have different lengths."""
+        """Return keyword arguments of a forward, including labels; the rows of a text have different lengths."""
         return self.draw(torch.Generator().manual_seed(seed))
 
 
 def fill_adapters(model: nn.Module, seed: int = 0) -> None:
-    """Fills PEFT's adapters of every layer and name so that the LoRA term is as large as the base's.
+    """Fill PEFT's adapters of every layer and name so that the LoRA term is as large as the base's.
 
-    PEFT starts lora_B at zero (and lora_embedding_A): nothing that is wrong with an adapter would show. Of random X the
-    root mean square of X W^T is |W| / sqrt(N) in Frobenius norms, that of s X (B A)^T with B of deviation b is s b |A|.
+    PEFT initialises lora_B (and lora_embedding_A) to zero, which would hide errors of an adapter. For random X the root
+    mean square of X W^T is |W| / sqrt(N) in Frobenius norms, that of s X (B A)^T with B of deviation b is s b |A|.
     """
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():

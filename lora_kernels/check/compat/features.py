@@ -1,4 +1,4 @@
-"""The features of PEFT that are tried on a family: each a scenario that gives answers, run by every stage alike."""
+"""Lists the features of PEFT to run on a family. Each is a scenario that returns results and runs on every stage."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Scenario = Callable[[Stage], Answers]
 
 @dataclass(frozen=True)
 class Feature:
-    """``scenario`` gives answers to compare; ``dtype``: of the arithmetic, for the error rule."""
+    """A feature of PEFT. scenario: returns results to compare. dtype: of the arithmetic, for the error rule."""
 
     name: str
     scenario: Scenario
@@ -28,7 +28,7 @@ class Feature:
 
     @property
     def draws(self) -> int:
-        """Seeds to judge together, see judge.fault; in float32 the first is enough where it is far within the rule."""
+        """Seeds to judge together, see judge.fault. In float32 the first is enough if it is far within the rule."""
         return 5 if self.dtype is torch.float32 else 16
 
 
@@ -96,7 +96,10 @@ def _checkpointing(stage: Stage, use_reentrant: bool) -> Answers:
 
 
 def _inputs_need_gradients(model: nn.Module) -> None:
-    """Without it a reentrant checkpoint of a frozen model hands on no gradient; pixels enter by a convolution."""
+    """Make embeddings and convolutions (of pixels) return tensors that require gradients.
+
+    Otherwise a reentrant checkpoint of a frozen model passes on no gradient.
+    """
     for module in model.modules():
         if isinstance(module, nn.Embedding | nn.Conv2d):
             module.register_forward_hook(lambda module, args, output: output.requires_grad_())

@@ -1,4 +1,4 @@
-"""Do the accelerated model's answers equal PEFT's, by the error rule with PEFT in float64 as the truth?"""
+"""Compares the accelerated model's results with PEFT's by the error rule, with PEFT in float64 as the truth."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from lora_kernels.testing import within_rule
 from lora_kernels.testing.rule import limits_for
 
 Answers = dict[str, Tensor]
-NOISE = 1e-6  # what is this much smaller than the largest result of its kind is zero but for rounding
+NOISE = 1e-6  # a result this much smaller than the largest of its kind is treated as zero with rounding errors
 
 
 class Unlike(AssertionError):
-    """Answers that cannot even be compared: other names, shapes, dtypes or whole numbers."""
+    """The results cannot be compared: names, shapes, dtypes or integers differ."""
 
 
 Errors = dict[str, tuple[float, float]]  # by kind of result: error over PEFT's, by maximum and by root mean square
 
 
 def errors(got: Answers, plain: Answers, truth: Answers, dtype: torch.dtype) -> Errors:
-    """How far ``got`` is from the truth, in times of PEFT's error plus the rule's floor.
+    """Return the error of ``got``, as a multiple of PEFT's error plus the rule's floor.
 
-    Real results of one kind (the part of the name before ":") are divided by the norm of their truth, laid end to end
-    and judged together: a lone number is one draw from the distribution of errors, and what is lost in one tensor still
-    stands out by its size.
+    Floating-point results of one kind (the part of the name before ":") are divided by the norm of their truth,
+    concatenated and judged together, because a single number is only one draw from the distribution of errors. An error
+    in one tensor is still visible by its size.
 
     Raises:
-        Unlike: names, shapes, dtypes or whole numbers are not those of ``plain``.
+        Unlike: names, shapes, dtypes or integers differ from those of ``plain``.
     """
     if got.keys() != plain.keys():
         lost, found = sorted(plain.keys() - got.keys()), sorted(got.keys() - plain.keys())
@@ -48,12 +48,12 @@ def errors(got: Answers, plain: Answers, truth: Answers, dtype: torch.dtype) -> 
 
 
 def fault(draws: Sequence[Errors], dtype: torch.dtype, share: float = 1.0) -> str | None:
-    """What is wrong, or None: of each kind the draws must keep ``share`` of the rule's limits on the average.
+    """Return a message if the mean ratio of the draws exceeds ``share`` of the rule's limit for any kind, else None.
 
-    In 16 bits one early rounding decides most of a model's error, so the ratio of one draw says little: over 16 seeds
-    of four families it ran from 0.3 to 2.4, ours above and below PEFT's alike, and where a ReLU is passed or not from
-    0.04 to 12. In float32 one draw of 16 of T5's went to 4.5 by maximum, the others ran from 0.7 to 2.3. The average
-    is geometric, over the middle half of the draws.
+    In 16 bits one early rounding determines most of a model's error, so the ratio of one draw has a wide spread: over
+    16 seeds of four families it was 0.3 to 2.4, ours above and below PEFT's alike, and 0.04 to 12 if a ReLU's input may
+    change sign. In float32 one draw of 16 of T5's was 4.5 by maximum, the others 0.7 to 2.3. The mean is geometric,
+    over the middle half of the draws.
     """
     limits = limits_for(dtype)
     for kind in draws[0]:

@@ -1,4 +1,4 @@
-"""Scenarios in which a model is stored, copied, compiled, quantized, or given adapters by transformers itself."""
+"""Scenarios in which a model is saved, copied, compiled, quantized, or gets adapters from transformers itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lora_kernels.finetune.train.extras import installed
 
 
 def saved(stage: Stage) -> Answers:
-    """Trained for a step, saved, and loaded into a fresh base model."""
+    """Train for a step, save, and load into a fresh base model."""
     model, inputs = stage.build()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     answers = stage.step(model, inputs, "before")
@@ -36,7 +36,7 @@ def saved(stage: Stage) -> Answers:
 
 
 def copied(stage: Stage) -> Answers:
-    """A deep copy, a pickled copy and one through torch.save, each trained on its own."""
+    """Train a deep copy, a pickled copy and one through torch.save, each separately."""
     model, inputs = stage.build()
     file = io.BytesIO()
     torch.save(model, file)
@@ -54,7 +54,7 @@ def copied(stage: Stage) -> Answers:
 
 
 def injected(stage: Stage) -> Answers:
-    """Adapters that transformers' own add_adapter injected: no PeftModel around them."""
+    """Run adapters that transformers' own add_adapter injected, without a PeftModel."""
     model, inputs = stage.family.build(stage.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stage.seed + 1)
@@ -65,7 +65,7 @@ def injected(stage: Stage) -> Answers:
 
 
 def compiled_step(stage: Stage) -> Answers:
-    """A step of the compiled model, without a graph break; fused calls are our operators in the traced forward."""
+    """Run a step of the compiled model without a graph break. Our operators in the graph count as fused calls."""
     model, inputs = stage.build()
     parts = {id(layer): layer for layer in model.modules() if hasattr(layer, "lora_A")}
 
@@ -92,7 +92,7 @@ def compiled_step(stage: Stage) -> Answers:
 
 
 def _compiles_with_peft_alone(stage: Stage) -> None:
-    """Raises Unavailable where torch cannot trace the family without us either."""
+    """Raise Unavailable if torch cannot trace the family without lora_kernels either."""
     torch.compiler.reset()
     model, inputs = Stage(stage.family, stage.seed).build()
     try:
@@ -111,7 +111,7 @@ def _stored(family: str) -> Any:
 
 
 def four_bit(stage: Stage) -> Answers:
-    """The base's linear layers but the head stored by bitsandbytes in NF4; the truth has the values they stand for."""
+    """Store the base's linear layers except the head in NF4 by bitsandbytes; the truth has the dequantized values."""
     if not installed("bitsandbytes"):
         raise Unavailable("bitsandbytes is not installed")
     settings = transformers.BitsAndBytesConfig(

@@ -1,4 +1,4 @@
-"""One way of running a scenario: with PEFT alone, with PEFT in float64, or accelerated."""
+"""Runs a scenario in one of three ways: with PEFT alone, with PEFT in float64, or accelerated."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ RANK, ALPHA = 4, 6
 
 
 class Unavailable(Exception):
-    """A feature that this family, or PEFT on this family, does not have."""
+    """This family, or PEFT on this family, does not have the feature."""
 
 
 @dataclass
 class Stage:
-    """What a scenario builds its models with: weights, adapters and batch of one ``seed``. ``exact``: everything in
-    float64; ``accelerated``: by lora_kernels."""
+    """Build the models of a scenario: weights, adapters and batch of one ``seed``.
+
+    exact: everything in float64. accelerated: by lora_kernels.
+    """
 
     family: Family
     seed: int = 0
@@ -39,7 +41,7 @@ class Stage:
     models: list[Any] = field(default_factory=list)
 
     def config(self, targets: Sequence[str] = (), **options: Any) -> LoraConfig:
-        """PEFT's configuration; ``targets``: those of the family by default, every linear layer but the head."""
+        """Return PEFT's configuration. ``targets``: by default every linear layer of the family except the head."""
         options = {"r": RANK, "lora_alpha": ALPHA, "task_type": self.family.task or None} | options
         if "target_parameters" not in options:
             options["target_modules"] = list(targets or self.family.linear)
@@ -53,8 +55,10 @@ class Stage:
         fill: bool = True,
         **options: Any,
     ) -> tuple[Any, Inputs]:
-        """PEFT's model, its adapters filled, accelerated where this stage is; and a batch. ``others``: configurations
-        of further adapters, "other0" and so on; ``options``: of get_peft_model."""
+        """Return PEFT's model with filled adapters, accelerated if this stage is, and a batch.
+
+        others: configurations of further adapters, "other0" and so on. options: of get_peft_model.
+        """
         base, inputs = self.family.build(self.seed)
         model = self.wrap(base.to(dtype), config, others, fill, **options)
         return self.accelerate(model), self.batch(inputs, dtype)
@@ -67,7 +71,7 @@ class Stage:
         fill: bool = True,
         **options: Any,
     ) -> Any:
-        """``base`` with PEFT's adapters, the same values in every stage."""
+        """Return ``base`` with PEFT's adapters, which have the same values in every stage."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed + 1)
             model = get_peft_model(base, config or self.config(), **options)
@@ -78,22 +82,24 @@ class Stage:
         return model
 
     def accelerate(self, model: Any) -> Any:
-        """The model, in the stage's way of running; what ran on it is counted when the scenario ends."""
+        """Return the model, accelerated if this stage is; its calls are counted when the scenario ends."""
         self.models.append(model)
         return accelerate(model, verbose=False) if self.accelerated else model
 
     def batch(self, inputs: Inputs, dtype: torch.dtype = torch.float32) -> Inputs:
-        """The batch with its real numbers in ``dtype``; float64 where the stage is exact."""
+        """Return the batch with floating-point tensors in ``dtype``, or in float64 if the stage is exact."""
         kind = torch.float64 if self.exact else dtype
         return {name: t.to(kind) if t.is_floating_point() else t for name, t in inputs.items()}
 
     def cast(self, model: Any) -> Any:
-        """The model in float64 where the stage is exact; values stay."""
+        """Return the model, converted to float64 if the stage is exact."""
         return model.double() if self.exact else model
 
     def step(self, model: Any, inputs: Inputs, tag: str = "") -> Answers:
-        """Loss, logits and every gradient of a forward and backward; accelerated of the second: the first finds which
-        layers read one input."""
+        """Return loss, logits and every gradient of a forward and backward.
+
+        An accelerated model runs two of them and returns the second: the first finds which layers read one input.
+        """
         model = self.cast(model)
         for _ in range(1 + self.accelerated):
             model.zero_grad()
@@ -102,7 +108,7 @@ class Stage:
         return self.outputs(output, tag) | gradients(model, tag)
 
     def infer(self, model: Any, inputs: Inputs, tag: str = "") -> Answers:
-        """Loss and logits in evaluation mode, without gradients."""
+        """Return loss and logits in evaluation mode, without gradients."""
         model = self.cast(model)
         training = model.training
         with torch.no_grad():
@@ -112,12 +118,12 @@ class Stage:
         return self.outputs(output, tag)
 
     def outputs(self, output: Any, tag: str = "") -> Answers:
-        """Loss and logits of what a model gave."""
+        """Return loss and logits of a model's output."""
         return {f"output:loss {tag}": output.loss.detach().reshape(1), f"output:logits {tag}": output.logits.detach()}
 
 
 def gradients(model: nn.Module, tag: str = "") -> Answers:
-    """A copy of every gradient, by its parameter's name."""
+    """Return a copy of every gradient, by its parameter's name."""
     return {
         f"gradient:{name} {tag}": parameter.grad.detach().clone()
         for name, parameter in model.named_parameters()
@@ -127,9 +133,9 @@ def gradients(model: nn.Module, tag: str = "") -> Answers:
 
 @contextlib.contextmanager
 def one_mask_a_shape() -> Iterator[None]:
-    """Dropout whose mask depends on p and the input's shape alone, PEFT's and ours: then both can be compared.
+    """Make the dropout mask of PEFT and of ours a function of p and the input's shape, so that both can be compared.
 
-    One mask for all that read an input of one shape is also what a group of layers draws.
+    A group of layers also draws one mask for all its inputs of one shape.
     """
 
     def keep(rows: int, columns: int, p: float) -> Tensor:

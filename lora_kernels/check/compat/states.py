@@ -1,4 +1,4 @@
-"""Scenarios in which adapters come, go, change and are switched while the model lives."""
+"""Scenarios in which adapters are added, deleted, changed and switched in an existing model."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from lora_kernels.operands.slots import BASE
 
 
 def _two(stage: Stage) -> tuple[Any, Inputs]:
-    """A model with two adapters and no trained head: PEFT lets one adapter at a time have one."""
+    """Return a model with two adapters and no trained head, which PEFT allows for one adapter at a time."""
     return stage.build(stage.config(task_type=None), others=[stage.config(r=3, task_type=None)])
 
 
 def several_active(stage: Stage) -> Answers:
-    """Two adapters of different rank add up, in evaluation and in training."""
+    """Run two active adapters of different rank, in evaluation and in training."""
     model, inputs = _two(stage)
     model.base_model.set_adapter(["default", "other0"])
     return stage.step(model, inputs) | stage.infer(model, inputs)
 
 
 def set_and_delete(stage: Stage) -> Answers:
-    """One of three adapters after another, one of them deleted."""
+    """Run three adapters one after another, then delete one of them."""
     model, inputs = stage.build(others=[stage.config(r=3), stage.config(r=5)])
     answers: Answers = {}
     for name in ("other0", "default", "other1"):
@@ -41,7 +41,7 @@ def set_and_delete(stage: Stage) -> Answers:
 
 
 def mixed_batch(stage: Stage) -> Answers:
-    """Each row of the batch with an adapter of its own, one with none."""
+    """Run a batch whose rows have different adapters, one row none."""
     model, inputs = _two(stage)
     model = stage.cast(model).eval()
     with torch.no_grad():
@@ -50,7 +50,7 @@ def mixed_batch(stage: Stage) -> Answers:
 
 
 def added_later(stage: Stage) -> Answers:
-    """The first adapter on the attention, a later one on every linear layer."""
+    """Add a first adapter on the attention, and a later one on every linear layer."""
     model, inputs = stage.build(stage.config(stage.family.attention))
     answers = stage.step(model, inputs, "before")
     with torch.random.fork_rng(devices=[]):
@@ -62,7 +62,7 @@ def added_later(stage: Stage) -> Answers:
 
 
 def weighted(stage: Stage) -> Answers:
-    """A third adapter made of two."""
+    """Run a third adapter that combines two."""
     model, inputs = _two(stage)
     model = stage.cast(model)
     model.add_weighted_adapter(["default", "other0"], [0.7, -0.4], "both", combination_type="cat")
@@ -71,7 +71,7 @@ def weighted(stage: Stage) -> Answers:
 
 
 def disabled(stage: Stage) -> Answers:
-    """The base model alone inside disable_adapter, and afterwards as before."""
+    """Run the base model alone inside disable_adapter, then the adapter again."""
     model, inputs = stage.build()
     with model.disable_adapter():
         answers = stage.infer(model, inputs, "disabled")
@@ -79,7 +79,7 @@ def disabled(stage: Stage) -> Answers:
 
 
 def merged(stage: Stage) -> Answers:
-    """The same logits merged, and unmerged again."""
+    """Run the merged model, then the unmerged one."""
     model, inputs = stage.build()
     model = stage.cast(model)
     model.merge_adapter()
@@ -89,14 +89,14 @@ def merged(stage: Stage) -> Answers:
 
 
 def unloaded(stage: Stage) -> Answers:
-    """The plain model that is left after a step and a merge."""
+    """Run the plain model that merge_and_unload returns after a step."""
     model, inputs = stage.build()
     answers = stage.step(model, inputs, "before")
     return answers | stage.infer(model.merge_and_unload(), inputs, "unloaded")
 
 
 def hotswapped(stage: Stage) -> Answers:
-    """Values of a saved adapter put into the place of the loaded one."""
+    """Replace the values of the loaded adapter by those of a saved one."""
     other, _ = stage.build(stage.config(task_type=None))
     fill_adapters(other, seed=9)
     model, inputs = stage.build(stage.config(task_type=None))
@@ -108,7 +108,7 @@ def hotswapped(stage: Stage) -> Answers:
 
 
 def hooked(stage: Stage) -> Answers:
-    """Forward hooks that change what base_layer, lora_A and lora_B of one layer each give, and are taken off again."""
+    """Change the outputs of base_layer, lora_A and lora_B, in one layer each, by forward hooks; then remove these."""
     model, inputs = stage.build()
     layers = [module for module in model.modules() if hasattr(module, "lora_A") and len(module.lora_A)]
     parts: list[nn.Module] = [layers[0].base_layer, layers[1].lora_A["default"], layers[-1].lora_B["default"]]

@@ -1,4 +1,4 @@
-"""The compatibility table: every feature on every family, as lines, as a page, and in short for a README."""
+"""Writes the compatibility table, every feature on every family: as lines, as a page, and in short for a README."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ WORDS = {
 
 
 def chosen(families: str, features: str) -> tuple[list[str], list[str]]:
-    """Names of families and of features: "" for all, else names with ";" between, or the part of them that is enough.
+    """Return the names of families and of features: "" for all, else names or parts of names, separated by ";".
 
     Raises:
-        ConfigError: no name has a part in it.
+        ConfigError: a part is in no name.
     """
     return _matching("family", families, list(FAMILIES)), _matching("feature", features, list(FEATURES))
 
@@ -48,14 +48,14 @@ def _matching(kind: str, asked: str, known: list[str]) -> list[str]:
 
 
 def cells(families: Sequence[str], features: Sequence[str]) -> Iterator[Cell]:
-    """A cell at a time, feature by feature."""
+    """Yield one cell at a time, feature by feature."""
     for feature in features:
         for family in families:
             yield try_cell(FEATURES[feature], FAMILIES[family])
 
 
 def together(family: str) -> tuple[str, ...]:
-    """Which layers of the family compute together once a step has shown that they read one input: "q + k + v"."""
+    """Return the layers of the family that run in one call after a step has shown their common input: "q + k + v"."""
     model, inputs = (stage := Stage(FAMILIES[family], accelerated=True)).build()
     stage.step(model, inputs)
     runs = dict.fromkeys(run for group in groups_of(model) for run in group.together())
@@ -64,19 +64,19 @@ def together(family: str) -> tuple[str, ...]:
 
 
 def line(cell: Cell) -> str:
-    """A cell as a line of a terminal."""
+    """Return a cell as one line of text."""
     count = f" {cell.fused}/{cell.calls}" if cell.calls else ""
     why = f" ({'; '.join(cell.reasons)})" if cell.reasons else ""
     return f"{cell.status:7}{count:7} {cell.family}: {cell.feature}{why}"
 
 
 def versions() -> str:
-    """The libraries it was run with."""
+    """Return the versions of the libraries."""
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
 
 
 def page(found: Sequence[Cell], groups: Mapping[str, Sequence[str]]) -> str:
-    """docs/compatibility.md: a row a feature, a column a family, the reasons as notes; ``groups`` by family."""
+    """Return docs/compatibility.md: a row per feature, a column per family, reasons as notes; ``groups`` by family."""
     families, rows = _columns(found), _rows(found)
     notes: dict[str, str] = {}
     body = []
@@ -118,7 +118,7 @@ def _letter(number: int) -> str:
 
 
 def short(found: Sequence[Cell], groups: Mapping[str, Sequence[str]]) -> str:
-    """The table in short: a row a feature, families of one outcome together, in words."""
+    """Return the short table: a row per feature, with the families listed by result."""
     families, rows = _columns(found), _rows(found)
     lines = ["| PEFT feature | fused | otherwise |", "|---|---|---|"]
     for feature, row in rows.items():
@@ -131,16 +131,16 @@ def short(found: Sequence[Cell], groups: Mapping[str, Sequence[str]]) -> str:
                 others.setdefault(f"{_SHORT[cell.status]}: {'; '.join(cell.reasons)}", []).append(family)
         if missing := [family for family in families if family in row and row[family].status == ABSENT]:
             others.setdefault("not there without us either", []).extend(missing)
-        told = [
+        texts = [
             text if _all(who, families) == "all" else f"{_all(who, families)}: {text}" for text, who in others.items()
         ]
-        lines.append(f"| {feature} | {_all(fused, families)} | {'. '.join(told)} |")
+        lines.append(f"| {feature} | {_all(fused, families)} | {'. '.join(texts)} |")
     runs: dict[str, list[str]] = {}
     for family in families:
         runs.setdefault(", ".join(groups.get(family, ())), []).append(family)
-    said = [f"{', '.join(who)}: {run}" for run, who in runs.items() if run]
+    in_words = [f"{', '.join(who)}: {run}" for run, who in runs.items() if run]
     lines.append(f"| layers of one input compute together | {_all([f for f in families if groups.get(f)], families)} | "
-                 f"{'. '.join(said)} |")  # fmt: skip
+                 f"{'. '.join(in_words)} |")  # fmt: skip
     return "\n".join([*lines, "", f"{len(found)} cells; {versions()}."])
 
 
@@ -148,7 +148,7 @@ _SHORT = {PARTLY: "PEFT's own forward in part", PEFT: "PEFT's own forward", REFU
 
 
 def _all(names: Sequence[str], families: Sequence[str]) -> str:
-    """Families by name, or what is shorter."""
+    """Return the names of families, or "all", "all but ..." or "none"."""
     if len(names) == len(families):
         return "all"
     left = [family for family in families if family not in names]

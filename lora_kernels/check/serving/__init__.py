@@ -1,1 +1,1 @@
-"""Serving on trial: layers under mixed batches, ours and the rivals' ways to run them, judged and timed."""
+"""Judges and times layers under mixed batches: ours and the rivals."""

@@ -1,4 +1,4 @@
-"""What a server's linear layer may be given: a batch, the adapters there are, and which rows use which."""
+"""Describes the input of a server's linear layer: a batch, the adapters, and the adapter of each row."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from lora_kernels.errors import ConfigError
 from lora_kernels.testing.multi import DISTRIBUTIONS, MultiProblem, make_multi_problem, mix_ids
 
-DECODE_ROWS = 64  # a batch of so many rows or fewer is a step of decoding: one token a sequence
-MIXED_RANKS = 8  # different ranks that "8-64" stands for
+DECODE_ROWS = 64  # a batch of at most so many rows is a decoding step: one token per sequence
+MIXED_RANKS = 8  # number of different ranks that "8-64" gives
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,17 @@ class ServingCase:
 
     @property
     def L(self) -> int:
-        """Slots."""
+        """Number of slots."""
         return len(self.ranks)
 
     @property
     def phase(self) -> str:
-        """ "decode" or "prefill"."""
+        """Either "decode" or "prefill"."""
         return "decode" if self.M <= DECODE_ROWS else "prefill"
 
     @property
     def ranks_shown(self) -> str:
-        """ "16", or "8-64" of several."""
+        """The ranks as text: "16", or "8-64" for several."""
         low, high = min(self.ranks), max(self.ranks)
         return str(low) if low == high else f"{low}-{high}"
 
@@ -57,23 +57,23 @@ class ServingCase:
 
     @cached_property
     def rows_of(self) -> Counter[int]:
-        """How many rows use each slot that is used; those without an adapter are left out."""
+        """Number of rows per used slot, without the rows that have no adapter."""
         return Counter(slot for slot in self.ids.tolist() if slot >= 0)
 
     @property
     def flop(self) -> int:
-        """Of the products with true ranks."""
+        """Floating-point operations of the products, with the ranks of the adapters."""
         low = sum(rows * self.ranks[slot] for slot, rows in self.rows_of.items())
         return 2 * self.M * self.N * self.K + 2 * low * (self.N + self.K)
 
     @property
     def bytes(self) -> int:
-        """W, X, Y, and the A and B of every adapter in the batch, each once."""
+        """Bytes of W, X, Y, and of A and B of every adapter in the batch, each counted once."""
         return self.dtype.itemsize * (self.N * self.K + self.M * (self.N + self.K) + self._adapters)
 
     @property
     def floor(self) -> float:
-        """The bytes of W and of the batch's adapters over those of W: no decode comes nearer to the frozen layer."""
+        """Bytes of W and of the batch's adapters, divided by those of W: the lower bound of a decode's ratio."""
         return 1 + self._adapters / (self.N * self.K)
 
     @property
@@ -81,7 +81,7 @@ class ServingCase:
         return sum(self.ranks[slot] for slot in self.rows_of) * (self.N + self.K)
 
     def problem(self, device: torch.device | str = "cpu") -> MultiProblem:
-        """The operands as a pool keeps them, every LoRA term as large as the base term."""
+        """Return the operands in a pool's layout, with each LoRA term as large as the base term."""
         ids = self.ids.to(device)
         return make_multi_problem(ids, self.N, self.K, self.ranks, self.dtype, bias=self.bias, pool_layout=True)
 
@@ -92,10 +92,10 @@ class ServingCase:
 
 
 def ranks_from(text: str, L: int) -> tuple[int, ...]:
-    """Ranks of L slots: "16" for all, "8,16,64" in turn, "8-64" for eight evenly spread ones in turn.
+    """Return the ranks of L slots: "16" for all, "8,16,64" in turn, "8-64" for eight evenly spaced ones in turn.
 
     Raises:
-        ConfigError: none of these.
+        ConfigError: ``text`` has another form.
     """
     if match := re.fullmatch(r"([1-9]\d*)-([1-9]\d*)", text):
         low, high = int(match[1]), int(match[2])
@@ -108,7 +108,7 @@ def ranks_from(text: str, L: int) -> tuple[int, ...]:
 
 
 def check_distribution(name: str) -> str:
-    """The name, or ConfigError with those there are."""
+    """Return the name. Raise ConfigError with the accepted names if it is unknown."""
     if name not in DISTRIBUTIONS:
         raise ConfigError(f"distribution {name!r}; accepted are {', '.join(DISTRIBUTIONS)}")
     return name

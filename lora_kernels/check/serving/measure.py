@@ -1,4 +1,4 @@
-"""A case on trial: every contender judged first, then timed in turns (on a GPU with a cold L2): median, percentiles."""
+"""Judges all contenders of a case, then times them in turns (on a GPU with a cold L2): median and percentiles."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from lora_kernels.testing import poison, within_rule
 from lora_kernels.testing.multi import MultiProblem
 from lora_kernels.tuning.measure import SWEEP_BYTES, SWEEP_HOST_US, Spread, _cuda_round, _host_round, captured, spread
 
-JUDGED_ROWS = 1024  # at most, spread over the batch: a row does not depend on the others
+JUDGED_ROWS = 1024  # at most, spread over the batch: rows are independent
 RIVAL_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-GRAPH_BYTES = 256 << 20  # a graph walks over copies of the operands of at least this size: no L2 holds them
+GRAPH_BYTES = 256 << 20  # a graph uses copies of the operands of at least this total size, more than any L2
 GRAPH_COPIES = 48
 Timer = Callable[[Mapping[str, Callable[[], object]], int], dict[str, list[float]]]
 
 
 class Judgement(NamedTuple):
-    """Whether a contender's Y is right: "ok", "failed", "refused" (a plan that says it cannot) or "not run"."""
+    """Verdict on a contender's Y: "ok", "failed", "refused" (the plan does not take the case) or "not run"."""
 
     contender: Contender
     status: str
@@ -39,9 +39,9 @@ class Judgement(NamedTuple):
 
 @dataclass(frozen=True)
 class Timing:
-    """One contender on one case: ``plan`` of ours, ms at the median and the 20th and 80th percentile, and ratios.
+    """Time of one contender on one case: median, 20th and 80th percentile in ms, and ratios.
 
-    ``ratio_to_best_rival``: to the fastest that is neither ours nor frozen; None where none was timed.
+    plan: what ran, for ours. ratio_to_best_rival: to the fastest that is neither ours nor frozen; None without one.
     """
 
     case: ServingCase
@@ -55,19 +55,19 @@ class Timing:
 
     @property
     def tokens_per_s(self) -> float:
-        """Rows through the layer in a second, one call after another."""
+        """Rows per second of consecutive calls."""
         return 1e3 * self.case.M / self.ms_p50
 
 
 class Trial(NamedTuple):
-    """What a case gave."""
+    """Timings and judgements of a case."""
 
     timings: list[Timing]
     judgements: list[Judgement]
 
 
 class Oracle:
-    """A case's operands, and Y of some of its rows in float64 and as plain PyTorch gives them, row by row."""
+    """Hold a case's operands, and Y of some of its rows in float64 and by plain PyTorch, computed row by row."""
 
     def __init__(self, case: ServingCase, device: torch.device) -> None:
         self.problem = case.problem(device)
@@ -86,7 +86,7 @@ class Oracle:
         return Y
 
     def judge(self, contender: Contender, Y: Tensor, dtype: torch.dtype) -> Judgement:
-        """Ours by the error rule, a rival, which rounds in its own way, by RIVAL_TOLERANCE."""
+        """Judge ours by the error rule, and a rival, whose rounding differs, by RIVAL_TOLERANCE."""
         if not Y.isfinite().all():
             return Judgement(contender, "failed", f"{int((~Y.isfinite()).sum())} elements are not finite")
         got = Y[self.rows]
@@ -125,7 +125,7 @@ def judged(case: ServingCase, contenders: Sequence[Contender], device: torch.dev
             yield oracle.judge(contender, Y, case.dtype)
         except BackendUnavailableError as refusal:
             yield Judgement(contender, "refused", str(refusal))
-        except Exception as error:  # what one throws must not take the others along
+        except Exception as error:  # an error in one contender must not stop the others
             yield _thrown(contender, error)
 
 
@@ -143,10 +143,10 @@ def measure(
     timer: Timer | None = None,
     copies: int = GRAPH_COPIES,
 ) -> Trial:
-    """Judgements of all contenders, and timings of those that are right.
+    """Return judgements of all contenders, and timings of those that are correct.
 
-    ``graph``: replays of a CUDA graph that makes one call on each copy of the operands, of which there are enough that
-    no cache holds them; contenders that no graph can hold are left out. On a CPU the same copies, called in a row.
+    graph: time replays of a CUDA graph that makes one call on each copy of the operands; the copies exceed every cache.
+    Contenders that a graph cannot capture are skipped. On a CPU the calls on the copies run one after another.
     """
     found = list(judged(case, contenders, device))
     right = {each.contender for each in found if each.status == "ok"} | {FROZEN}
@@ -159,7 +159,7 @@ def measure(
             try:
                 steps = [each.build(case, one) for one in problems]
                 calls[each.label] = captured(steps, device) if graph else steps[0]
-            except Exception as error:  # a graph may not take what a call does
+            except Exception as error:  # a graph may fail where a call does not
                 found.append(_thrown(each, error))
         samples = (timer or functools.partial(in_turns, device=device))(calls, rounds)
     spreads: dict[Contender, Spread] = {
@@ -178,7 +178,7 @@ def measure(
 
 
 def _copies(problem: MultiProblem, most: int) -> list[MultiProblem]:
-    """The problem in as many copies as it takes to keep its operands out of the L2 cache."""
+    """Return enough copies of the problem to keep its operands out of the L2 cache."""
     slots = problem.slots
     size = sum(T.numel() * T.element_size() for T in (problem.X, problem.W, slots.A, slots.B))
     count = min(most, max(2, math.ceil(GRAPH_BYTES / size)))
@@ -186,7 +186,7 @@ def _copies(problem: MultiProblem, most: int) -> list[MultiProblem]:
 
 
 def _copy(problem: MultiProblem) -> MultiProblem:
-    """Other memory, the same values and strides; ids, starts, ranks and scalings are shared as in a model."""
+    """Return a copy in other memory with equal values and strides; ids, starts, ranks and scalings are shared."""
     slots = problem.slots._replace(A=problem.slots.A.clone(), B=problem.slots.B.clone())
     return replace(problem, X=problem.X.clone(), W=problem.W.clone(), slots=slots)
 
@@ -194,9 +194,9 @@ def _copy(problem: MultiProblem) -> MultiProblem:
 def in_turns(
     calls: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, seconds: float = math.inf
 ) -> dict[str, list[float]]:
-    """Milliseconds of each call, once a round, another first each round; the first round does not count.
+    """Return the milliseconds of each call, once per round, without the first round; the order rotates.
 
-    A GPU's L2 is swept before each call. After ``seconds`` no round is begun, once there have been four.
+    A GPU's L2 is swept before each call. After ``seconds`` and at least four rounds no round is started.
     """
     names, began, queueing = list(calls), time.perf_counter(), 0.0
     samples: dict[str, list[float]] = {name: [] for name in names}

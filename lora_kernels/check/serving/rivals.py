@@ -1,7 +1,7 @@
-"""Ways to run one linear layer for a mixed batch: ours by every plan, and what others do on the same tensors.
+"""Runs one linear layer for a mixed batch in several ways: ours by every plan, and the rivals on the same tensors.
 
-What a server works out once a step for all its layers (which sequence has which adapter, masks, padded tables of
-weights) the rivals get before the clock starts. Only forwards, as in serving.
+What a server computes once per step for all its layers (the adapter of each sequence, masks, padded tables of weights)
+is computed for the rivals before the timing starts. Only forwards run, as in serving.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ ON_A_CPU = (
 
 @dataclass(frozen=True)
 class Contender:
-    """``build(case, problem)`` gives a call that returns Y (M, N).
+    """One way to compute Y; ``build(case, problem)`` returns a call that returns Y (M, N).
 
-    ``backend``: that of ours, empty for others. ``lora``: False for the frozen layer, the unit. ``in_full``: False
-    where the update is rounded to W's precision, so that in 16 bits it answers another question. ``graph``: whether a
-    CUDA graph can hold it.
+    backend: for ours, else empty. lora: False for the frozen layer, the unit of the ratios. in_full: False if the
+    update is rounded to W's precision, so that its 16-bit result is not comparable. graph: whether a CUDA graph can
+    capture it.
     """
 
     name: str
@@ -52,20 +52,20 @@ class Contender:
 
     @property
     def ours(self) -> bool:
-        """Whether it is lora_kernels as a user calls it."""
+        """Whether it is lora_kernels' public function."""
         return bool(self.backend)
 
     @property
     def label(self) -> str:
-        """The name, with the backend asked for."""
+        """The name with the requested backend."""
         return f"{self.name} {self.backend}".strip()
 
     def is_rival(self, dtype: torch.dtype) -> bool:
-        """Whether its time counts as the best rival's."""
+        """Return whether it is a rival for ``dtype``."""
         return not self.ours and self.lora and (self.in_full or dtype.itemsize > 2)
 
     def missing(self) -> str | None:
-        """Why it cannot run here, or None."""
+        """Return why it cannot run here, or None."""
         return f"{self.needs} is not installed" if self.needs and not installed(self.needs) else None
 
 
@@ -81,13 +81,13 @@ def _frozen(case: ServingCase, q: MultiProblem) -> Call:
 
 
 def _adapters(q: MultiProblem) -> list[tuple[int, int, float]]:
-    """(first, end, scaling) of each slot, read on the host."""
+    """Return (first, end, scaling) of each slot, on the host."""
     starts, ranks, scalings = q.slots.starts.tolist(), q.slots.ranks.tolist(), q.slots.scalings.tolist()
     return [(first, first + r, s) for first, r, s in zip(starts, ranks, scalings, strict=True)]
 
 
 def _peft(case: ServingCase, q: MultiProblem, fp32_adapters: bool = False) -> Call:
-    """PEFT's own layer with every adapter loaded, called with adapter_names, one a sequence."""
+    """Call PEFT's own layer, with every adapter loaded, with adapter_names: one name per sequence."""
     peft: Any = require("peft")
     base = nn.Linear(case.K, case.N, bias=q.bias is not None, device="meta")
     base.weight = nn.Parameter(q.W, requires_grad=False)
@@ -101,7 +101,7 @@ def _peft(case: ServingCase, q: MultiProblem, fp32_adapters: bool = False) -> Ca
             model = peft.get_peft_model(holder, config, f"slot{slot}", autocast_adapter_dtype=fp32_adapters)
         else:
             model.add_adapter(f"slot{slot}", config, autocast_adapter_dtype=fp32_adapters)
-        layer = holder.proj  # PEFT puts its layer in the place of the linear one
+        layer = holder.proj  # PEFT replaces the linear layer by its own
         layer.scaling[f"slot{slot}"] = scaling
         with torch.no_grad():
             layer.lora_A[f"slot{slot}"].weight.copy_(q.slots.A[first:end])
@@ -113,16 +113,16 @@ def _peft(case: ServingCase, q: MultiProblem, fp32_adapters: bool = False) -> Ca
 
 
 def _sequences(case: ServingCase, q: MultiProblem) -> tuple[list[int], Tensor]:
-    """The slot of each sequence, and X as (sequences, rows, K); one row each where the last one is cut short."""
+    """Return the slot of each sequence, and X as (sequences, rows, K); one row each if the last sequence is shorter."""
     rows = case.sequence if case.M % case.sequence == 0 else 1
     return q.ids[::rows].tolist(), q.X.view(-1, rows, case.K)
 
 
 def _bmm(case: ServingCase, q: MultiProblem) -> Call:
-    """Shrink and expand over padded tables of weights, a sequence's A and B gathered: two batched products."""
+    """Shrink and expand by two batched products, with each sequence's A and B gathered from padded tables."""
     slots, L = q.slots, case.L
     width = max(case.ranks)
-    A = q.X.new_zeros(L + 1, width, case.K)  # the last one is no adapter
+    A = q.X.new_zeros(L + 1, width, case.K)  # the last one means no adapter
     B = q.X.new_zeros(L + 1, width, case.N)
     for slot, (first, end, scaling) in enumerate(_adapters(q)):
         A[slot, : end - first] = slots.A[first:end] * scaling
@@ -139,7 +139,7 @@ def _bmm(case: ServingCase, q: MultiProblem) -> Call:
 
 
 def _all_slots(case: ServingCase, q: MultiProblem) -> Call:
-    """X times every slot's A, the columns of other slots set to zero, times every slot's B."""
+    """Multiply X by every slot's A, set the columns of other slots to zero, multiply by every slot's B."""
     mask = q.X.new_zeros(case.M, q.slots.A.shape[0])
     for slot, (first, end, scaling) in enumerate(_adapters(q)):
         mask[q.ids == slot, first:end] = scaling
@@ -148,7 +148,7 @@ def _all_slots(case: ServingCase, q: MultiProblem) -> Call:
 
 
 def _swap(case: ServingCase, q: MultiProblem) -> Call:
-    """W + s B A made anew for each adapter of the batch, its rows through it: serving one adapter after another."""
+    """Compute W + s B A for one adapter of the batch after another, and apply it to the adapter's rows."""
     held = _adapters(q)
     groups = [(slot, (q.ids == slot).nonzero().flatten()) for slot in sorted(set(q.ids.tolist()))]
 
@@ -175,12 +175,12 @@ SWAP = Contender("merge and swap", _swap, in_full=False)
 
 
 def ours(backend: str = "auto") -> Contender:
-    """multi_lora_linear by ``backend``."""
+    """Return multi_lora_linear by ``backend``."""
     return Contender("lora_kernels", partial(_ours, backend=backend), backend)
 
 
 def our_backends(case: ServingCase, device: torch.device) -> list[str]:
-    """The planner's choice and every plan by name that takes the case; on a CPU the reference, too."""
+    """Return the planner's choice and every plan that takes the case; on a CPU also the reference."""
     if not _in_triton(case, device):
         return ["reference"] if cpp_missing() else ["auto", "reference"]
     named = [*(f"triton:{plan}" for plan in PLANS if plan != "cuda"), "cuda"]
@@ -192,7 +192,7 @@ def _in_triton(case: ServingCase, device: torch.device) -> bool:
 
 
 def refusal(case: ServingCase, backend: str, device: torch.device) -> str | None:
-    """Why ``backend`` does not take the case here, or None."""
+    """Return why ``backend`` does not take the case here, or None."""
     try:
         plan_label(case, backend, device)
     except BackendUnavailableError as error:
@@ -201,10 +201,10 @@ def refusal(case: ServingCase, backend: str, device: torch.device) -> str | None
 
 
 def plan_label(case: ServingCase, backend: str, device: torch.device) -> str:
-    """What runs: "reference", "decode", "auto (decode)".
+    """Return what runs: "reference", "decode", "auto (decode)".
 
     Raises:
-        BackendUnavailableError: nothing does.
+        BackendUnavailableError: no plan takes the case.
     """
     found = resolve(backend, device.type, case.dtype)
     if found == "auto":  # on a CPU
@@ -218,7 +218,7 @@ def plan_label(case: ServingCase, backend: str, device: torch.device) -> str:
 
 
 def planned_launches(case: ServingCase, backend: str, device: torch.device) -> int:
-    """Launches of the plan that runs, by its own list; 0 on a CPU."""
+    """Return the number of launches of the plan that runs; 0 on a CPU."""
     label = plan_label(case, backend, device)
     name = label.removeprefix("auto (").removesuffix(")")
     return 0 if name in ("reference", "cpp") else len(choose(_planned(case), chip_for(device), name).launches)
@@ -229,7 +229,7 @@ def _planned(case: ServingCase) -> MultiCallShape:
 
 
 def contenders(case: ServingCase, device: torch.device) -> list[Contender]:
-    """The frozen layer, ours by every plan, and every rival."""
+    """Return the frozen layer, ours by every plan, and every rival."""
     two = [PEFT, *([PEFT_FP32] if case.dtype.itemsize == 2 else [])]
     rivals = [*([TWO_LAUNCHES] if _in_triton(case, device) else []), BMM, ALL_SLOTS, *two, SWAP]
     return [FROZEN, *(ours(backend) for backend in our_backends(case, device)), *rivals]

@@ -1,7 +1,7 @@
-"""Give the LoRA layers of a PEFT model fused forwards, in place, and take them back.
+"""Gives the LoRA layers of a PEFT model fused forwards, in place, and removes them again.
 
-A layer keeps its object and everything in it; only its class changes, to a subclass that adds nothing but a forward.
-So does the tuner's class, which lets layers that PEFT makes later be picked up.
+A layer keeps its object and everything in it. Only its class changes, to a subclass that adds a forward. The tuner's
+class changes too, so that layers which PEFT makes later are fused as well.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lora_kernels.errors import ConfigError
-from lora_kernels.integrations.peft.conv import FusedConv1d, FusedConv2d, FusedConv3d
-from lora_kernels.integrations.peft.embedding import FusedEmbedding
+from lora_kernels.integrations.peft.conv import FastConv1d, FastConv2d, FastConv3d
+from lora_kernels.integrations.peft.embedding import FastEmbedding
 from lora_kernels.integrations.peft.groups import dissolve, form_groups
 from lora_kernels.integrations.peft.linear import CALLS, ROOT, UNCALLED, FusedLinear
 from lora_kernels.integrations.peft.mlp import dissolve_mlps, form_mlps, mlps_of
@@ -31,38 +31,38 @@ from lora_kernels.models.explain import DESCRIBERS, Columns, unwrap
 from lora_kernels.models.fast_paths import switch_off, switch_on
 
 SWITCH = "LORA_KERNELS_ACCELERATE"
-KNOWN = ((0, 17), (0, 21))  # PEFT's versions that were tried, first and last
-GROUP = "_lora_grouped"  # in a tuner's __dict__: whether accelerate was to form groups
+KNOWN = ((0, 17), (0, 21))  # first and last tested version of PEFT
+GROUP = "_lora_grouped"  # in a tuner's __dict__: the ``group`` argument of accelerate
 _warned: set[str] = set()
 
 
 class LoraModel(lora.LoraModel):
-    """PEFT's, fusing the layers which an adapter added later brings. PEFT reports its tuner by the class's name."""
+    """PEFT's LoraModel that also fuses layers added with later adapters. The name is PEFT's, which reports it."""
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's, then a walk over the model."""
+        """Do as PEFT's, then fuse the new layers of the model."""
         super().inject_adapter(model, *args, **kwargs)
         refresh(model, self.__dict__.get(GROUP, True))
 
 
 class MixedModel(mixed.MixedModel):
-    """PEFT's for adapters of several methods, fusing the LoRA layers which an adapter added later brings."""
+    """PEFT's MixedModel, for adapters of several methods, that also fuses LoRA layers added with later adapters."""
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's, then a walk over the model."""
+        """Do as PEFT's, then fuse the new layers of the model."""
         super().inject_adapter(model, *args, **kwargs)
         refresh(model, self.__dict__.get(GROUP, True))
 
 
-FUSED: dict[type, type] = {Linear: FusedLinear, Embedding: FusedEmbedding}
-FUSED |= {Conv1d: FusedConv1d, Conv2d: FusedConv2d, Conv3d: FusedConv3d}
+FUSED: dict[type, type] = {Linear: FusedLinear, Embedding: FastEmbedding}
+FUSED |= {Conv1d: FastConv1d, Conv2d: FastConv2d, Conv3d: FastConv3d}
 TUNERS: dict[type, type] = {lora.LoraModel: LoraModel, mixed.MixedModel: MixedModel}
 
 
 class Root:
-    """The model that accelerate was given, kept by one of its layers where PEFT keeps no tuner with the model.
+    """Refer weakly to the accelerated model, from one of its layers, if the model holds no tuner of PEFT's.
 
-    A copy of the model has one of its own; in a pickle it is empty, so that a layer does not drag its model along.
+    A copy of the model gets its own. A pickle of a layer holds an empty one, so that it does not contain the model.
     """
 
     def __init__(self, model: nn.Module | None = None, group: bool = True) -> None:
@@ -70,7 +70,7 @@ class Root:
         self.group = group
 
     def refresh(self) -> None:
-        """Fuse what is new in the model."""
+        """Fuse the new layers of the model."""
         model = None if self.model is None else self.model()
         if model is not None:
             refresh(model, self.group)
@@ -83,36 +83,36 @@ class Root:
 
 
 def accelerate(model: nn.Module, *, strict: bool = False, group: bool = True, verbose: bool = True) -> nn.Module:
-    """Let PEFT's LoRA layers in ``model`` run fused, in place.
+    """Make PEFT's LoRA layers in ``model`` run fused, in place.
 
-    They stay PEFT layers: names, parameters, state_dict, and every method of PEFT work as before. What has no fused
-    path takes PEFT's own forward, layer by layer and call by call; lora_kernels.explain(model) gives the reasons.
+    They stay PEFT layers: names, parameters, state_dict, and every method of PEFT work as before. PEFT's own forward
+    runs each layer and each call that cannot be fused; lora_kernels.explain(model) shows the reasons.
 
     Args:
-        model: a PeftModel, or any model that PEFT injected layers into; wrapped by torch.compile or DDP or not.
+        model: a PeftModel, or any model that PEFT injected layers into; torch.compile or DDP may wrap it.
         strict: raise if a layer is not fused in its present state, or if there is none.
-        group: let layers that read one input (q, k, v; gate, up) compute together, where they turn out to, and gated
-            MLPs run whole in training.
+        group: run layers that are found to read one input (q, k, v; gate, up) in one call, and gated MLPs in one call
+            in training.
         verbose: print "n of m layers fused, the others because ...".
 
     Returns:
-        The same model. A second call changes nothing but picks up layers that are new, and ``group``. With
-        LORA_KERNELS_ACCELERATE=0 in the environment nothing is changed, and that is printed.
+        The same model. A second call only fuses new layers and applies ``group``. With LORA_KERNELS_ACCELERATE=0 in
+        the environment nothing changes, and a line says so.
 
     Raises:
-        ConfigError: ``strict`` and layers that are not fused; the model is then as it was before.
+        ConfigError: ``strict`` is set and a layer is not fused, or there is none. The model is then unchanged.
     """
     if os.environ.get(SWITCH) == "0":
         print(f"lora_kernels: {SWITCH}=0, the model keeps PEFT's own forwards")
         return model
     _check_version(peft.__version__)
     changed = swap(model)
-    told = report(model, FUSED)
-    if strict and (told.others or not told.layers):
+    summary = report(model, FUSED)
+    if strict and (summary.others or not summary.layers):
         for module in changed:
             module.__class__ = _restored(type(module))
             module.__dict__.pop(UNCALLED, None)
-        raise ConfigError(f"strict=True, and {told}")
+        raise ConfigError(f"strict=True, and {summary}")
     (form_groups if group else dissolve)(model)
     if group:
         form_mlps(model)
@@ -121,14 +121,14 @@ def accelerate(model: nn.Module, *, strict: bool = False, group: bool = True, ve
     _remember(unwrap(model), group)
     switch_off(model, lambda module: isinstance(module, BaseTunerLayer))
     if verbose:
-        print(f"lora_kernels: {told}")
+        print(f"lora_kernels: {summary}")
         for runs, count in Counter(names.describe() for names in mlps_of(model).values()).items():
             print(f"lora_kernels: {count} gated MLPs run whole in training, {runs}")
     return model
 
 
 def decelerate(model: nn.Module) -> nn.Module:
-    """Give PEFT's own classes back to every layer that accelerate changed, in place; returns the same model."""
+    """Restore PEFT's own class of every layer that accelerate changed, in place; return the same model."""
     dissolve(model)
     dissolve_mlps(model)
     for module in model.modules():
@@ -142,7 +142,7 @@ def decelerate(model: nn.Module) -> nn.Module:
 
 
 def refresh(model: nn.Module, group: bool = True) -> None:
-    """Fuse the layers that are new in an accelerated model."""
+    """Fuse the new layers of an accelerated model."""
     new = swap(model)
     switch_off(model, lambda module: isinstance(module, BaseTunerLayer))
     if new and group:
@@ -151,7 +151,7 @@ def refresh(model: nn.Module, group: bool = True) -> None:
 
 
 def swap(model: nn.Module) -> list[nn.Module]:
-    """Change the class of every layer and tuner that has a fused one; gives those that were changed."""
+    """Change the class of every layer and tuner that has a fused one; return the changed modules."""
     changed = []
     for module in model.modules():
         fused = FUSED.get(type(module)) or TUNERS.get(type(module))
@@ -163,7 +163,7 @@ def swap(model: nn.Module) -> list[nn.Module]:
 
 
 def _remember(model: nn.Module, group: bool) -> None:
-    """Have layers that come later picked up: by the tuner, or where PEFT threw that away by a layer that knows."""
+    """Prepare for layers added later: the tuner fuses them, or one layer with a Root if PEFT discarded the tuner."""
     tuners = [module for module in model.modules() if type(module) in TUNERS.values()]
     for tuner in tuners:
         tuner.__dict__[GROUP] = group
@@ -176,7 +176,7 @@ def _remember(model: nn.Module, group: bool) -> None:
 
 
 def describe(module: nn.Module) -> Columns | None:
-    """The row of a PEFT LoRA layer in lora_kernels.explain; None for any other module."""
+    """Return the row of a PEFT LoRA layer in lora_kernels.explain; None for any other module."""
     return row(module, FUSED) if isinstance(module, LoraLayer) else None
 
 
@@ -184,12 +184,12 @@ DESCRIBERS.append(describe)
 
 
 def _restored(kind: type) -> type:
-    """The class that accelerate found; ``kind`` itself where it is none of ours."""
+    """Return the class before accelerate; ``kind`` itself if it is not one of ours."""
     return next((own for own, fused in (FUSED | TUNERS).items() if fused is kind), kind)
 
 
 def _check_version(version: str) -> None:
-    """Warn, once a version, where PEFT is one that was not tried."""
+    """Warn once if this version of PEFT was not tested."""
     found = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
     if not KNOWN[0] <= found <= KNOWN[1] and version not in _warned:
         _warned.add(version)

@@ -1,8 +1,8 @@
-"""PEFT's LoRA layers over nn.Conv1d, nn.Conv2d and nn.Conv3d, with the forward and backward of lora_conv.
+"""Runs PEFT's LoRA layers over nn.Conv1d, nn.Conv2d and nn.Conv3d by lora_conv, forward and backward.
 
     y = conv(x, W) + bias + sum over active adapters of scaling_i * (conv1x1(conv(dropout(x), A_i), B_i) + lora_bias_i)
 
-Several adapters of an ungrouped convolution are one, A and scaling * B side by side, as in linear.py.
+Several adapters of an ungrouped convolution run as one: A and scaling * B are concatenated, as in linear.py.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d
 from torch import Tensor, nn
-from torch.nn.modules.linear import Identity
 
 from lora_kernels.autograd.lora_conv import lora_conv
 from lora_kernels.integrations.peft import why_not as conditions
-from lora_kernels.integrations.peft.linear import Told, count_peft_call
+from lora_kernels.integrations.peft.adapter import read_adapter
+from lora_kernels.integrations.peft.linear import ExplainMixin, count_peft_call
 from lora_kernels.operands.dtypes import low_rank_dtype
 
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class ConvOperands(NamedTuple):
-    """What one fused call reads: the operands and keywords of lora_conv."""
+    """Operands and keywords of one lora_conv call."""
 
     W: Tensor
     A: Tensor
@@ -35,8 +35,8 @@ class ConvOperands(NamedTuple):
 
 
 def operands(layer: Any, x: Tensor | None = None) -> ConvOperands | str:
-    """What the fused path reads of the layer in its present state, for the input ``x`` if given, or the reason why
-    PEFT's own forward runs."""
+    """Return the operands of the layer in its present state, for the input ``x`` if given, or the reason why PEFT's own
+    forward runs."""
     reason = conditions.state_reason(layer)
     if reason is not None:
         return reason
@@ -62,9 +62,12 @@ def operands(layer: Any, x: Tensor | None = None) -> ConvOperands | str:
             return f"its input is {tuple(x.shape)}: no batch of {base.in_channels} channels"
     parts = []
     for name in names:
-        part = _adapter(layer, base, name, W.dtype if x is None else x.dtype)
+        part = read_adapter(layer, name, W.dtype if x is None else x.dtype, type(base))
         if isinstance(part, str):
             return part
+        reason = _geometry_reason(base, *(layer._modules[key]._modules[name] for key in ("lora_A", "lora_B")))
+        if reason is not None:
+            return reason
         parts.append(part)
     A, B, lora_bias, scaling, p = parts[0]
     if len(parts) > 1:
@@ -80,7 +83,7 @@ def operands(layer: Any, x: Tensor | None = None) -> ConvOperands | str:
 
 
 def _base_reason(base: nn.Module) -> str | None:
-    """Why lora_conv would not compute what the base layer does."""
+    """Return why lora_conv would not compute what the base layer does, or None."""
     if type(base) not in PLAIN:
         if nn.utils.parametrize.is_parametrized(base):
             return "its base layer is parametrized"
@@ -92,47 +95,8 @@ def _base_reason(base: nn.Module) -> str | None:
     return "padding='same' is wider on one side" if conv.padding == "same" and any(wide) else None
 
 
-def _adapter(
-    layer: Any, base: Any, name: str, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor | None, float, float] | str:
-    """A (r, C, *k), B (N, r/groups, *1), lora_bias (N,) or None, scaling and dropout's present p of one adapter, or
-    why PEFT's own forward has to run it."""
-    if name in layer.lora_variant:
-        return f"{type(layer.lora_variant[name]).__name__} has no fused path"
-    modules = layer._modules
-    lora_A, lora_B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
-    dropout = modules["lora_dropout"]._modules[name]
-    for module, called in ((lora_A, "lora_A"), (lora_B, "lora_B"), (dropout, "lora_dropout")):
-        reason = conditions.module_reason(module, called)
-        if reason is not None:
-            return reason
-    reason = _geometry_reason(base, lora_A, lora_B)
-    if reason is not None:
-        return reason
-    A, B = conditions.weight_of(lora_A), conditions.weight_of(lora_B)
-    reason = conditions.weight_reason(A, "lora_A") or conditions.weight_reason(B, "lora_B")
-    if reason is not None:
-        return reason
-    assert A is not None
-    assert B is not None
-    if conditions.unsavable(A):
-        return conditions.UNSAVABLE
-    if A.dtype is not dtype and not getattr(layer, "cast_input_dtype_enabled", True):
-        return "casting its input to the adapter's dtype is switched off"
-    if type(dropout) is nn.Dropout and not dropout.inplace:
-        p = dropout.p if dropout.training else 0.0
-    elif type(dropout) is Identity:
-        p = 0.0
-    else:
-        return f"its dropout is a {type(dropout).__name__}, in place or of another kind than nn.Dropout"
-    scaling = conditions.scaling_of(layer, name)
-    return scaling if isinstance(scaling, str) else (A, B, conditions.weight_of(lora_B, "bias"), scaling, p)
-
-
 def _geometry_reason(base: Any, lora_A: Any, lora_B: Any) -> str | None:
-    """Why lora_A does not run over x as the base does, or lora_B not at single places."""
-    if type(lora_A) is not type(base) or type(lora_B) is not type(base) or lora_A._parameters["bias"] is not None:
-        return f"lora_A is a {type(lora_A).__name__}, lora_B a {type(lora_B).__name__}; plain is the base's own kind"
+    """Return why lora_A's geometry is not the base's, or lora_B is not a pointwise convolution; None if they are."""
     for name in ("kernel_size", "stride", "padding"):
         if getattr(lora_A, name) != getattr(base, name):
             return f"lora_A's {name} is {getattr(lora_A, name)}, the base layer's {getattr(base, name)}"
@@ -145,44 +109,31 @@ def _geometry_reason(base: Any, lora_A: Any, lora_B: Any) -> str | None:
     )
 
 
-def _forward(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The fused forward, or None, the reason counted, where the call is PEFT's own."""
-    found = conditions.kwargs_reason(args, kwargs) if args or kwargs else operands(layer, x)
-    if isinstance(found, str):
-        count_peft_call(layer, found)
-        return None
-    W, A, B, bias, lora_bias, scaling, p = found
-    base = layer._modules["base_layer"]
-    geometry = {"stride": base.stride, "padding": base.padding, "dilation": base.dilation, "groups": base.groups}
-    return lora_conv(x, W, A, B, bias, lora_bias=lora_bias, scaling=scaling, dropout_p=p, **geometry)
+class _FastConv(ExplainMixin, nn.Module):
+    """Put lora_conv in front of PEFT's forward, for a convolution of any number of dimensions."""
 
-
-class _Conv(Told):
     operands = staticmethod(operands)
 
-
-class FusedConv1d(_Conv, Conv1d):
-    """peft.tuners.lora.layer.Conv1d whose forward is lora_conv wherever that computes the same. Never built."""
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """y (M, N, out) for x (M, C, in)."""
-        y = _forward(self, x, args, kwargs)
-        return super().forward(x, *args, **kwargs) if y is None else y
+        """Return y (M, N, *out) for x (M, C, *in). PEFT's forward runs a call that cannot be fused; its reason is
+        counted."""
+        found = conditions.kwargs_reason(args, kwargs) if args or kwargs else operands(self, x)
+        if isinstance(found, str):
+            count_peft_call(self, found)
+            return super().forward(x, *args, **kwargs)
+        W, A, B, bias, lora_bias, scaling, p = found
+        base: Any = self._modules["base_layer"]
+        geometry = {"stride": base.stride, "padding": base.padding, "dilation": base.dilation, "groups": base.groups}
+        return lora_conv(x, W, A, B, bias, lora_bias=lora_bias, scaling=scaling, dropout_p=p, **geometry)
 
 
-class FusedConv2d(_Conv, Conv2d):
-    """peft.tuners.lora.layer.Conv2d whose forward is lora_conv wherever that computes the same. Never built."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """y (M, N, out, out) for x (M, C, in, in)."""
-        y = _forward(self, x, args, kwargs)
-        return super().forward(x, *args, **kwargs) if y is None else y
+class FastConv1d(_FastConv, Conv1d):
+    """peft.tuners.lora.layer.Conv1d with lora_conv as its forward. accelerate assigns this class; it is never built."""
 
 
-class FusedConv3d(_Conv, Conv3d):
-    """peft.tuners.lora.layer.Conv3d whose forward is lora_conv wherever that computes the same. Never built."""
+class FastConv2d(_FastConv, Conv2d):
+    """peft.tuners.lora.layer.Conv2d with lora_conv as its forward. accelerate assigns this class; it is never built."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """y (M, N, out, out, out) for x (M, C, in, in, in)."""
-        y = _forward(self, x, args, kwargs)
-        return super().forward(x, *args, **kwargs) if y is None else y
+
+class FastConv3d(_FastConv, Conv3d):
+    """peft.tuners.lora.layer.Conv3d with lora_conv as its forward. accelerate assigns this class; it is never built."""

@@ -1,4 +1,4 @@
-"""PEFT's DoRA on nn.Linear and Conv1D by dora_linear: what it asks for beyond a plain adapter, and the call."""
+"""Runs PEFT's DoRA on nn.Linear and Conv1D by dora_linear: conditions beyond those of a plain adapter, and the call."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _norms: WeakKeyDictionary[nn.Module, NormCache] = WeakKeyDictionary()  # by lora
 
 
 def is_dora(layer: Linear, adapter: str) -> bool:
-    """Whether the adapter of this layer is PEFT's DoRA, and no variant derived from it."""
+    """Return whether the adapter of this layer is PEFT's DoRA, not a variant derived from it."""
     return type(layer.lora_variant.get(adapter)) is DoraLinearVariant
 
 
 def why_not_dora(layer: Linear, adapter: str) -> str | None:
-    """Why dora_forward cannot serve a DoRA adapter that meets the conditions of a plain one; None where it can."""
+    """Return why dora_forward cannot run a DoRA adapter that meets the conditions of a plain one; None if it can."""
     modules: Any = layer._modules
     if len(conditions.active_in(layer, modules["lora_A"]._modules)) != 1:
         return "DoRA and another adapter are active together: PEFT rescales what the adapters before it added"
@@ -43,7 +43,7 @@ def why_not_dora(layer: Linear, adapter: str) -> str | None:
 
 
 def dora_forward(layer: Linear, adapter: str, x: Tensor) -> Tensor:
-    """y (..., N) for x (..., K), as PEFT's forward gives it, for a layer that no condition keeps from it."""
+    """Return y (..., N) for x (..., K), as PEFT's forward does, for a layer that meets all conditions."""
     modules: Any = layer._modules
     base, magnitude, dropout = (
         modules["base_layer"],
@@ -70,7 +70,7 @@ def dora_forward(layer: Linear, adapter: str, x: Tensor) -> Tensor:
 
 
 def _norms_of(magnitude: nn.Module) -> NormCache:
-    """The cache beside the magnitude, not on it: a module that is copied or pickled carries nothing of ours."""
+    """Return the norm cache of a magnitude. It is stored outside the module, so that copies and pickles omit it."""
     cache = _norms.get(magnitude)
     if cache is None:
         cache = _norms[magnitude] = NormCache()

@@ -1,4 +1,4 @@
-"""PEFT's LoRA layer over nn.Embedding, with the forward and backward of lora_embedding.
+"""Runs PEFT's LoRA layer over nn.Embedding by lora_embedding, forward and backward.
 
     y = e * W[ids] + sum over active adapters of e * scaling_i * A_i[:, ids]^T B_i^T
 
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from lora_kernels.autograd.lora_embedding import Update, lora_embedding
 from lora_kernels.integrations.peft import why_not as conditions
-from lora_kernels.integrations.peft.linear import Told, count_peft_call
+from lora_kernels.integrations.peft.adapter import read_adapter
+from lora_kernels.integrations.peft.linear import ExplainMixin, count_peft_call
 
 
 class EmbeddingOperands(NamedTuple):
-    """What one fused call reads: W (vocab, N), each active adapter's A (r, vocab), B (N, r) and scaling, padding_idx,
+    """Operands of one fused call: W (vocab, N); A (r, vocab), B (N, r) and scaling of each active adapter; padding_idx;
     and the factor of the base's rows."""
 
     W: Tensor
@@ -29,8 +30,8 @@ class EmbeddingOperands(NamedTuple):
 
 
 def operands(layer: Embedding, ids: Tensor | None = None) -> EmbeddingOperands | str:
-    """What the fused path reads of the layer in its present state, for ``ids`` if given, or the reason why PEFT's own
-    forward runs."""
+    """Return the operands of the layer in its present state, for ``ids`` if given, or the reason why PEFT's own forward
+    runs."""
     reason = conditions.state_reason(layer)
     if reason is not None:
         return reason
@@ -59,16 +60,20 @@ def operands(layer: Embedding, ids: Tensor | None = None) -> EmbeddingOperands |
     update_scale = layer._get_embed_scale() if scale is not None and hasattr(layer, "_get_embed_scale") else None
     updates: list[Update] = []
     for name in names:
-        update = _adapter(layer, name)
-        if isinstance(update, str):
-            return update
-        A, B, scaling = update
+        if name in getattr(layer, "input_fns", ()):
+            return "tensor parallelism shards it"
+        part = read_adapter(layer, name, W.dtype, nn.Embedding)
+        if isinstance(part, str):
+            return part
+        A, B, _, scaling, _ = part
+        if A.dtype is not B.dtype:
+            return f"lora_embedding_A is {A.dtype}, lora_embedding_B {B.dtype}"
         updates.append((A, B, scaling if update_scale is None else update_scale * scaling))
     return EmbeddingOperands(W, updates, base.padding_idx, scale.to(W.dtype) if isinstance(scale, Tensor) else scale)
 
 
 def _base_reason(base: nn.Module) -> str | None:
-    """Why lora_embedding would not compute what the base layer does."""
+    """Return why lora_embedding would not compute what the base layer does, or None."""
     kind = type(base)
     scales = kind.__module__.startswith("transformers.models.") and kind.__name__.endswith("ScaledWordEmbedding")
     if kind is not nn.Embedding and not (scales and kind.__bases__ == (nn.Embedding,)):
@@ -83,33 +88,12 @@ def _base_reason(base: nn.Module) -> str | None:
     return "scale_grad_by_freq is set" if embedding.scale_grad_by_freq else None
 
 
-def _adapter(layer: Embedding, name: str) -> tuple[Tensor, Tensor, float] | str:
-    """A (r, vocab), B (N, r) and scaling of one adapter, or why PEFT's own forward has to run it."""
-    if name in layer.lora_variant:
-        return f"{type(layer.lora_variant[name]).__name__} has no fused path"
-    if name in getattr(layer, "input_fns", ()):
-        return "tensor parallelism shards it"
-    modules: Any = layer._modules
-    A, B = modules["lora_embedding_A"][name], modules["lora_embedding_B"][name]
-    reason = conditions.weight_reason(A, "lora_embedding_A") or conditions.weight_reason(B, "lora_embedding_B")
-    if reason is not None:
-        return reason
-    if conditions.unsavable(A):
-        return conditions.UNSAVABLE
-    if A.dtype is not B.dtype:
-        return f"lora_embedding_A is {A.dtype}, lora_embedding_B {B.dtype}"
-    scaling = conditions.scaling_of(layer, name)
-    return scaling if isinstance(scaling, str) else (A, B, scaling)
-
-
-class FusedEmbedding(Told, Embedding):
-    """peft.tuners.lora.layer.Embedding whose forward is lora_embedding wherever that computes the same.
-
-    Never built: accelerate changes the class of PEFT's layers, which keep every attribute, parameter and method.
-    """
+class FastEmbedding(ExplainMixin, Embedding):
+    """peft.tuners.lora.layer.Embedding with lora_embedding as its forward. accelerate assigns this class; it is never
+    built."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """y (*x.shape, N) for ids x; a call that cannot be fused is PEFT's own, and counted with its reason."""
+        """Return y (*x.shape, N) for ids x. PEFT's forward runs a call that cannot be fused; its reason is counted."""
         found = conditions.kwargs_reason(args, kwargs) if args or kwargs else operands(self, x)
         if isinstance(found, str):
             count_peft_call(self, found)

@@ -1,9 +1,9 @@
-"""PEFT's LoRA layer over nn.Linear or transformers' Conv1D, with the forward and backward of lora_linear.
+"""Runs PEFT's LoRA layer over nn.Linear or transformers' Conv1D by lora_linear, forward and backward.
 
     y = x W^T + bias + sum over active adapters of scaling_i * (dropout(x) A_i^T B_i^T + lora_bias_i)
 
 Several adapters are one product: with A = [A_1; A_2; ...] (r, K) and B = [s_1 B_1, s_2 B_2, ...] (N, r) the sum is
-x A^T B^T. That needs one x for all, so not several dropout masks.
+x A^T B^T. That requires the same dropped x for all adapters, so several of them run fused only without dropout.
 """
 
 from __future__ import annotations
@@ -14,26 +14,25 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
-from torch.nn.modules.linear import Identity
 from transformers.pytorch_utils import Conv1D
 
 from lora_kernels.autograd.lora_linear import lora_linear_unchecked
 from lora_kernels.autograd.lora_linear_stacked import Projection
 from lora_kernels.integrations.peft import why_not as conditions
-from lora_kernels.integrations.peft.dora import dora_forward, is_dora, why_not_dora
+from lora_kernels.integrations.peft.adapter import read_adapter
+from lora_kernels.integrations.peft.dora import dora_forward
 from lora_kernels.integrations.peft.mixed import mixed_forward
-from lora_kernels.integrations.peft.why_not import FLOATS, PLAIN
 from lora_kernels.operands.dtypes import low_rank_dtype
 
-ROOT = "_lora_root"  # in one layer's __dict__, where PEFT keeps no tuner with the model: see accelerate.Root
-CALLS = "_peft_forward_calls"  # in a layer's __dict__: reason -> how many calls PEFT's own forward took
-UNCALLED = "_lora_uncalled"  # in the __dict__ of a layer that its owner never calls: the reason
-BLOCK = "_lora_block"  # in a layer's __dict__: how the block it is part of runs in training, see mlp.py
+ROOT = "_lora_root"  # in the __dict__ of one layer, if the model holds no tuner of PEFT's: see accelerate.Root
+CALLS = "_peft_forward_calls"  # in a layer's __dict__: reason -> number of calls that PEFT's own forward ran
+UNCALLED = "_lora_uncalled"  # in the __dict__ of a layer that is never called: the reason
+BLOCK = "_lora_block"  # in a layer's __dict__: how its block runs in training, see mlp.py
 
 
 class Operands(NamedTuple):
-    """What one fused call reads: W (N, K), A (r, K), B (N, r), bias (N,) or None, scaling, dropout's p now, and the
-    name of the adapter where dora_linear is to run it."""
+    """Operands of one fused call: W (N, K), A (r, K), B (N, r), bias (N,) or None, scaling, the present p of dropout,
+    and the adapter's name if dora_linear runs it."""
 
     W: Tensor
     A: Tensor
@@ -45,7 +44,7 @@ class Operands(NamedTuple):
 
 
 def _base(layer: Linear, x: Tensor | None) -> tuple[Tensor, Tensor | None] | str:
-    """W (N, K) and bias (N,) or None of the layer for the input ``x`` (..., K), or a reason."""
+    """Return W (N, K) and bias (N,) or None for the input ``x`` (..., K), or the reason for PEFT's own forward."""
     reason = conditions.state_reason(layer)
     if reason is not None:
         return reason
@@ -72,8 +71,8 @@ def _base(layer: Linear, x: Tensor | None) -> tuple[Tensor, Tensor | None] | str
 
 
 def operands(layer: Linear, x: Tensor | None = None) -> Operands | str:
-    """What the fused path reads of the layer in its present state, for the input ``x`` (..., K), or the reason why
-    PEFT's own forward runs."""
+    """Return the operands of the layer in its present state for the input ``x`` (..., K), or the reason why PEFT's own
+    forward runs."""
     found = _base(layer, x)
     if isinstance(found, str):
         return found
@@ -84,7 +83,7 @@ def operands(layer: Linear, x: Tensor | None = None) -> Operands | str:
         return "no adapter of it is active"
     parts = []
     for name in names:
-        part = _adapter(layer, name, W.dtype if x is None else x.dtype)
+        part = read_adapter(layer, name, W.dtype if x is None else x.dtype)
         if isinstance(part, str):
             return part
         parts.append(part)
@@ -97,7 +96,7 @@ def operands(layer: Linear, x: Tensor | None = None) -> Operands | str:
     elif any(p > 0.0 for *_, p in parts):
         return "several adapters are active with a dropout each"
     else:
-        dtype = low_rank_dtype(parts[0][0].dtype)  # the range that scaling * B needs
+        dtype = low_rank_dtype(parts[0][0].dtype)  # scaling * B needs its range
         A = torch.cat([a.to(dtype) for a, *_ in parts])
         B = torch.cat([b.to(dtype) * scaling for _, b, _, scaling, _ in parts], 1)
         lora_biases = [b * scaling for _, _, b, scaling, _ in parts if b is not None]
@@ -111,42 +110,8 @@ def operands(layer: Linear, x: Tensor | None = None) -> Operands | str:
     return Operands(W, A, B, bias, scaling, dropout_p)
 
 
-def _adapter(layer: Linear, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, float, float] | str:
-    """A (r, K), B (N, r), lora_bias (N,) or None, scaling and dropout's present p of one adapter, or a reason."""
-    if name in layer.lora_variant and not is_dora(layer, name):
-        return f"{type(layer.lora_variant[name]).__name__} has no fused path"
-    modules: Any = layer._modules
-    lora_A, lora_B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
-    dropout = modules["lora_dropout"]._modules[name]
-    for module, called in ((lora_A, "lora_A"), (lora_B, "lora_B"), (dropout, "lora_dropout")):
-        reason = conditions.module_reason(module, called)
-        if reason is not None:
-            return reason
-    if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear or lora_A._parameters["bias"] is not None:
-        return f"lora_A is a {type(lora_A).__name__}, lora_B a {type(lora_B).__name__}; plain are nn.Linear"
-    A: Any = conditions.weight_of(lora_A)
-    B: Any = conditions.weight_of(lora_B)
-    if type(A) not in PLAIN or type(B) not in PLAIN or A.dtype not in FLOATS or B.dtype not in FLOATS or A.is_meta:
-        reason = conditions.weight_reason(A, "lora_A") or conditions.weight_reason(B, "lora_B")
-        if reason is not None:
-            return reason
-    if conditions.unsavable(A):
-        return conditions.UNSAVABLE
-    if A.dtype is not dtype and not getattr(layer, "cast_input_dtype_enabled", True):
-        return "casting its input to the adapter's dtype is switched off"
-    if type(dropout) is not nn.Dropout and type(dropout) is not Identity:
-        return f"its dropout is a {type(dropout).__name__}"
-    if type(dropout) is nn.Dropout and dropout.inplace:
-        return "its dropout works in place"
-    p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-    if name in layer.lora_variant:
-        reason = why_not_dora(layer, name)
-    scaling = conditions.scaling_of(layer, name) if reason is None else reason
-    return scaling if isinstance(scaling, str) else (A, B, lora_B._parameters["bias"], scaling, p)
-
-
 def projection_of(layer: Linear, x: Tensor | None = None) -> tuple[Projection, float] | None:
-    """The layer's projection and dropout's p where its fused path holds now (for ``x``, if given), else None."""
+    """Return the layer's projection and dropout's p if it can run fused now (for ``x``, if given), else None."""
     if not isinstance(layer, FusedLinear):
         return None
     found = operands(layer, x)
@@ -154,46 +119,49 @@ def projection_of(layer: Linear, x: Tensor | None = None) -> tuple[Projection, f
 
 
 def drops(layer: Linear) -> bool:
-    """Whether a dropout of the layer is active."""
+    """Return whether a dropout of the layer is active."""
     return any(isinstance(dropout, nn.Dropout) and dropout.training for dropout in layer.lora_dropout.values())
 
 
 def count_peft_call(layer: nn.Module, reason: str) -> None:
-    """Remember on the layer that a call took PEFT's own forward; nothing is kept under torch.compile."""
+    """Count on the layer a call that PEFT's own forward runs. Under torch.compile nothing is counted."""
     if not torch.compiler.is_compiling():
         calls = layer.__dict__.setdefault(CALLS, {})
         calls[reason] = calls.get(reason, 0) + 1
 
 
-class Told:
-    """What report, explain and print ask of a fused layer; ``operands``: what its fused path reads, or a reason."""
+class ExplainMixin:
+    """Add to a fused layer the methods that report, explain and print call.
+
+    ``operands(layer)``: the operands of a fused call, or the reason why PEFT's own forward runs.
+    """
 
     operands: Callable[[Any], Any]
 
     def why_not(self) -> str | None:
-        """Why the layer takes PEFT's own forward in its present state; None where it is fused."""
+        """Return why PEFT's own forward runs in the layer's present state; None if it runs fused."""
         found = vars(self).get(UNCALLED) or self.operands(self)
         return found if isinstance(found, str) else None
 
     def describe(self) -> tuple[str, str, str, str]:
-        """Shape, r, scaling and what runs, as lora_kernels.explain shows them."""
+        """Return shape, r, scaling and what runs, as lora_kernels.explain shows them."""
         return described(self, self.why_not())
 
     def _get_name(self) -> str:
-        return type(self).__name__.removeprefix("Fused")
+        return type(self).__name__.removeprefix("Fused").removeprefix("Fast")
 
     def extra_repr(self) -> str:
         return "lora_kernels"
 
 
-class FusedLinear(Told, Linear):
-    """peft.tuners.lora.layer.Linear whose forward is lora_linear wherever that computes the same.
+class FusedLinear(ExplainMixin, Linear):
+    """peft.tuners.lora.layer.Linear with lora_linear as its forward, in all states where both compute the same.
 
-    Never built: accelerate changes the class of PEFT's layers, which keep every attribute, parameter and method.
+    It is never built: accelerate assigns this class to PEFT's layers, which keep every attribute, parameter and method.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """y (..., N) for x (..., K); a call that cannot be fused is PEFT's own, and counted with its reason."""
+        """Return y (..., N) for x (..., K). PEFT's forward runs a call that cannot be fused; its reason is counted."""
         if args or kwargs:
             y = self._mixed(x, *args, **kwargs)
             if not isinstance(y, str):
@@ -216,16 +184,16 @@ class FusedLinear(Told, Linear):
         return super().forward(x, *args, **kwargs)
 
     def _mixed(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | str:
-        """y for a batch of several adapters, or the reason why PEFT's own forward runs."""
+        """Return y for a batch of several adapters, or the reason why PEFT's own forward runs."""
         names = kwargs.get("adapter_names")
         if args or names is None or len(kwargs) > 1:
             return conditions.kwargs_reason(args, kwargs)
         self._check_forward_args(x, adapter_names=names)
         found = _base(self, x)
-        return found if isinstance(found, str) else mixed_forward(self, x, names, *found, _adapter)
+        return found if isinstance(found, str) else mixed_forward(self, x, names, *found)
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's, which calls it on every layer when an adapter was added anywhere: new layers are looked for."""
+        """Do as PEFT's, then fuse new layers: PEFT calls this on every layer after an adapter was added anywhere."""
         super().set_adapter(*args, **kwargs)
         root = self.__dict__.get(ROOT)
         if root is not None:
@@ -235,7 +203,7 @@ class FusedLinear(Told, Linear):
 
 
 def described(layer: Any, reason: str | None) -> tuple[str, str, str, str]:
-    """A row of explain for a PEFT layer of any kind: shape, r and scaling of its active adapters, and what runs."""
+    """Return explain's row for a PEFT layer of any kind: shape, r and scaling of its active adapters, and what runs."""
     sizes = [getattr(layer, name, None) for name in ("out_features", "in_features")]
     names = [name for name in layer.active_adapters if name in layer.r]
     runs = "fused" if reason is None else f"PEFT's own forward: {reason}"
@@ -249,7 +217,7 @@ def described(layer: Any, reason: str | None) -> tuple[str, str, str, str]:
 
 
 def _shown(scaling: Any) -> str:
-    """A scaling of any type as a short string."""
+    """Return a scaling of any type as a short string."""
     try:
         return f"{scaling.detach() if isinstance(scaling, Tensor) else scaling:g}"
     except (TypeError, ValueError, RuntimeError):  # several elements, on the meta device, or not a number

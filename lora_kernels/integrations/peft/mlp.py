@@ -1,10 +1,11 @@
-"""Gated MLPs of a PEFT model, gate, up and down all LoRA layers, run whole in training: found by structure.
+"""Runs gated MLPs of a PEFT model, whose gate, up and down are LoRA layers, as one call in training.
 
-    y = down(silu(gate(x)) * up(x))        one call of lora_mlp, which keeps x and the outputs of gate and up
+    y = down(silu(gate(x)) * up(x))        one call of lora_mlp, which saves x and the outputs of gate and up
 
-Three separate layers keep silu(gate(x)) and the product besides, about twice as much. The block keeps its object, its
-children and its source; only its class changes, to one that asks at each call whether all three can be fused now. That
-its forward computes this formula, and which of two layers is the gate, is seen by running it.
+Three separate layers also save silu(gate(x)) and the product, which is about twice as much memory. Blocks are found by
+structure. A trial run shows that the block's forward computes this formula, and which of two layers is the gate. The
+block keeps its object, its children and its source. Only its class changes, to one that checks at each call whether all
+three layers can be fused.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from lora_kernels.integrations.peft.linear import BLOCK, FusedLinear, drops, pro
 
 NAMES = "_lora_mlp"  # in a block's __dict__: its Names
 SILU = frozenset((nn.SiLU, type(ACT2FN["silu"])))
-SIZES = (1e-2, 1.0, 1.0, 30.0, 1e3, 3e4)  # of a trial's rows: a clamp far out is met as well
+SIZES = (1e-2, 1.0, 1.0, 30.0, 1e3, 3e4)  # factors of the trial's rows: large values reveal a clamp
 
 
 class Names(NamedTuple):
-    """What a block calls its children."""
+    """Names of a block's children."""
 
     gate: str
     up: str
@@ -38,18 +39,19 @@ class Names(NamedTuple):
     act: str
 
     def describe(self) -> str:
-        """As in "gate_proj + up_proj + down_proj in one call"."""
+        """Return, for example, "gate_proj + up_proj + down_proj in one call"."""
         return f"{self.gate} + {self.up} + {self.down} in one call"
 
 
 class GatedMLP(nn.Module):
-    """What a block's class gets in front of its own bases: a forward that is lora_mlp wherever that computes the same.
+    """First base of a block's class: its forward is lora_mlp, in all states where both compute the same.
 
-    Never built: form_mlps changes the class of a model's blocks.
+    It is never built: form_mlps changes the class of a model's blocks.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """y (..., N) for x (..., K); any call that lora_mlp cannot serve, or would not pay for, is the block's own."""
+        """Return y (..., N) for x (..., K). The block's own forward runs a call for which lora_mlp cannot be used or
+        would not save memory."""
         names = self.__dict__.get(NAMES)
         if names is not None and len(args) == 1 and not kwargs:
             y = whole(self, names, args[0])
@@ -58,7 +60,7 @@ class GatedMLP(nn.Module):
         return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickled as its own class, by which ours is found again."""
+        """Pickle the block with its own class; ours is derived from it on loading."""
         reduced: Any = super().__reduce_ex__(protocol)
         build, args, *rest = reduced
         own = own_class(type(self))
@@ -67,13 +69,13 @@ class GatedMLP(nn.Module):
 
 @functools.cache
 def block_class(own: type) -> type:
-    """The class of a block whose class was ``own``; it has its name, as policies that go by names want it."""
+    """Return the fused class of a block of class ``own``, with the same name: sharding policies match class names."""
     held = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
     return type(own.__name__, (GatedMLP, own), held)
 
 
 def own_class(kind: type) -> type:
-    """The class that a block had before; ``kind`` itself where it is none of ours."""
+    """Return the class that a block had before; ``kind`` itself if it is not one of ours."""
     return kind.__bases__[1] if kind.__bases__[:1] == (GatedMLP,) else kind
 
 
@@ -84,10 +86,10 @@ def _rebuild(own: type, build: Any, args: tuple[Any, ...]) -> nn.Module:
 
 
 def whole(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
-    """The block's output (..., N) by lora_mlp for x (..., K); None: not now."""
+    """Return the block's output (..., N) by lora_mlp for x (..., K), or None if lora_mlp cannot run it now."""
     modules: dict[str, Any] = block._modules
     gate, up, down, act = map(modules.get, names)
-    # Without gradients nothing is kept. But a forward that is to be recomputed runs so, and has to draw the same masks.
+    # Without gradients nothing is saved. But checkpointing runs a forward without them, and must draw the same masks.
     if not isinstance(gate, FusedLinear) or not (torch.is_grad_enabled() or drops(gate)):
         return None
     if len(modules) != len(names) or type(act) not in SILU or _hooked((gate, up, down, act)):
@@ -96,7 +98,7 @@ def whole(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
     p = 0.0
     layers: tuple[Any, ...] = gate, up, down
     for layer in layers:
-        one = projection_of(layer, x)  # of an input down only asks for its type and dtype, which are those of x
+        one = projection_of(layer, x)  # of its input, down checks only type and dtype, which are those of x
         if one is None or (found and one[1] != p):
             return None
         found.append(one[0])
@@ -109,20 +111,22 @@ def whole(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
         return None
     if found[0].W.shape != found[1].W.shape or x.dim() == 0 or x.shape[-1] != W.shape[1]:
         return None
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # a view made inside may not be changed in place
+    rows = (
+        x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    )  # a view made in a custom Function cannot be changed in place
     y = lora_mlp(rows, *found, dropout_p=p)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _hooked(modules: Iterable[nn.Module | None]) -> bool:
-    """Whether one of the modules has to be called as a module."""
+    """Return whether one of the modules must be called as a module (hooks, a patched forward)."""
     return any(module is not None and conditions.module_reason(module, "it") is not None for module in modules)
 
 
 def form_mlps(model: nn.Module) -> dict[str, Names]:
-    """Let every gated MLP of the model that can run whole; gives all that do, by path.
+    """Make every gated MLP of the model run as one call if it can; return these by path.
 
-    A block that does so already is left as it is; one whose children have changed is looked at anew.
+    A block that already does is left unchanged; one whose children have changed is tried again.
     """
     formed: dict[str, Names] = {}
     for path, block in list(model.named_modules()):
@@ -143,12 +147,12 @@ def form_mlps(model: nn.Module) -> dict[str, Names]:
 
 
 def mlps_of(model: nn.Module) -> dict[str, Names]:
-    """The blocks of the model that run whole, by path."""
+    """Return the blocks of the model that run as one call, by path."""
     return {path: module.__dict__[NAMES] for path, module in model.named_modules() if NAMES in module.__dict__}
 
 
 def dissolve_mlps(model: nn.Module) -> None:
-    """Give every block of the model its own class back."""
+    """Restore the own class of every block of the model."""
     for module in model.modules():
         _undo(module)
         module.__dict__.pop(BLOCK, None)
@@ -164,7 +168,7 @@ def _undo(block: nn.Module) -> None:
 
 
 def _candidates(block: nn.Module) -> tuple[Names, ...]:
-    """Both ways in which the block's children can be a gated MLP's, or none."""
+    """Return both assignments of the block's children to gate, up and down, or none if it is not a gated MLP."""
     modules: dict[str, Any] = block._modules
     layers = {name: module for name, module in modules.items() if isinstance(module, FusedLinear)}
     acts = [name for name, module in modules.items() if type(module) in SILU]
@@ -179,7 +183,7 @@ def _candidates(block: nn.Module) -> tuple[Names, ...]:
 
 
 class _StandIn(nn.Module):
-    """X W^T in a layer's place, W small and random. A forward that reads a layer's weight fails: it has none."""
+    """Replace a layer by X W^T, W small and random. It has no ``weight``, so a forward that reads one fails."""
 
     def __init__(self, held: Tensor) -> None:
         super().__init__()
@@ -190,9 +194,9 @@ class _StandIn(nn.Module):
 
 
 def _tried(block: nn.Module, ways: tuple[Names, ...]) -> Names | None:
-    """The way that gives what the block's own forward gives, to the bit, where the other way gives something else.
+    """Return the assignment whose output equals that of the block's own forward in every bit, if the other's does not.
 
-    It runs on a shadow of the block with small layers of random weights: neither sizes nor where weights are matter.
+    The trial runs on a copy of the block with small layers of random weights, independent of its own sizes and devices.
     """
     if not _can_be_tried(block):
         return None
@@ -216,20 +220,20 @@ def _tried(block: nn.Module, ways: tuple[Names, ...]) -> Names | None:
                 shadow.training = training
                 try:
                     y = type(block).forward(shadow, x.clone())
-                except Exception:  # whatever a forward that is none of ours raises at such a call: it is no such block
+                except Exception:  # a forward of any code may raise anything: then it is not a gated MLP
                     return None
                 agree = [held and _equal(y, wanted) for held, wanted in zip(agree, expected, strict=True)]
     return ways[agree.index(True)] if sum(agree) == 1 else None
 
 
 def _equal(y: Any, expected: Tensor) -> bool:
-    """To the bit; far out, infinities and NaNs too."""
+    """Return whether both are equal in every bit; infinities and NaNs, of large inputs, are equal to themselves."""
     alike = isinstance(y, Tensor) and y.shape == expected.shape and y.dtype is expected.dtype
     return alike and torch.allclose(y, expected, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def _can_be_tried(block: nn.Module) -> bool:
-    """Whether the block's class can have a subclass, its forward takes one tensor, and it has no tensors of its own."""
+    """Return whether the block's class can be subclassed, its forward takes one tensor, and it has no own tensors."""
     kind = type(block)
     if type(kind) is not type or any("__init_subclass__" in vars(base) for base in kind.__mro__[:-1]):
         return False

@@ -1,7 +1,7 @@
-"""How many of a model's PEFT LoRA layers are fused, and why the others are not.
+"""Reports how many of a model's PEFT LoRA layers are fused, and why the others are not.
 
-Every fused class has ``why_not() -> str | None``: the reason that holds in its present state, None where it is fused.
-Calls that took PEFT's own forward are counted in the layer, by reason.
+Every fused class has ``why_not() -> str | None``: the reason in its present state, None if it runs fused. Calls that
+PEFT's own forward ran are counted in the layer, by reason.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import nn
 from lora_kernels.integrations.peft.linear import UNCALLED, described
 from lora_kernels.models.targets import uncalled
 
-SHOWN = 3  # paths named for one reason
+SHOWN = 3  # paths printed per reason
 
 
 @dataclass(frozen=True)
 class Report:
-    """The PEFT LoRA layers of a model by path: None where fused, else the reason why PEFT's own forward runs."""
+    """Hold the PEFT LoRA layers of a model by path: None if fused, else the reason why PEFT's own forward runs."""
 
     layers: dict[str, str | None]
 
@@ -32,32 +32,32 @@ class Report:
 
     @property
     def others(self) -> dict[str, str]:
-        """Reason by path of the layers that take PEFT's own forward."""
+        """Reasons by path of the layers that run PEFT's own forward."""
         return {path: reason for path, reason in self.layers.items() if reason is not None}
 
     def __str__(self) -> str:
-        told = f"{len(self.fused)} of {len(self.layers)} PEFT LoRA layers fused"
+        summary = f"{len(self.fused)} of {len(self.layers)} PEFT LoRA layers fused"
         by_reason = defaultdict[str, list[str]](list)
         for path, reason in self.others.items():
             by_reason[reason].append(path)
         if not by_reason:
-            return told if self.layers else f"{told}: the model has none"
+            return summary if self.layers else f"{summary}: the model has none"
         lines = []
         for reason, paths in by_reason.items():
             more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
             lines.append(f"  {len(paths)}: {reason} ({', '.join(paths[:SHOWN])}{more})")
-        return "\n".join([f"{told}; PEFT's own forward runs the others, because", *lines])
+        return "\n".join([f"{summary}; PEFT's own forward runs the others, because", *lines])
 
 
 def why_not(module: LoraLayer, fused: Mapping[type, type]) -> str | None:
-    """None for a fused layer in a state that is fused, else the reason; ``fused``: PEFT's classes and ours for them."""
+    """Return the reason why PEFT's own forward runs, or None. ``fused``: our class for each class of PEFT's."""
     if UNCALLED in module.__dict__:
         return module.__dict__[UNCALLED]
     if "forward" in module.__dict__:
         return "its forward is patched"
-    asked = getattr(module, "why_not", None)
-    if asked is not None:
-        return asked()
+    own = getattr(module, "why_not", None)
+    if own is not None:
+        return own()
     kind = type(module)
     if kind in fused:
         return "lora_kernels.accelerate(model) was not called since PEFT made it"
@@ -68,7 +68,7 @@ def why_not(module: LoraLayer, fused: Mapping[type, type]) -> str | None:
 
 
 def mark_uncalled(model: nn.Module) -> None:
-    """Mark each LoRA layer whose owner reads its weight and never calls it, so that its adapter has no effect."""
+    """Mark each LoRA layer whose owner reads its weight but never calls it, so that its adapter has no effect."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for path, reason in uncalled(model).items():
         layer, owner = modules.get(path), modules.get(path.rpartition(".base_layer.")[0])
@@ -78,11 +78,11 @@ def mark_uncalled(model: nn.Module) -> None:
 
 
 def report(model: nn.Module, fused: Mapping[type, type]) -> Report:
-    """Every LoRA layer that PEFT made in the model."""
+    """Return the report on every LoRA layer that PEFT made in the model."""
     layers = ((path, module) for path, module in model.named_modules() if isinstance(module, LoraLayer))
     return Report({path: why_not(module, fused) for path, module in layers})
 
 
 def row(module: LoraLayer, fused: Mapping[type, type]) -> tuple[str, str, str, str]:
-    """The layer's row in lora_kernels.explain: shape, r and scaling of its active adapters, and what runs it."""
+    """Return the layer's row in lora_kernels.explain: shape, r and scaling of its active adapters, and what runs it."""
     return described(module, why_not(module, fused))

@@ -1,4 +1,4 @@
-"""Cache of outputs that one call computed for several siblings, until each sibling is called; see groups.py."""
+"""Caches the outputs that one call computed for several siblings, until each sibling is called; see groups.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lora_kernels.integrations.peft.reads import Partners, in_backward
+from lora_kernels.integrations.peft.sharing import Partners, in_backward
 
 if TYPE_CHECKING:
     from lora_kernels.integrations.peft.groups import Group
@@ -17,8 +17,8 @@ Mode = tuple[bool, bool, torch.dtype | None]
 State = list[Any]
 
 
-class Made:
-    """Outputs computed for siblings that have not been called yet, by seat, each with the state of its layer; and the
+class GroupOutputs:
+    """Hold outputs for siblings that have not been called yet, by index, each with the state of its layer; and the
     input and the mode from which they were computed."""
 
     __slots__ = ("group", "mode", "outputs", "partners", "recomputed", "version", "x")
@@ -34,7 +34,7 @@ class Made:
             torch.autograd.Variable._execution_engine.queue_callback(self.drop)  # type: ignore[attr-defined]
 
     def holds_for(self, x: Tensor, mode: Mode) -> bool:
-        """Whether these are the outputs for ``x`` in its current version, and for ``mode``."""
+        """Return whether these are the outputs for ``x`` in its current version, and for ``mode``."""
         return self.x is x and self.version == x._version and self.mode == mode
 
     def drop(self) -> None:
@@ -42,17 +42,17 @@ class Made:
         self.x, self.outputs = None, {}
 
 
-class Unclaimed(threading.local):
+class UnclaimedOutputs(threading.local):
     """Per-thread cache of outputs computed for siblings that have not been called yet: those of one group.
 
     It is cleared by the call of the last sibling; by a call of a sibling with another input or in another mode; by the
     next group that runs in the thread; by any call in inference mode; and at the end of a backward that recomputed it.
     """
 
-    made: Made | None = None
+    made: GroupOutputs | None = None
 
 
-unclaimed = Unclaimed()
+unclaimed = UnclaimedOutputs()
 
 
 def discard_unclaimed() -> None:
@@ -61,4 +61,4 @@ def discard_unclaimed() -> None:
     if made is not None:
         made.drop()
         if not made.recomputed:  # a recomputation may stop before it calls all siblings
-            made.group.reads.miss(made.partners)
+            made.group.sharing.miss(made.partners)

@@ -1,8 +1,8 @@
-"""When a PEFT layer must take PEFT's own forward: the conditions that all fused layers share, each with its reason.
+"""Conditions under which PEFT's own forward must run, shared by all fused layers, each with its reason.
 
-The checks run at every call: each is an attribute or a dictionary looked at, the cheapest first. PEFT calls base_layer,
-lora_A, lora_B and the dropout as modules, so whatever hangs on such a call (hooks, a patched forward) would be lost by
-a layer that reads their weights instead; the same goes for what torch does to the call as a whole.
+The checks run at every call. Each reads an attribute or a dictionary, the cheapest first. PEFT calls base_layer,
+lora_A, lora_B and the dropout as modules. A layer that reads their weights instead would skip their hooks and patched
+forwards, and what torch does to the call as a whole (tracing, transforms).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _transforms_active, _tracing_state = torch._C._are_functorch_transforms_active, 
 
 
 def state_reason(layer: LoraLayer) -> str | None:
-    """Why no fused path can serve the layer as it stands, whatever its kind: disabled or merged adapters."""
+    """Return why a layer of any kind cannot run fused in its present state (disabled or merged adapters), or None."""
     if layer._disable_adapters:
         return "its adapters are disabled"
     if layer.merged_adapters:
@@ -41,38 +41,38 @@ def state_reason(layer: LoraLayer) -> str | None:
 
 
 def unsavable(A: Tensor) -> bool:
-    """Whether autograd cannot save an adapter's weights because they were created in inference mode."""
+    """Return whether autograd cannot save an adapter's weights because they were created in inference mode."""
     return not is_compiling() and A.is_inference() and torch.is_grad_enabled()
 
 
 def active_in(layer: LoraLayer, held: dict[str, Any]) -> list[str]:
-    """The active adapters that the layer has, in the order in which PEFT adds them; ``held`` is keyed by adapter."""
+    """Return the layer's active adapters in the order in which PEFT adds them; ``held`` is keyed by adapter."""
     active = layer._active_adapter
     return [name for name in ((active,) if isinstance(active, str) else active) if name in held]
 
 
 def module_reason(module: nn.Module, name: str) -> str | None:
-    """Why ``module`` has to be called as a module instead of having its weight read: hooks or a patched forward."""
+    """Return why ``module`` must be called instead of reading its weight (hooks, a patched forward), or None."""
     held = module.__dict__
     if held["_forward_hooks"] or held["_forward_pre_hooks"]:
         return f"{name} has forward hooks"
     if held["_backward_hooks"] or held["_backward_pre_hooks"]:
         return f"{name} has backward hooks"
     if "forward" in held:
-        patched = held["forward"]  # left behind as it was by hooks that were taken off again
+        patched = held["forward"]  # removed hooks may leave the original forward here
         if getattr(patched, "__func__", None) is not type(module).forward or patched.__self__ is not module:
             return f"the forward of {name} is patched"
     return f"{name} has a hook of accelerate" if "_hf_hook" in held else None
 
 
 def weight_of(module: nn.Module, name: str = "weight") -> Tensor | None:
-    """A weight as the module's own forward reads it; sharding wrappers put plain tensors in a Parameter's place."""
+    """Return a weight as the module's own forward reads it; sharding wrappers replace a Parameter by a plain tensor."""
     weight = module._parameters.get(name)
     return getattr(module, name, None) if weight is None else weight
 
 
 def base_weight(module: nn.Module) -> Tensor | None:
-    """The frozen weight of a base layer, in a form that autograd can save."""
+    """Return the frozen weight of a base layer, in a form that autograd can save."""
     W = weight_of(module)
     if W is None or is_compiling() or not W.is_inference() or not torch.is_grad_enabled():
         return W
@@ -80,7 +80,7 @@ def base_weight(module: nn.Module) -> Tensor | None:
 
 
 def weight_reason(weight: Tensor | None, name: str) -> str | None:
-    """Why a weight is none that the kernels can read."""
+    """Return why the kernels cannot read a weight, or None."""
     if weight is None:
         return f"{name} has no weight"
     if type(weight) not in PLAIN:
@@ -93,7 +93,7 @@ def weight_reason(weight: Tensor | None, name: str) -> str | None:
 
 
 def storage_reason(tensor: Tensor, name: str) -> str | None:
-    """The reason why a tensor is not a dense strided tensor with data, or None."""
+    """Return why a tensor is not a dense strided tensor with data, or None."""
     if tensor.is_nested:
         return f"{name} is a nested tensor"
     if tensor.layout is not torch.strided:
@@ -102,8 +102,11 @@ def storage_reason(tensor: Tensor, name: str) -> str | None:
 
 
 def scaling_of(layer: LoraLayer, name: str) -> float | str:
-    """The scaling of an adapter as a finite float, or the reason why it cannot be used as one: it requires a gradient,
-    has a shape, or has a type with its own arithmetic. A scaling on a GPU is not read: that would wait for the GPU."""
+    """Return the scaling of an adapter as a finite float, or the reason why it cannot be used as one.
+
+    The reasons are: it requires a gradient, has a shape, or has a type with its own arithmetic. A scaling on a GPU is
+    not read, since that would wait for the GPU.
+    """
     scaling: Any = layer.scaling[name]
     if type(scaling) is not float:
         if isinstance(scaling, Tensor):
@@ -122,7 +125,7 @@ def scaling_of(layer: LoraLayer, name: str) -> float | str:
 
 
 def call_reason() -> str | None:
-    """Why this call, on any layer, needs operations that torch can trace or transform."""
+    """Return why this call, on any layer, needs operations that torch can trace or transform, or None."""
     if is_compiling():
         return "torch.export is tracing it" if torch.compiler.is_exporting() else None
     if any_module._global_forward_hooks or any_module._global_forward_pre_hooks:
@@ -137,7 +140,7 @@ def call_reason() -> str | None:
 
 
 def input_reason(x: Tensor, weight: Tensor) -> str | None:
-    """Why the input cannot go with a base weight: the cases in which lora_linear and nn.Linear would not agree."""
+    """Return why an input does not match a base weight (cases in which lora_linear and nn.Linear differ), or None."""
     if type(x) not in PLAIN:
         return f"its input is a {type(x).__name__}"
     if x.is_nested or x.layout is not torch.strided or x.is_meta:
@@ -153,7 +156,7 @@ def input_reason(x: Tensor, weight: Tensor) -> str | None:
 
 
 def linear_reason(base: nn.Module) -> str | None:
-    """Why a base layer is neither nn.Linear nor transformers' Conv1D, to the letter."""
+    """Return why a base layer is not exactly nn.Linear or transformers' Conv1D, or None."""
     if type(base) in LINEAR:
         return None
     if nn.utils.parametrize.is_parametrized(base):
@@ -162,7 +165,7 @@ def linear_reason(base: nn.Module) -> str | None:
 
 
 def kwargs_reason(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """What a call with more than its input asks for."""
+    """Return the reason for a call with more arguments than its input."""
     if kwargs.get("adapter_names") is not None:
         return "adapter_names was passed: a batch of several adapters"
     if kwargs.get("alora_offsets") is not None:

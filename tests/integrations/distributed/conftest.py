@@ -38,11 +38,11 @@ def processes(tmp_path: Path) -> Callable[..., None]:
                 process.wait()
         late = time.monotonic() > deadline
         for case in cases:
-            paths = {rank: folder / f"{case}.{rank}.json" for rank in range(world)}
-            failures = [f"rank {r}: {f}" for r, p in paths.items() if p.exists() and (f := json.loads(p.read_text()))]
+            reports = {rank: folder / f"{case}.{rank}.json" for rank in range(world)}
+            failures = [f"rank {r}: {f}" for r, p in reports.items() if p.exists() and (f := json.loads(p.read_text()))]
             if failures:
                 pytest.fail(f"{case}\n" + "\n".join(failures), pytrace=False)
-            if not all(path.exists() for path in paths.values()):
+            if not all(path.exists() for path in reports.values()):
                 errors = "\n".join((folder / f"{rank}.err").read_text()[-2000:] for rank in range(world))
                 pytest.fail(f"{case} {'did not end in time' if late else 'ended early'}\n{errors}", pytrace=False)
 

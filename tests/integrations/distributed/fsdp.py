@@ -103,7 +103,7 @@ def saving_gathers(folder: Path) -> None:
         model = train(shard(build()), **shares())
         model(data()[0][0])  # leaves the root's own tensors gathered
         lk.save_adapter(model, folder / name)
-        assert (folder / name / "adapter_config.json").exists()  # on every process: nobody returns before
+        assert (folder / name / "adapter_config.json").exists()  # on every process: none returns before
         one = unsharded(model)
         if dist.get_rank() == 0:
             lk.save_adapter(one, folder / f"{name}_one")

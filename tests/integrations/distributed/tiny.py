@@ -63,7 +63,7 @@ class Tiny(nn.Module):
         self.checkpointing: bool | None = None  # None: none; otherwise use_reentrant
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.checkpointing:  # the reentrant kind gives no gradients where no input asks for one
+        if self.checkpointing:  # the reentrant kind gives no gradients if no input requires one
             x = x.detach().requires_grad_()
         for block in self.blocks:
             if self.checkpointing is None:

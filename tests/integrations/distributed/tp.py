@@ -1,4 +1,4 @@
-"""Tensor parallel: transformers' tp_plan under PEFT and accelerate; our own layers say that they cannot."""
+"""Tensor parallel: transformers' tp_plan under PEFT and accelerate; our own layers raise an error."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ def transformers_plan(folder: Path) -> None:
     plan = DistributedConfig(tp_plan="auto")
     model = with_adapter(LlamaForCausalLM.from_pretrained(source, distributed_config=plan))
     assert any(isinstance(p, DTensor) for n, p in model.named_parameters() if "lora_" in n)
-    told = io.StringIO()
-    with redirect_stdout(told):
+    printed = io.StringIO()
+    with redirect_stdout(printed):
         lk.accelerate(model)
-    assert "0 of 14 PEFT LoRA layers fused" in told.getvalue()
-    assert "14: the forward of base_layer is patched" in told.getvalue()  # by the plan
+    assert "0 of 14 PEFT LoRA layers fused" in printed.getvalue()
+    assert "14: the forward of base_layer is patched" in printed.getvalue()  # by the plan
     got = results(model)
     for name, value in got.items():
         assert_close(value, plain[name], truth[name], what=name)

@@ -1,4 +1,4 @@
-"""python worker.py FOLDER RANK WORLD MODULE CASE...: runs cases of MODULE as one process of a group; a file tells."""
+"""python worker.py FOLDER RANK WORLD MODULE CASE...: runs cases of MODULE as one process of a group; writes a file."""
 
 import importlib
 import json
@@ -30,7 +30,7 @@ def main(folder: Path, rank: int, world: int, module: str, names: list[str]) -> 
         except BaseException:
             failure = traceback.format_exc()
         (folder / f"{name}.{rank}.json").write_text(json.dumps(failure))
-        if failure:  # the others may wait for this process for ever: whoever started them ends them
+        if failure:  # the others may wait for this process forever: the process that started them ends them
             sys.exit(1)
     dist.destroy_process_group()
 

@@ -34,7 +34,7 @@ class Net(nn.Module):
 
 
 def _adapted(**config: object) -> PeftModel:
-    """Net with an adapter as large as the base, the same weights at every call."""
+    """Return Net with an adapter as large as the base, and the same weights at every call."""
     torch.manual_seed(0)
     model = get_peft_model(Net(), LoraConfig(**{"r": 4, "target_modules": TARGETS, **config}))
     fill_adapters(model)
@@ -47,7 +47,7 @@ def _example(rows: int = 16, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter:
-    """How often each way of a FusedLinear was taken: "fused", "dora", or the reason for PEFT's own forward."""
+    """Number of calls of FusedLinear by what ran: "fused", "dora", or the reason for PEFT's own forward."""
     seen = Counter[str]()
 
     def counting(name: str, key: Callable[..., str]) -> None:
@@ -67,7 +67,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter:
 
 
 def _run(model: nn.Module, x: Tensor, autocast: torch.dtype | None = None, **kwargs: object) -> dict[str, Tensor]:
-    """The output and every gradient of sum(y * c) for a fixed c."""
+    """Return the output and every gradient of sum(y * c) for a fixed c."""
     x = x.detach().requires_grad_(x.requires_grad)
     model.zero_grad()
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
@@ -89,7 +89,7 @@ def _assert_equal_peft(
     dtype: torch.dtype | None = None,
     **kwargs: object,
 ) -> None:
-    """Output and gradients of ``model`` accelerated, against PEFT's own by the error rule; the same ones exist.
+    """Compare output and gradients of the accelerated ``model`` with PEFT's own by the error rule; the same ones exist.
 
     plain_autocast: PEFT's own runs under this autocast. dtype: of the arithmetic, where it isn't the result's.
     """
@@ -111,7 +111,7 @@ def adapted() -> Callable[..., PeftModel]:
 
 @pytest.fixture
 def example() -> Callable[..., Tensor]:
-    """example(rows, dtype) -> an input of Net that wants a gradient."""
+    """example(rows, dtype) -> an input of Net that requires a gradient."""
     return _example
 
 
@@ -129,14 +129,14 @@ def same() -> Callable[..., None]:
 
 @pytest.fixture
 def nothing_left_over() -> Iterator[None]:
-    """What siblings made ahead is dropped after the test."""
+    """Drop the cached outputs of siblings after the test."""
     yield
-    groups._aside.made = None
+    groups.unclaimed.made = None
 
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many layers each call of the fused functions served, in order."""
+    """Number of layers in each call of the fused functions, in order."""
     calls: list[int] = []
 
     def stacked(x: Tensor, projections: list, p: float) -> object:

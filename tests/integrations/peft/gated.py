@@ -1,4 +1,4 @@
-"""A model of gated MLPs under names that say nothing, and what its tests share."""
+"""A model of gated MLPs with meaningless names, and functions that its tests share."""
 
 import copy
 
@@ -17,7 +17,7 @@ TARGETS = ["a", "b", "c"]
 
 
 class Gated(nn.Module):
-    """c(silu(a(x)) * b(x)) under names that say nothing."""
+    """c(silu(a(x)) * b(x)), with meaningless names."""
 
     def __init__(self, K=K, F=F, bias=False):
         super().__init__()
@@ -56,7 +56,7 @@ def adapted(*args, group=True, **kwargs):
 
 
 def twins(*args, **kwargs):
-    """A model whose blocks run whole, and one like it whose layers run one by one."""
+    """Return a model whose blocks run as one call, and an equal one whose layers run one by one."""
     model = adapted(*args, **kwargs)
     assert len(mlps_of(model)) == 2
     return model, accelerate(copy.deepcopy(model), verbose=False, group=False)

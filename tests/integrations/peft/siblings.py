@@ -1,4 +1,4 @@
-"""A small model whose layers read one x, with adapters as large as the base, and what its tests share."""
+"""A small model whose layers read one x, with adapters as large as the base, and functions that its tests share."""
 
 import copy
 
@@ -41,7 +41,7 @@ class Stack(nn.Module):
         for layer in self.layers:
             if self.reentrant is None:
                 x = layer(x.tanh())
-            else:  # what siblings read is made inside, so that it is another tensor when it is made again
+            else:  # the siblings' input is computed inside, so that a recomputation makes another tensor
                 x = checkpoint(lambda x, layer=layer: layer(x.tanh()), x, use_reentrant=self.reentrant)
         return x
 
@@ -66,7 +66,7 @@ def example(seed=0, rows=5):
 
 
 def gradients(model, x, seed=7):
-    """The output and every gradient of a forward with the program's generator at ``seed``."""
+    """Return the output and every gradient of a forward after torch.manual_seed(seed)."""
     model.zero_grad()
     x = x.detach().clone().requires_grad_()
     torch.manual_seed(seed)
@@ -77,7 +77,7 @@ def gradients(model, x, seed=7):
 
 
 def twins(prepare=lambda model: None, **config):
-    """A model whose siblings run together and one like it whose layers run alone."""
+    """Return a model whose siblings run together and an equal one whose layers run alone."""
     model = adapted(**config)
     prepare(model)
     twin = copy.deepcopy(model)

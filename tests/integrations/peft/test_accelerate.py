@@ -1,4 +1,4 @@
-"""accelerate and decelerate: a PEFT model stays one, through everything that PEFT does with it."""
+"""Tests accelerate and decelerate: a PEFT model remains one after everything that PEFT does with it."""
 
 import copy
 import io
@@ -129,7 +129,7 @@ def stripped(model, tmp_path):
     return model.unload()
 
 
-# what is done to the model, and how many of its layers run fused afterwards
+# a change of the model, and how many of its layers run fused afterwards
 LIFE = {
     add: 3, reload: 3, load_another: 2, both: 4, weighted: 3, hotswap: 3, merged_and_back: 3, disabled_and_back: 3,
     deleted: 2, converted: 3, saved_whole: 3, pickled: 3, copied: 3, state_moved: 3, trained_partly: 3, unloaded: 0,

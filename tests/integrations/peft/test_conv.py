@@ -1,4 +1,4 @@
-"""FusedConv1d, FusedConv2d and FusedConv3d against PEFT's own layers: outputs, gradients, and what stays PEFT's."""
+"""Compares FastConv1d, 2d and 3d with PEFT's own layers: outputs, gradients, and the calls that PEFT's forward runs."""
 
 import copy
 import pickle
@@ -11,10 +11,10 @@ from torch import nn
 
 from lora_kernels.check.compat.families import fill_adapters
 from lora_kernels.integrations.peft import accelerate, decelerate
-from lora_kernels.integrations.peft.conv import FusedConv1d, FusedConv2d, FusedConv3d
+from lora_kernels.integrations.peft.conv import FastConv1d, FastConv2d, FastConv3d
 from lora_kernels.testing import assert_close
 
-CLASSES = {nn.Conv1d: FusedConv1d, nn.Conv2d: FusedConv2d, nn.Conv3d: FusedConv3d}
+CLASSES = {nn.Conv1d: FastConv1d, nn.Conv2d: FastConv2d, nn.Conv3d: FastConv3d}
 pytestmark = pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer")
 
 
@@ -28,7 +28,7 @@ class Net(nn.Module):
 
 
 def pair(conv, dtype=torch.float32, autocast_adapter_dtype=True, **config):
-    """A PEFT model and its twin whose convolution is fused."""
+    """Return a PEFT model and its twin whose convolution is fused."""
     torch.manual_seed(0)
     config = {"r": 4, "lora_alpha": 7, "target_modules": ["conv"], **config}
     model = get_peft_model(Net(conv).to(dtype), LoraConfig(**config), autocast_adapter_dtype=autocast_adapter_dtype)
@@ -50,7 +50,7 @@ def example(model, M=3):
 
 
 def pass_through(model, x=None):
-    """Y and every gradient, by name."""
+    """Return Y and every gradient, by name."""
     one = layer(model)
     x = (example(model) if x is None else x).detach().requires_grad_()
     Y = one(x)
@@ -61,7 +61,7 @@ def pass_through(model, x=None):
 
 
 def compare(model, twin, dtype=None):
-    """The rule for Y and all gradients, in the models' own dtypes; PEFT in float64 is the truth."""
+    """Apply the error rule to Y and all gradients in the models' own dtypes; PEFT in float64 is the truth."""
     x = example(model)
     own, fused = pass_through(model, x), pass_through(twin, x)
     true = pass_through(copy.deepcopy(model).double(), x.double())
@@ -145,7 +145,7 @@ def test_several_adapters_and_a_changed_scale():
 
 
 def test_dropout_is_pefts_in_the_mean_and_none_in_eval():
-    """Averaged over masks it converges to the layer without dropout; 600 masks leave a 25th of one mask's error."""
+    """The mean over masks converges to the layer without dropout: 600 masks leave a 25th of one mask's error."""
     model, twin = pair(CONVS["2d"](), lora_dropout=0.5)
     x = example(model)
     torch.manual_seed(0)
@@ -249,7 +249,7 @@ def test_adapters_with_dropout_or_groups_stay_apart():
 def test_inputs_without_a_batch_or_with_other_channels_are_pefts():
     model, twin = pair(CONVS["2d"]())
     x = example(model)
-    for one in (x[0], x[0, :, :6]):  # the second as high as it has channels
+    for one in (x[0], x[0, :, :6]):  # the second has as many rows as channels
         assert torch.equal(layer(twin)(one), layer(model)(one))
     with pytest.raises(RuntimeError, match="channels"):
         layer(twin)(x[:, 1:])

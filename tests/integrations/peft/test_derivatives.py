@@ -1,4 +1,4 @@
-"""Second derivatives, forward mode, batched gradients and torch.func through accelerated models, beside PEFT's own."""
+"""Tests second derivatives, forward mode, batched gradients and torch.func of accelerated models, beside PEFT's own."""
 
 import copy
 
@@ -16,7 +16,7 @@ D = 6
 
 
 class Gated(nn.Module):
-    """A gated MLP, which runs whole."""
+    """A gated MLP, which runs as one call."""
 
     def __init__(self):
         super().__init__()
@@ -61,7 +61,7 @@ IDS = torch.tensor([[1, 10, 3], [0, 3, 3]])
 
 @pytest.fixture(scope="module", params=["lora", "dora"])
 def models(request):
-    """PEFT's model, and a copy of it whose groups and blocks have been learned."""
+    """Return PEFT's model, and an accelerated copy whose groups and blocks are known."""
     torch.manual_seed(0)
     dora = request.param == "dora"
     targets = LINEAR if dora else [*LINEAR, "emb", "conv"]
@@ -186,7 +186,7 @@ def test_siblings_of_one_x_before_and_in_a_dual_level(models):
     plain, fused = models
     block, twin = fused.base_model.model.blocks[0], plain.base_model.model.blocks[0]
     x = X.detach().clone().requires_grad_()
-    block.q(x)  # whose siblings are computed with it
+    block.q(x)  # its siblings run in the same call
     with forward_ad.dual_level():
         name = "lora_A.default.weight"
         weight = {name: block.k.get_parameter(name).detach()}

@@ -1,4 +1,4 @@
-"""The fused DoRA forward against PEFT's own, in models and layers, and after everything PEFT does to adapters."""
+"""Compares the fused DoRA forward with PEFT's own, in models and layers, and after PEFT's changes of adapters."""
 
 import copy
 import gc
@@ -21,11 +21,11 @@ from lora_kernels.reference import generator_keep_mask
 from lora_kernels.reference import weight_norm as norms
 from lora_kernels.testing import Pool, assert_close
 
-pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # PEFT sets it for Conv1D, and says so
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # PEFT sets it for Conv1D, with a warning
 
 
 class Fused(Linear):
-    """Nothing but the fused forward."""
+    """Run the fused forward only."""
 
     def forward(self, x, *args, **kwargs):
         (name,) = self.active_adapters
@@ -125,9 +125,7 @@ CASES = {
 def test_dtypes_by_the_rule(dtype, cast_adapters, autocast):
     model = net(dtype=dtype, autocast_adapter_dtype=cast_adapters)
     x = torch.randn(400, 96).to(dtype)
-    plain = (
-        copy.deepcopy(model) if autocast else copy.deepcopy(model).to(dtype)
-    )  # one dtype for all, as autocast has it
+    plain = copy.deepcopy(model) if autocast else copy.deepcopy(model).to(dtype)  # one dtype for all, as under autocast
     fused, plain = results(fuse(copy.deepcopy(model)), x, autocast), results(plain, x, autocast)
     truth = results(copy.deepcopy(model).double(), x.double())
     parameters = dict(model.named_parameters())
@@ -141,7 +139,7 @@ def test_dtypes_by_the_rule(dtype, cast_adapters, autocast):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_with_the_same_mask_by_the_rule(dtype, monkeypatch):
-    """PEFT's model draws, by a patched dropout, the mask that is drawn here."""
+    """PEFT's model uses, by a patched dropout, the mask that is drawn here."""
     p, seed = 0.3, torch.tensor([7, 0])
     model = net(p, dtype, autocast_adapter_dtype=False)
     monkeypatch.setattr(autograd, "dropout_seed", lambda *_: seed)
@@ -156,7 +154,7 @@ def test_dropout_with_the_same_mask_by_the_rule(dtype, monkeypatch):
     for key, got in results(fuse(copy.deepcopy(model)), x).items():
         pool.assert_close(got, plain[key], truth[key], what="magnitude" if "magnitude" in key else key)
     pool.close()
-    for dropping in (False, True):  # PEFT drops where the layer and its dropout are both in training mode
+    for dropping in (False, True):  # PEFT applies dropout if the layer and its dropout are both in training mode
         fused = fuse(copy.deepcopy(model)).train(not dropping)
         for module in fused.modules():
             if isinstance(module, nn.Dropout):
@@ -228,7 +226,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("caching", [False, True])
 def test_after_all_that_peft_does_the_same_output(change, caching, monkeypatch):
-    def peft_caches(on):  # its switch since 0.19, which its own stale norms must not reach the comparison through
+    def peft_caches(on):  # PEFT's switch since 0.19; its own stale norms must not enter the comparison
         monkeypatch.setattr("peft.tuners.lora.dora.ENABLE_DORA_CACHING", on, raising=False)
 
     plain = net().eval()

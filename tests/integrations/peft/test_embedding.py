@@ -1,4 +1,4 @@
-"""FusedEmbedding against PEFT's own layer: outputs, gradients, and the calls that stay PEFT's."""
+"""Compares FastEmbedding with PEFT's own layer: outputs, gradients, and the calls that PEFT's forward runs."""
 
 import copy
 import io
@@ -14,7 +14,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 
 from lora_kernels.check.compat.families import fill_adapters
 from lora_kernels.integrations.peft import accelerate, decelerate
-from lora_kernels.integrations.peft.embedding import FusedEmbedding
+from lora_kernels.integrations.peft.embedding import FastEmbedding
 from lora_kernels.testing import assert_close
 
 VOCAB, N = 40, 32
@@ -32,14 +32,14 @@ class Net(nn.Module):
 
 
 def pair(make=nn.Embedding, dtype=torch.float32, config=None, autocast_adapter_dtype=True, **settings):
-    """A PEFT model and its twin whose embedding is fused."""
+    """Return a PEFT model and its twin whose embedding is fused."""
     torch.manual_seed(0)
     config = {"r": 8, "lora_alpha": 13, "target_modules": ["emb"], **(config or {})}
     net = Net(make, **settings).to(dtype)
     model = get_peft_model(net, LoraConfig(**config), autocast_adapter_dtype=autocast_adapter_dtype)
     fill_adapters(model)
     twin = copy.deepcopy(model)
-    embedding(twin).__class__ = FusedEmbedding
+    embedding(twin).__class__ = FastEmbedding
     return model, twin
 
 
@@ -48,7 +48,7 @@ def embedding(model):
 
 
 def pass_through(model, ids=IDS):
-    """Y of the embedding and every gradient of the adapters, by name."""
+    """Return Y of the embedding and every gradient of the adapters, by name."""
     layer = embedding(model)
     Y = layer(ids)
     made = {"Y": Y.detach()}
@@ -60,7 +60,7 @@ def pass_through(model, ids=IDS):
 
 
 def compare(model, twin):
-    """The rule for Y and all gradients, in the models' own dtypes; PEFT in float64 is the truth."""
+    """Apply the error rule to Y and all gradients in the models' own dtypes; PEFT in float64 is the truth."""
     own, fused, true = pass_through(model), pass_through(twin), pass_through(copy.deepcopy(model).double())
     assert fused.keys() == own.keys()
     for name, got in fused.items():
@@ -82,7 +82,7 @@ def test_as_peft_by_the_error_rule(dtype, adapter):
     )
     fill_adapters(model)
     twin = copy.deepcopy(model)
-    embedding(twin).__class__ = FusedEmbedding
+    embedding(twin).__class__ = FastEmbedding
     compare(model, twin)
     assert embedding(twin).why_not() is None
     assert not counted(twin)
@@ -134,7 +134,7 @@ def test_autocast_and_inference_mode():
 def test_what_stays_pefts(settings, config, reason):
     model, twin = pair(config=config, **settings)
     assert reason in embedding(twin).why_not()
-    if "sparse" in reason:  # whose backward PEFT's own layer does not get through
+    if "sparse" in reason:  # PEFT's own layer fails in its backward
         assert torch.equal(embedding(twin)(IDS), embedding(model)(IDS))
     else:
         own, fused = pass_through(model), pass_through(twin)
@@ -183,7 +183,7 @@ def test_accelerate_and_decelerate():
     model, twin = pair()
     accelerate(model, strict=True, verbose=False)
     assert "lora.Embedding(lora_kernels" in repr(embedding(model)).replace("\n", "").replace(" ", "")
-    assert type(embedding(model)) is FusedEmbedding
+    assert type(embedding(model)) is FastEmbedding
     assert torch.equal(embedding(model)(IDS), embedding(twin)(IDS))
     assert type(embedding(decelerate(model))) is peft.tuners.lora.layer.Embedding
 
@@ -221,7 +221,7 @@ def test_deepcopy_pickle_and_torch_save_keep_the_class():
     torch.save(layer, buffer)
     buffer.seek(0)
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(buffer, weights_only=False)):
-        assert type(other) is FusedEmbedding
+        assert type(other) is FastEmbedding
         assert torch.equal(other(IDS), layer(IDS))
 
 

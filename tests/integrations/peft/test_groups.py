@@ -1,4 +1,4 @@
-"""Siblings that run together: who they are, and the same numbers as PEFT's."""
+"""Tests siblings that run together: which layers they are, and the same numbers as PEFT's."""
 
 import copy
 
@@ -59,13 +59,13 @@ def test_families_compute_what_peft_computes(name):
         base, inputs = family.build(seed)
         plain = get_peft_model(base, config)
         fill_adapters(plain, seed)
-        ours = accelerate(copy.deepcopy(plain), verbose=False, group=False)  # no gated MLP whole
+        ours = accelerate(copy.deepcopy(plain), verbose=False, group=False)  # no gated MLP in one call
         found = form_groups(ours)
         double = {key: v.double() if v.is_floating_point() else v for key, v in inputs.items()}
         truth, expected = results(copy.deepcopy(plain).double(), double), results(plain, inputs)
         for _ in range(2):  # layer by layer, then together
             draws.append(errors(results(ours, inputs), expected, truth, torch.float32))
-            assert groups._aside.made is None
+            assert groups.unclaimed.made is None
     assert fault(draws, torch.float32) is None, fault(draws, torch.float32)
     assert sorted({" + ".join(run) for group in found for run in group.together()}) == TOGETHER[name]
 
@@ -142,7 +142,7 @@ def test_several_active_adapters_run_together(counted):
 
 
 def test_a_layer_that_is_two_siblings_at_once(counted):
-    """Values that are the keys: one module, called twice with one tensor."""
+    """Use the keys as values: one module, called twice with one tensor."""
     model, twin = adapted(), adapted(group=False)
     for m in (model, twin):
         for layer in m.base_model.model.layers:
@@ -206,7 +206,7 @@ def test_formed_again_dissolved_and_late_layers():
     model = adapted()
     before = groups_of(model)
     assert [g is h for g, h in zip(form_groups(learned(model)), before, strict=True)] == [True, True]
-    assert before[0].reads.partners is not None
+    assert before[0].sharing.partners is not None
     dissolve(model)
     assert groups_of(model) == []
     assert all("_lora_group" not in vars(module) for module in model.modules())

@@ -1,4 +1,4 @@
-"""Siblings that run together, whatever happens between their calls."""
+"""Tests siblings that run together, with other events between their calls."""
 
 import gc
 import sys
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_kernels.integrations.peft import groups
 from lora_kernels.integrations.peft.groups import groups_of
-from lora_kernels.integrations.peft.reads import MISSES
+from lora_kernels.integrations.peft.sharing import MAX_UNCLAIMED_ROUNDS
 from tests.integrations.peft.siblings import (
     K,
     adapted,
@@ -39,7 +39,7 @@ def test_an_input_changed_in_place_between_siblings(counted):
         expected = twin(x.clone())
         counted.clear()
         torch.testing.assert_close(model(x.clone()), expected)
-    assert counted == [1, 2, 1, 1, 2, 1]  # q alone and k with v: what it read when it was learned again
+    assert counted == [1, 2, 1, 1, 2, 1]  # q alone and k with v, as they read when the partners were found again
 
 
 def test_inference_tensors_have_no_version_and_go_alone(counted):
@@ -56,7 +56,7 @@ def test_a_sibling_that_is_not_called_keeps_nothing_alive_and_is_left_out_in_the
         layer.order = "qk"
     refs = watch(model)
     model(example())
-    assert groups._aside.made.group is groups_of(model)[1]  # the last block's only; the first one's went with it
+    assert groups.unclaimed.made.group is groups_of(model)[1]  # only the last block's; the first one's were dropped
     assert refs[1]() is not None
     model(example())
     assert refs[0]() is refs[1]() is None
@@ -64,11 +64,11 @@ def test_a_sibling_that_is_not_called_keeps_nothing_alive_and_is_left_out_in_the
     for _ in range(5):
         model(example())
     assert counted[-4:] == [2, 1, 2, 1]
-    assert groups._aside.made is None
+    assert groups.unclaimed.made is None
 
 
 def watch(model):
-    """Weak references to what the blocks read, as they are called."""
+    """Return weak references to the blocks' inputs, in order of the calls."""
     refs = []
     for layer in model.base_model.model.layers:
         layer.between = lambda x: refs.append(weakref.ref(x))
@@ -80,7 +80,7 @@ def test_a_complete_round_keeps_nothing_alive():
     refs = watch(model)
     model(example())
     assert [ref() for ref in refs] == [None, None]
-    assert groups._aside.made is None
+    assert groups.unclaimed.made is None
 
 
 def test_an_exception_between_siblings(counted):
@@ -139,7 +139,7 @@ def test_gradients_on_and_off_and_autocast_between_siblings():
 
 
 def test_two_threads_on_one_model():
-    """Threads are switched between as many calls as can be: every order of learning and calling comes up."""
+    """Threads are switched between as many calls as possible, so that partners are found in every order of calls."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
@@ -155,7 +155,7 @@ def test_two_threads_on_one_model():
                     y.sum().backward(inputs=[x])
                     if not torch.allclose(y, twin(x), atol=1e-5):
                         wrong.append((seed, i))
-                    if groups._aside.made is not None:
+                    if groups.unclaimed.made is not None:
                         left.append((seed, i))
 
             threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
@@ -170,8 +170,10 @@ def test_two_threads_on_one_model():
 
 
 def paused(model, between):
-    """The gradients of a forward in a thread that stops between the first block's siblings and lets ``between`` run;
-    what is cached in it at the end; and the calls it made, as ``counted`` sees them."""
+    """Run a forward in a thread that pauses between the first block's siblings while ``between`` runs.
+
+    Returns its gradients, the outputs cached in the thread at the end, and its calls, as ``counted`` records them.
+    """
     block, stopped, go_on, result = attention(model), threading.Event(), threading.Event(), {}
 
     def stop(x):
@@ -181,7 +183,7 @@ def paused(model, between):
 
     def work():
         result["gradients"] = gradients(model, example(3))
-        result["cached"] = groups._aside.made
+        result["cached"] = groups.unclaimed.made
 
     block.between = stop
     thread = threading.Thread(target=work)
@@ -197,7 +199,7 @@ def paused(model, between):
 
 @pytest.mark.parametrize("order", ["qkv", "kvq", "vqk"])
 def test_another_thread_learns_in_the_midst_of_a_round(counted, order):
-    """Only siblings that are yet to be called are computed together: no call would come for the others' outputs."""
+    """Only siblings that have not been called yet run together; the outputs of the others would never be used."""
     model, twin = adapted(), adapted(group=False)
     for block in (attention(model), attention(twin)):
         block.order = order
@@ -220,45 +222,45 @@ def test_another_thread_learns_in_the_midst_of_a_round(counted, order):
 
 
 def test_another_thread_forgets_in_the_midst_of_a_round(counted):
-    """What was computed ahead is used, and nothing of it stays."""
+    """The cached outputs are used, and none remains."""
     model = learned(adapted())
     expected = gradients(model, example(3))
 
     def forget():
         block = attention(model)
-        for _ in range(MISSES + 1):
+        for _ in range(MAX_UNCLAIMED_ROUNDS + 1):
             block.q(example())
-        groups._aside.made = None
-        assert groups_of(model)[0].reads.partners is None
+        groups.unclaimed.made = None
+        assert groups_of(model)[0].sharing.partners is None
         counted.clear()
 
     result = paused(model, forget)
     assert result["cached"] is None
     same(result["gradients"], expected)
-    assert counted == [1, 3, 1]  # o; the second block: k and v of the first were there
+    assert counted == [1, 3, 1]  # o; the second block: k and v of the first were cached
 
 
 def test_an_inference_call_drops_what_was_not_claimed():
     model = learned(adapted())
     x = example()
     attention(model).q(x)
-    assert groups._aside.made.x is x
+    assert groups.unclaimed.made.x is x
     with torch.inference_mode():
         model(example())
-    assert groups._aside.made is None
+    assert groups.unclaimed.made is None
 
 
 def test_a_sibling_called_with_another_input_drops_what_was_forgotten():
     model = learned(adapted())
     block = attention(model)
     block.q(example())
-    groups_of(model)[0].reads.partners = None
+    groups_of(model)[0].sharing.partners = None
     block.k(example())
-    assert groups._aside.made is None
+    assert groups.unclaimed.made is None
 
 
 class Pair(nn.Module):
-    """Two siblings; backward needs nothing that is computed after the first one's sine."""
+    """Two siblings; the backward needs nothing that is computed after the sine of the first."""
 
     def __init__(self):
         super().__init__()
@@ -276,7 +278,7 @@ class Pair(nn.Module):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_backward_that_recomputes_leaves_nothing(counted, reentrant):
-    """A recomputation that stops early has called the first sibling only."""
+    """A recomputation that stops early has called only the first sibling."""
     model = learned(adapted(Pair()))
     pair = model.base_model.model
     pair.reentrant = reentrant
@@ -302,4 +304,4 @@ def test_a_thread_between_the_siblings_of_another(counted):
     block.between = meanwhile
     counted.clear()
     same(gradients(model, example()), expected, 0)
-    assert counted == [3, 3, 1, 3, 1, 1, 3, 1]  # q k v of the one, all of the other, the rest of the one
+    assert counted == [3, 3, 1, 3, 1, 1, 3, 1]  # q k v of one model, all of the other, the rest of the first

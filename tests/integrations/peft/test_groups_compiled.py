@@ -1,4 +1,4 @@
-"""Siblings that run together under torch.compile."""
+"""Tests siblings that run together under torch.compile."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Copies of siblings that run together, whole and one by one."""
+"""Tests copies of siblings that run together, of all and of single ones."""
 
 import copy
 import gc
@@ -30,7 +30,7 @@ def test_copies_are_whole_and_independent(how, knows, counted):
     assert len(pairs) == 2
     for old, new in pairs:
         assert old is not new
-        assert old.reads.partners == new.reads.partners
+        assert old.sharing.partners == new.sharing.partners
         assert all(a() is not b() for a, b in zip(old.layers, new.layers, strict=True))
     with torch.no_grad():
         for q in model.parameters():

@@ -1,4 +1,4 @@
-"""Siblings that run together: one mask of dropout, and what checkpointing makes again."""
+"""Tests siblings that run together: one dropout mask, and recomputation by checkpointing."""
 
 import pytest
 import torch
@@ -76,15 +76,15 @@ def test_checkpointing_repeats_what_ran(reentrant, p, counted):
         counted.clear()
         x = example(step)
         if p and reentrant and step == 1:  # the last round runs with dropout, as the first one did
-            assert groups_of(model)[0].reads.partners is None
+            assert groups_of(model)[0].sharing.partners is None
         same(gradients(model, x, step), gradients(twin, x, step))
     assert 3 in counted
-    assert groups._aside.made is None
+    assert groups.unclaimed.made is None
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_two_forwards_before_the_first_backward_with_checkpointing(reentrant):
-    """Nothing may be learned between a forward and its recomputation: the masks would be others."""
+    """Partners must not change between a forward and its recomputation: the masks would differ."""
     model, twin = adapted(p=0.4), adapted(p=0.4, group=False)
     for m in (model, twin):
         m.base_model.model.reentrant = reentrant

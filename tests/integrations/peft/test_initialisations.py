@@ -1,4 +1,4 @@
-"""Every way in which PEFT starts an adapter: the accelerated model equals plain PEFT, forward and gradients."""
+"""Tests every initialisation of an adapter by PEFT: the accelerated model equals plain PEFT, forward and gradients."""
 
 import copy
 
@@ -28,7 +28,7 @@ class Net(nn.Module):
 
 
 class ConvNet(Net):
-    """The same with transformers' Conv1D, which stores its weight the other way round."""
+    """The same with transformers' Conv1D, which stores its weight transposed."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +46,7 @@ def simply(init=True, **settings):
 
 
 def eva(net):
-    batches = [{"x": X * torch.linspace(2, 0.1, 96)}]  # goes through it until the directions stand still
+    batches = [{"x": X * torch.linspace(2, 0.1, 96)}]  # iterates over it until the directions converge
     model = get_peft_model(net, config("eva", eva_config=EvaConfig(rho=1.5, tau=0.9)))
     initialize_lora_eva_weights(
         model,
@@ -60,7 +60,7 @@ def eva(net):
 
 
 def on_the_cpu(weight, num_bits, reduced_rank, num_iter=1):
-    """LoftQ's iterations over 16 even levels a row; PEFT's own, over nf4, would run on a GPU only."""
+    """Run LoftQ's iterations over 16 even levels per row; PEFT's own, over nf4, run on a GPU only."""
     step = weight.abs().amax(1, keepdim=True) / 7
     low_rank = torch.zeros_like(weight)
     for _ in range(num_iter):
@@ -72,7 +72,7 @@ def on_the_cpu(weight, num_bits, reduced_rank, num_iter=1):
     return quantized.to(weight.dtype), A.contiguous(), B.contiguous()
 
 
-# how the model is made, and whether its adapter starts at zero and has to be filled to be seen
+# how the model is built, and whether its adapter starts at zero and must be filled to have an effect
 STARTS = {
     "default": (Net, simply(), True),
     "random": (Net, simply(False), False),

@@ -1,4 +1,4 @@
-"""adapter_names on accelerated layers: PEFT's results, and what it remembers never grows old."""
+"""Tests adapter_names on accelerated layers: PEFT's results, and cached ids that are never stale."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_gradients_after_inference_mode(model, example, run):
 
 
 def test_the_ids_of_another_thread_are_never_taken_for_ones_own(monkeypatch):
-    """What is remembered is replaced by another thread just while it is looked at."""
+    """Another thread replaces the cached ids while they are read."""
     x = torch.zeros(2, 3)
     mine = mixed._ids_of(["a", "b"], ["a", "b"], x)
 

@@ -1,4 +1,4 @@
-"""Gated MLPs that run whole: PEFT's numbers in every mode, and what is kept for the backward."""
+"""Tests gated MLPs that run as one call: PEFT's numbers in every mode, and what is saved for the backward."""
 
 import copy
 import io
@@ -54,7 +54,7 @@ def test_families_compute_what_peft_computes(name, whole):
 
 
 def kept(model, x):
-    """Bytes kept for the backward besides parameters, each storage once."""
+    """Return the bytes saved for the backward besides parameters, each storage once."""
     sizes, parameters = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def pack(tensor):
@@ -206,7 +206,7 @@ def test_compiles_whole_and_once(p):
 
 
 def whole_calls(code):
-    """The lines of a graph that call the fused block."""
+    """Return the lines of a graph that call the fused block."""
     return [line for line in code.splitlines() if "ops.higher_order.autograd_function_apply(" in line]
 
 

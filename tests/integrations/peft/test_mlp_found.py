@@ -1,4 +1,4 @@
-"""Which blocks are found to be gated MLPs, which are not, and how they are given back."""
+"""Tests which blocks are found to be gated MLPs, and how their own classes are restored."""
 
 import copy
 

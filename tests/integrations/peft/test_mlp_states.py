@@ -1,4 +1,4 @@
-"""Gated MLPs in another state: merged, hooked, replaced, with adapters that come and go."""
+"""Tests gated MLPs in other states: merged, hooked, replaced, with adapters added and deleted."""
 
 import copy
 

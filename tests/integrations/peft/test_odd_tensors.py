@@ -1,4 +1,4 @@
-"""Accelerated layers with weights of inference mode and inputs of any kind: what PEFT gives, or what it raises."""
+"""Tests accelerated layers with weights of inference mode and inputs of any kind: PEFT's results, or its errors."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ TARGETS = {"siblings": ["q", "k"], "mlp": ["a", "b", "c"]}
 
 
 def model(kind, inference=""):
-    """An adapted model, whose base or all of which was created in inference mode."""
+    """Return an adapted model whose base, or all of it, was created in inference mode."""
     torch.manual_seed(0)
     with torch.inference_mode(inference != ""):
         base = BASES[kind]()
@@ -105,7 +105,7 @@ def result(model, kind, name, mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("kind", "name", "inference"), CASES)
 def test_the_result_is_pefts(kind, name, inference, mode):
-    """Where PEFT raises, the accelerated layer does so too, or runs: a backward of PEFT cannot save the weights."""
+    """If PEFT raises, the accelerated layer raises too, or runs: PEFT's backward cannot save such weights."""
     plain, ours = model(kind, inference), lk.accelerate(model(kind, inference), verbose=False)
     for _ in range(3 if kind == "siblings" else 1):
         expected, got = (result(one, kind, name, mode) for one in (plain, ours))

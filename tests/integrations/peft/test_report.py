@@ -1,4 +1,4 @@
-"""The report of accelerate and PEFT's rows in explain: every layer, and a reason for each that is not fused."""
+"""Tests the report of accelerate and PEFT's rows in explain: every layer, and a reason for each that is not fused."""
 
 import re
 

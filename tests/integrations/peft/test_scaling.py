@@ -1,4 +1,4 @@
-"""A scaling that is no plain number: fused where it is one all the same, else PEFT's own forward with the reason."""
+"""Tests scalings that are not plain floats: fused if the value is a number, else PEFT's own forward with the reason."""
 
 import copy
 from fractions import Fraction
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left_over")
 
 
 def one(kind):
-    """A model of one layer of this kind with an adapter, and an input."""
+    """Return a model of one layer of this kind with an adapter, and an input."""
     torch.manual_seed(0)
     base = {
         "conv": lambda: nn.Conv2d(4, 6, 3),
@@ -91,7 +91,7 @@ def test_a_number_of_any_type_is_fused(kind, name):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", OTHERS)
 def test_any_other_scaling_is_pefts_own_forward(kind, name):
-    """To the bit, gradients of the scaling included; where PEFT raises, so does the accelerated layer."""
+    """Results are equal in every bit, also gradients of the scaling. If PEFT raises, the accelerated layer does."""
     make, reason = OTHERS[name]
     model, x = one(kind)
     ours = lk.accelerate(copy.deepcopy(model), verbose=False)
@@ -148,7 +148,7 @@ def test_siblings_of_which_one_has_a_trained_scaling(counted):
     ids=["in place", "of each sample", "a number"],
 )
 def test_a_scaling_that_changes_between_siblings(change):
-    """What was computed ahead with the old one is not used."""
+    """An output cached with the old scaling is not used."""
     model, twin = learned(siblings()), siblings(group=False)
     for m in (model, twin):
         block = attention(m)

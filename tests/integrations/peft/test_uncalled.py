@@ -1,4 +1,4 @@
-"""Modules that read the weight of an adapted layer instead of calling it."""
+"""Tests modules that read the weight of an adapted layer instead of calling it."""
 
 import copy
 
@@ -38,7 +38,7 @@ def inputs():
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("name", TARGETS)
 def test_the_encoder_in_eval_mode_has_its_adapters(name, masked, grad):
-    """PEFT alone ignores them here. The truth is the merged model."""
+    """PEFT alone ignores the adapters here. The truth is the merged model."""
     model, (x, padding) = wrapped(TARGETS[name]), inputs()
     padding = padding if masked else None
     bare = copy.deepcopy(model)
@@ -109,7 +109,7 @@ def test_pefts_own_attention_merges_it():
 
 
 class WavLMAttention(nn.Module):
-    """What transformers' class of this name does with its layers."""
+    """Use the layers as transformers' class of this name does."""
 
     def __init__(self):
         super().__init__()

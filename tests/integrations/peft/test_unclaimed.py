@@ -1,4 +1,4 @@
-"""The cache of outputs computed for siblings that have not been called yet."""
+"""Tests the cache of outputs computed for siblings that have not been called yet."""
 
 import threading
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_kernels.integrations.peft.groups import Group
-from lora_kernels.integrations.peft.unclaimed import Made, discard_unclaimed, unclaimed
+from lora_kernels.integrations.peft.unclaimed import GroupOutputs, discard_unclaimed, unclaimed
 
 pytestmark = pytest.mark.usefixtures("nothing_left_over")
 MODE = (True, False, None)
@@ -15,7 +15,7 @@ PAIR = ((0, 1), (0, 1))
 
 def made(x):
     group = Group("block", ("q", "k"), PAIR)
-    return Made(group, PAIR, x, MODE, {1: (torch.ones(2), [])})
+    return GroupOutputs(group, PAIR, x, MODE, {1: (torch.ones(2), [])})
 
 
 def test_it_holds_for_one_tensor_in_one_state_and_mode():
@@ -41,7 +41,7 @@ def test_discarding_counts_a_miss_and_releases_all():
     discard_unclaimed()
     discard_unclaimed()
     assert unclaimed.made is cached.x is None
-    assert cached.group.reads.misses == 1
+    assert cached.group.sharing.misses == 1
 
 
 def test_each_thread_has_its_own():
@@ -53,7 +53,7 @@ def test_each_thread_has_its_own():
 
 
 def test_a_recomputation_is_dropped_when_its_backward_ends():
-    """Of the engine's own thread, and without a miss."""
+    """This happens in the engine's own thread and is not counted as a miss."""
     cached = []
 
     class Recompute(torch.autograd.Function):
@@ -71,4 +71,4 @@ def test_a_recomputation_is_dropped_when_its_backward_ends():
     Recompute.apply(torch.ones(2, requires_grad=True)).sum().backward()
     assert cached[0].x is None
     assert cached[0].outputs == {}
-    assert cached[0].group.reads.misses == 0
+    assert cached[0].group.sharing.misses == 0

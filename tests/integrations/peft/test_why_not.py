@@ -1,4 +1,4 @@
-"""The conditions of the fused paths one by one; which layers they keep from them is in test_linear.py."""
+"""Tests the conditions of the fused paths one by one; test_linear.py tests their effect on layers."""
 
 import types
 
