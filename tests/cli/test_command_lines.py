@@ -213,7 +213,7 @@ def test_a_head_of_other_classes_is_one_sentence(tiny_model, tiny_data, tmp_path
     assert (
         main(["train", "--model", str(model), "--data", str(tiny_data), "--quiet", "--out", str(tmp_path / "o")]) == 2
     )
-    assert "has a head for 3 classes, and 2 are asked for: give data (or labels) of 3" in capsys.readouterr().err
+    assert "has a head for 3 classes, and 2 are needed: give data (or labels) of 3" in capsys.readouterr().err
 
 
 def test_texts_beyond_the_positions_are_refused_before_training(tiny_model, tmp_path, capsys):
