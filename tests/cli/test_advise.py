@@ -5,7 +5,7 @@ import pytest
 from transformers import AutoConfig, BertConfig
 
 from lora_kernels.cli import main
-from lora_kernels.cli.advise import aligned, task_type_of
+from lora_kernels.cli.advise import task_type_of
 from lora_kernels.cli.shapes import configuration
 
 
@@ -103,7 +103,3 @@ def test_a_broken_configuration_is_one_sentence(tiny_model, tmp_path, capsys, te
         assert main(["advise", str(model), "--r", "2", "--tokens", "4"]) == 2
         shown = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("[transformers]")]
         assert [line.startswith(f"lora-kernels advise: '{model}'") for line in shown] == [True]
-
-
-def test_numbers_flush_right():
-    assert aligned([["name", "n"], ["a", "1,000"]], {0}) == "name      n\na     1,000"
