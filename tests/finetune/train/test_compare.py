@@ -19,7 +19,7 @@ class Slow(nn.Module):
         return self.linear(x)
 
 
-def test_both_see_the_same_batches_and_times_are_told_apart():
+def test_both_get_the_same_batches_and_times_are_not_mixed_up():
     batches = [(torch.full((2, 3), float(i)), torch.zeros(2, dtype=torch.long)) for i in range(3)]
     ours, theirs = Slow(10).eval(), Slow(40)
     figures = interleaved(ours, theirs, batches, nn.CrossEntropyLoss(), rounds=6)
