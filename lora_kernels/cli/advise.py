@@ -24,14 +24,14 @@ RULES = """\
 what published experiments say (each measured by its authors, on their models):
 - A small rank on more matrices beats a large rank on one, at the same number of parameters; r of 1 to 8 on q,v was
   enough for GPT-3 on two tasks. Hu et al., LoRA, arXiv 2106.09685, tables 5 and 6
-- To match full fine-tuning of LLaMA, adapters on all linear layers were needed; the rank hardly mattered then.
+- To match full fine-tuning of LLaMA, adapters on all linear layers were needed; with them, the rank had little effect.
   Dettmers et al., QLoRA, arXiv 2305.14314, section 4
-- Learning much that is new (code, mathematics) full fine-tuning beats low ranks, and forgets more; adapters learn best
-  on all layers, then on the MLP's, then on the attention's, at some ten times the learning rate of full fine-tuning.
+- On much new knowledge (code, mathematics), full fine-tuning is better than low ranks, and forgets more; adapters are
+  best on all layers, then the MLP's, then the attention's, at about ten times the learning rate of full fine-tuning.
   Biderman et al., LoRA Learns Less and Forgets Less, arXiv 2405.09673
 - For large ranks scale by alpha / sqrt(r) (--rslora), else their gradients shrink. Kalajdzievski, arXiv 2312.03732
-- B may learn faster than A, by a factor such as 16. Hayou et al., LoRA+, arXiv 2402.12354
-Which of them hold for your data is what `lora-kernels sweep` measures."""
+- The learning rate of B may be higher than that of A, by a factor such as 16. Hayou et al., LoRA+, arXiv 2402.12354
+`lora-kernels sweep` measures which of them hold for your data."""
 
 
 def add_parser(subparsers: Any) -> None:

@@ -26,7 +26,7 @@ from lora_kernels.finetune.train.extras import require
 from lora_kernels.finetune.train.lora import LoRA
 from lora_kernels.finetune.train.loraplus import loraplus_groups
 from lora_kernels.finetune.train.memory import saved_for_backward, state_bytes
-from lora_kernels.finetune.train.options import History, TrainOptions
+from lora_kernels.finetune.train.options import TrainOptions
 from lora_kernels.finetune.train.plot import plot_history
 from lora_kernels.finetune.train.rng import seed_all
 from lora_kernels.finetune.train.trainer import Trainer
@@ -35,6 +35,7 @@ from lora_kernels.planning.choose import use_backend
 
 Say = Callable[[str], None]
 MIB = 1 << 20
+_SHOWN = ("epochs", "steps", "stopped_early", "tokens", "seconds")  # of the history, in metrics.json
 _CHECKED = 8  # batches on which the reloaded and the merged model are compared
 
 
@@ -95,7 +96,7 @@ def _run(task: Task, recipe: Recipe, out: Path, say: Say, resume: bool) -> dict[
     started = time.perf_counter()
     for library in (*task.libraries, "matplotlib", *(("peft",) if recipe.beside_peft else ())):
         require(library)  # fail before the training, not after it
-    say = _silent if processes.rank() > 0 else say
+    say = (lambda line: None) if processes.rank() > 0 else say
     out.mkdir(parents=True, exist_ok=True)
     say(task.describe_data())
     seed_all(recipe.seed)
@@ -130,7 +131,7 @@ def _run(task: Task, recipe: Recipe, out: Path, say: Say, resume: bool) -> dict[
             "processes": processes.count(),
         },
         "parameters": {"trainable": trainable, "total": total},
-        "training": _training_figures(history),
+        "training": {name: getattr(history, name) for name in _SHOWN},
         "test": report,
         "adapter": _check_adapter(fresh, trainer, loaders["test"], out / "adapter", say),
         "memory": memory,
@@ -142,20 +143,6 @@ def _run(task: Task, recipe: Recipe, out: Path, say: Say, resume: bool) -> dict[
     figures["seconds"] = time.perf_counter() - started
     atomic_write(out / "metrics.json", (json.dumps(figures, indent=2) + "\n").encode())
     return figures
-
-
-def _silent(line: str) -> None:
-    pass
-
-
-def _training_figures(history: History) -> dict[str, Any]:
-    return {
-        "epochs": history.epochs,
-        "steps": history.steps,
-        "stopped_early": history.stopped_early,
-        "tokens": history.tokens,
-        "seconds": history.seconds,
-    }
 
 
 def _check_adapter(fresh: nn.Module, trainer: Trainer, loader: Any, folder: Path, say: Say) -> dict[str, Any]:

@@ -160,7 +160,7 @@ def split(examples: Examples, seed: int = 0, held_out: float = 0.1) -> Splits[Ex
     if not 0 < held_out < 0.5 or rare * held_out < 1:
         raise DataError(
             f"a share of {held_out} for validation and for test, with {rare} examples in the smallest class: "
-            "the share must lie between 0 and 0.5 and leave every class an example in each part"
+            "the share must be between 0 and 0.5 and leave every class an example in each part"
         )
     train_test_split = require("sklearn.model_selection").train_test_split
     labels = examples.labels

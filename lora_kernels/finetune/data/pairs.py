@@ -40,7 +40,7 @@ def split_pairs(pairs: Pairs, seed: int = 0, held_out: float = 0.1) -> Splits[Pa
     if not 0 < held_out < 0.5 or not size:
         raise DataError(
             f"a share of {held_out} for validation and for test, of {len(distinct)} different sentences: "
-            "the share must lie between 0 and 0.5 and leave one in each part"
+            "the share must be between 0 and 0.5 and leave one in each part"
         )
     random.Random(seed).shuffle(distinct)
     part = {source: min(i // size, 2) for i, source in enumerate(distinct)}

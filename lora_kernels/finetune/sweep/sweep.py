@@ -118,9 +118,9 @@ class Sweep:
                 "load_if_exists": True,
             }
             self.search = self.optuna.create_study(study_name="search", pruner=pruner, **common)
-            self.beside = self.optuna.create_study(study_name="beside", **common)
+            self.extra = self.optuna.create_study(study_name="beside", **common)
             self._begin()
-            self._searched, self._others = (self._read(study) for study in (self.search, self.beside))
+            self._searched, self._others = (self._read(study) for study in (self.search, self.extra))
 
     def _begin(self) -> None:
         facts, now = self.search.user_attrs.get("facts"), self._facts
@@ -128,7 +128,7 @@ class Sweep:
             other = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
             raise ConfigError(f"the study was made under other settings: {', '.join(other)} differ")
         self.search.set_user_attr("facts", json.dumps(now, sort_keys=True))
-        for study in (self.search, self.beside):
+        for study in (self.search, self.extra):
             for trial in study.get_trials(deepcopy=False, states=(self.optuna.trial.TrialState.RUNNING,)):
                 study.tell(
                     trial.number, state=self.optuna.trial.TrialState.FAIL
@@ -178,7 +178,7 @@ class Sweep:
         for seed in range(plan.seed + 1, plan.seed + 1 + plan.repeats if best else 0):
             kind = f"{LORA}, repeated"
             if best and not self._known(kind, best.params, seed) and left() >= self._longest(LORA):
-                say(self.line(self._beside(kind, best.params, seed)))
+                say(self.line(self._train_extra(kind, best.params, seed)))
 
     def _trial(self, done: int) -> Record:
         plan, states = self.plan, self.optuna.trial.TrialState
@@ -215,13 +215,13 @@ class Sweep:
                 expected = self._longest(kind) or 2 * self._longest(LORA)
                 half = self.plan.budget / 2  # reserved for the search
                 if not self._known(kind, params, self.plan.seed) and left() - expected >= half:
-                    say(self.line(self._beside(kind, params, self.plan.seed)))
+                    say(self.line(self._train_extra(kind, params, self.plan.seed)))
 
-    def _beside(self, kind: str, params: Params, seed: int) -> Record:
-        trial = self.beside.ask()
+    def _train_extra(self, kind: str, params: Params, seed: int) -> Record:
+        trial = self.extra.ask()
         recipe = self.recipe_for({**self.plan.first, **params}, seed)
         outcome = run_trial(self.task, recipe, kind if kind in (FULL, HEAD_ONLY) else LORA)
-        return self._finish(self.beside, trial, Record(kind, params, seed, outcome))
+        return self._finish(self.extra, trial, Record(kind, params, seed, outcome))
 
     def _known(self, kind: str, params: Params, seed: int) -> bool:
         return any((r.kind, r.params, r.seed) == (kind, params, seed) for r in self.records())

@@ -75,7 +75,7 @@ class CausalLM(Task):
         if not 0 < self.held_out < 0.5 or not held:
             raise DataError(
                 f"a share of {self.held_out} for validation and for test, of {len(blocks)} blocks of {size} tokens: "
-                "the share must lie between 0 and 0.5 and leave a block in each part"
+                "the share must be between 0 and 0.5 and leave a block in each part"
             )
         train = blocks[: -2 * held]
         return Splits(train[: self.limit or len(train)], blocks[-2 * held : -held], blocks[-held:])

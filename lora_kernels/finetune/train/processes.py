@@ -49,7 +49,7 @@ def joined(device: str, timeout: float) -> Iterator[None]:
         return
     kind = torch.device(device)
     if kind.index is not None:
-        raise ConfigError(f"device is {device!r}: every process takes a GPU of its own; give {kind.type!r}")
+        raise ConfigError(f"device is {device!r}: every process uses its own GPU; give {kind.type!r}")
     if kind.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo"

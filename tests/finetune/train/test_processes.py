@@ -34,7 +34,7 @@ def test_alone_nothing_happens(monkeypatch):
 def test_every_process_needs_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="'cuda:1': every process takes a GPU of its own; give 'cuda'"):
+    with pytest.raises(ConfigError, match="'cuda:1': every process uses its own GPU; give 'cuda'"):
         processes.joined("cuda:1", 1.0).__enter__()
 
 
