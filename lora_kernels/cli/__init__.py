@@ -12,18 +12,18 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command (see commands.py) and returns its exit code; starts before torch is imported.
+    """Run a command (see commands.py) and return its exit code. Called before torch is imported.
 
     0: done. 2: an error that the user can correct; 1: a fault (both print one sentence on stderr). 130: Ctrl-C. 141:
     the reader of the output closed the pipe.
     """
-    # A thread of OpenMP that waits for another shall sleep, not spin. Measured on two cores, a training step of the
-    # demo: beside another busy process 0.4 to 0.5 s instead of 1.3 to 2.6 s, with the cores to itself 0.28 s instead of
-    # 0.23 s. OpenMP reads this once, when torch loads it.
+    # Waiting OpenMP threads sleep instead of spinning. Measured on two cores, a training step of the demo takes 0.4 to
+    # 0.5 s instead of 1.3 to 2.6 s while another process is busy, and 0.28 s instead of 0.23 s on idle cores. OpenMP
+    # reads the variable once, when torch loads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return _main(list(sys.argv[1:] if argv is None else argv))
-    except KeyboardInterrupt:  # so early that what reports it was not there
+    except KeyboardInterrupt:  # before boundary.py, which reports it, was imported
         sys.stderr.write("\ninterrupted\n")
         return 130
 

@@ -1,4 +1,4 @@
-"""Turns errors of a command, from this package or another, into one sentence on stderr and an exit status.
+"""Convert errors of a command, from this package or a library, to one sentence on stderr and an exit status.
 
 Imports no large library, so that errors and Ctrl-C during the import of torch are handled too.
 """
@@ -41,7 +41,7 @@ _REMEDIES = {
 
 
 def guarded(name: str, run: Callable[[], int]) -> int:
-    """The exit status that ``run()`` returns; if it raises, the status of the error, which is printed on stderr.
+    """Call ``run()`` and return its exit status; if it raises, print the error on stderr and return its status.
 
     MISTAKE for an error that the user can correct, FAULT for a fault in this package. LORA_KERNELS_TRACEBACK=1 shows
     tracebacks.
@@ -51,7 +51,7 @@ def guarded(name: str, run: Callable[[], int]) -> int:
         try:
             return run()
         finally:
-            sys.stdout.flush()  # here its error can still be reported
+            sys.stdout.flush()  # an error here can still be reported
     except KeyboardInterrupt:
         _say("\ninterrupted")
         return INTERRUPTED
@@ -69,9 +69,9 @@ def guarded(name: str, run: Callable[[], int]) -> int:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """A block for imports: raises KeyboardInterrupt at its end if Ctrl-C was pressed in it.
+    """Make a context for imports that raises KeyboardInterrupt at its end if Ctrl-C was pressed in it.
 
-    Extension modules may clear an exception that is raised while they load, or turn it into an ImportError.
+    Extension modules may clear an exception that is raised while they load, or convert it to an ImportError.
     """
     seen = []
 
@@ -96,7 +96,7 @@ def interruptible() -> Iterator[None]:
 
 
 def explained(error: Exception) -> tuple[str, int]:
-    """(sentence for stderr, exit status) for an error."""
+    """Return (sentence for stderr, exit status) for an error."""
     text, kind = str(error).strip(), type(error).__name__
     if isinstance(error, LoRAKernelsError):
         return text, MISTAKE
@@ -123,8 +123,7 @@ def explained(error: Exception) -> tuple[str, int]:
 
 
 def _foreign(error: BaseException) -> str | None:
-    """The library that raised the error, from the error's class or the innermost frame of the traceback; None for this
-    package."""
+    """Find the library that raised the error, by the error's class or the innermost frame; None for this package."""
     library = type(error).__module__.partition(".")[0]
     if library not in ("builtins", "lora_kernels", *sys.stdlib_module_names) or library == "sqlite3":
         return library.removesuffix("_rust")
@@ -149,7 +148,7 @@ def _say(text: str) -> None:
 
 
 def _unread(*streams: Any) -> bool:
-    """Whether one of the streams is a pipe that its reader has closed."""
+    """Check whether one of the streams is a pipe that its reader has closed."""
     for stream in streams:
         with suppress(OSError, ValueError, AttributeError):  # not a file, or a system without poll
             poll = select.poll()
@@ -160,8 +159,7 @@ def _unread(*streams: Any) -> bool:
 
 
 def _drop(*streams: Any) -> None:
-    """Redirect streams that cannot be written any more to os.devnull: otherwise Python's last flush would print an
-    error."""
+    """Redirect broken streams to os.devnull. Otherwise Python's last flush would print an error."""
     for stream in streams:
         try:
             stream.flush()

@@ -1,6 +1,6 @@
-"""`lora-kernels check --compile`: what every shipped kernel takes of every architecture, and whether it may ship.
+"""`lora-kernels check --compile`: the resources of every shipped kernel on every architecture, and its faults.
 
-The table is compiled, not measured: no GPU is needed. check/compile/matrix.py makes its rows.
+Kernels are compiled, not run: no GPU is needed. check/compile/matrix.py makes the rows.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from itertools import groupby
 
 from lora_kernels.check.compile.csrc import csrc_rows, why_none
 from lora_kernels.check.compile.matrix import Row, compile_matrix
+from lora_kernels.cli.tables import aligned
 from lora_kernels.finetune import values
 from lora_kernels.kernels.chip import CHIPS
 from lora_kernels.planning import cost
@@ -35,36 +36,36 @@ TITLES = (
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the `check` command; its namespace carries `run`, the function to call with it."""
+    """Declare the command."""
     parser = subparsers.add_parser(
         "check",
         help="compile every shipped kernel configuration for every architecture; needs no GPU",
-        description="Compiles every shipped kernel configuration as its launcher would launch it and prints what it "
-        "takes of the GPU, and what the cost model predicts of it. Exits with 1 where one spills, needs stack or too "
-        "much shared memory, misses the matrix units or asynchronous copies it was written for, or doesn't compile.",
+        description="Compiles every shipped kernel configuration as its launcher would launch it. Prints its GPU "
+        "resources and the prediction of the cost model. Exits with 1 if one spills, needs stack or too much shared "
+        "memory, lacks the matrix or asynchronous copy instructions it was written for, or does not compile.",
     )
-    parser.add_argument("--compile", action="store_true", required=True, help="the compile matrix; the only check yet")
+    parser.add_argument("--compile", action="store_true", required=True, help="the compile matrix (the only check)")
     parser.add_argument("--archs", nargs="+", choices=list(CHIPS), metavar="ARCH", help=f"of {', '.join(CHIPS)}")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, metavar="DTYPE", help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--kernels", nargs="+", metavar="KERNEL", help="by name, for example extend one_launch")
     parser.add_argument(
-        "--quick", action="store_true", help=f"{', '.join(QUICK_DTYPES)} on {', '.join(QUICK_ARCHS)}, unless named"
+        "--quick", action="store_true", help=f"{', '.join(QUICK_DTYPES)} on {', '.join(QUICK_ARCHS)}, unless given"
     )
     parser.add_argument(
-        "--jobs", type=values.whole(1, MAX_JOBS), default=os.cpu_count(), help="processes (default: one a core)"
+        "--jobs", type=values.whole(1, MAX_JOBS), default=os.cpu_count(), help="processes (default: one per core)"
     )
     parser.add_argument("--json", type=values.output_file, metavar="FILE", help="write every row with all its numbers")
     parser.add_argument(
         "--markdown",
         type=values.output_file,
         metavar="FILE",
-        help=f"write a page of the {PAGE_ROWS}-token launches in bfloat16",
+        help=f"write a page with the {PAGE_ROWS}-token launches in bfloat16",
     )
     parser.set_defaults(run=run_check)
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """Compiles, prints the table and a summary, writes what was asked for; 1 where any row has a fault, 0 otherwise."""
+    """Compile, print the table and a summary, write the given files. Return 1 if any row has a fault, else 0."""
     archs = args.archs or (QUICK_ARCHS if args.quick else tuple(CHIPS))
     dtypes = args.dtypes or (QUICK_DTYPES if args.quick else ())
     started = time.monotonic()
@@ -75,18 +76,20 @@ def run_check(args: argparse.Namespace) -> int:
         rows = sorted([*rows, *csrc_rows(archs, dtypes, args.kernels or (), args.jobs)], key=lambda row: row.key)
     for arch, group in groupby(rows, key=lambda row: row.arch):
         print(f"{arch}\n{table(list(group))}\n")
-    red = [row for row in rows if row.faults]
+    faulty = [row for row in rows if row.faults]
     print(f"{len(rows)} kernels for {', '.join(archs)} in {time.monotonic() - started:.0f} s: ", end="")
-    print(f"{len(red)} of them must not ship" if red else "all may ship" if rows else "there is nothing to compile")
+    print(
+        f"{len(faulty)} of them must not ship" if faulty else "all may ship" if rows else "there is nothing to compile"
+    )
     if args.json:
         args.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
     if args.markdown:
         args.markdown.write_text(page(rows, _command(args)))
-    return 1 if red or not rows else 0
+    return 1 if faulty or not rows else 0
 
 
 def _command(args: argparse.Namespace) -> str:
-    """The command that makes the same rows."""
+    """Return the command that makes the same rows."""
     chosen = {"--archs": args.archs, "--dtypes": args.dtypes, "--kernels": args.kernels}
     parts = [" ".join((option, *values)) for option, values in chosen.items() if values]
     quick = ["--quick"] if args.quick else []
@@ -94,14 +97,12 @@ def _command(args: argparse.Namespace) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as text, one line each, faults last."""
-    lines = [TITLES, *map(cells, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    """Format the rows, one line each, faults last."""
+    return aligned([TITLES, *map(cells, rows)])
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """A row's cells, in the order of TITLES."""
+    """Format a row's cells, in the order of TITLES."""
     count = row.instructions.get
     known = row.moved > 0
     return (
@@ -130,7 +131,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def page(rows: Sequence[Row], command: str) -> str:
-    """The training launches in bfloat16 as a page of docs/, with the command and the compiler that wrote it."""
+    """Format the training launches in bfloat16 as a page of docs/, with the command and the compiler version."""
     shown = [row for row in rows if row.arch in PAGE_ARCHS and on_page(row)]
     text = [PAGE_HEAD.format(triton=version("triton"), command=command, rows=len(rows))]
     text.append(PAGE_LEGEND.format(gbps=f"{cost.BANDWIDTH_EFFICIENCY:.2f}", launch=cost.LAUNCH_SECONDS * 1e6))
@@ -140,15 +141,15 @@ def page(rows: Sequence[Row], command: str) -> str:
         keep = [i for i, title in enumerate(TITLES) if title not in ("dtype", "faults")]
         lines = [TITLES, ["---"] * len(TITLES), *map(cells, group)]
         text += ["| " + " | ".join(line[i] for i in keep) + " |\n" for line in lines]
-    red = [row for row in rows if row.faults]
-    text.append(f"\n{len(red)} kernels must not ship.\n" if red else "\nNo kernel has a fault.\n")
-    for row in red:
+    faulty = [row for row in rows if row.faults]
+    text.append(f"\n{len(faulty)} kernels must not ship.\n" if faulty else "\nNo kernel has a fault.\n")
+    for row in faulty:
         text.append(f"- {row.arch} {row.kernel} {row.variant} {row.dtype} {row.tiles}: {'; '.join(row.faults)}\n")
     return "".join(text)
 
 
 def on_page(row: Row) -> bool:
-    """Whether the page shows this launch: bfloat16, training, rows of 16 bytes."""
+    """Check whether the page shows this launch: bfloat16, PAGE_ROWS tokens, N and K multiples of 16."""
     return row.dtype == "bfloat16" and row.M == PAGE_ROWS and row.N % 16 == 0 and row.K % 16 == 0
 
 

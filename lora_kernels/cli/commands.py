@@ -1,4 +1,4 @@
-"""The commands, each a file here with add_parser(subparsers)."""
+"""The commands. Each is a file in this folder with add_parser(subparsers)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from lora_kernels.cli import advise, check, compat, demo, doctor, explain, merge
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs a command and returns its exit code. SystemExit(2) for a command line that the parser refuses."""
-    # Under torchrun all processes have the same command line: one of them reports what is wrong with it.
+    """Run a command and return its exit code. Raises SystemExit(2) for a command line that the parser refuses."""
+    # Under torchrun all processes have the same command line: only one reports its errors.
     first = os.environ.get("RANK", "0") == "0"
     with contextlib.nullcontext() if first else contextlib.redirect_stderr(io.StringIO()):
         parsed = parse(arguments)
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The checked values of the command line."""
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(prog="lora-kernels", description="LoRA layers that cost what their base costs.")
     parser.add_argument("--version", action="version", version=f"lora-kernels {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -1,4 +1,4 @@
-"""``lora-kernels compat``: what of PEFT works on which family of models after accelerate, found out by running it."""
+"""``lora-kernels compat``: run PEFT's features on every model family after accelerate, and tabulate what works."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BEGIN, END = "<!-- compatibility: written by lora-kernels compat --readme -->", 
 
 
 def add_parser(subparsers: Any) -> None:
-    """Declares the command."""
+    """Declare the command."""
     parser = subparsers.add_parser("compat", help="run every PEFT feature on every model family, accelerated or not")
     parser.add_argument("--families", default="", help='names or parts of them, ";" between (default: all)')
     parser.add_argument("--features", default="", help='names or parts of them, ";" between (default: all)')
@@ -23,20 +23,20 @@ def add_parser(subparsers: Any) -> None:
         "--markdown", type=values.output_file, metavar="FILE", help="write the table, docs/compatibility.md"
     )
     parser.add_argument(
-        "--readme", type=values.input_path, metavar="FILE", help="write it in short between the markers of FILE"
+        "--readme", type=values.input_path, metavar="FILE", help="write a short table between the markers in FILE"
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints a line a cell as it is found; 1 where one is wrong."""
+    """Run the cells and print a line for each. Return 1 if one is wrong."""
     for library in ("transformers", "peft"):
         require(library)
     table = importlib.import_module("lora_kernels.check.compat.table")
     families, features = table.chosen(arguments.families, arguments.features)
     page = arguments.readme.read_text() if arguments.readme else ""
     if arguments.readme and not (BEGIN in page and END in page.partition(BEGIN)[2]):
-        raise ConfigError(f"{arguments.readme} has no place for it: put the lines {BEGIN} and {END} into it")
+        raise ConfigError(f"{arguments.readme} has no place for the table: put the lines {BEGIN} and {END} into it")
     found = []
     for cell in table.cells(families, features):
         found.append(cell)

@@ -1,4 +1,4 @@
-"""``lora-kernels demo``: a real BERT, fine-tuned on real sentences, in about a minute and a half on two cores."""
+"""``lora-kernels demo``: fine-tune a BERT on real sentences, in about a minute and a half on two cores."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ SETTINGS = {"limit": 4000, "no_checkpoints": True, "beside_peft": True}
 
 
 def add_parser(subparsers: Any) -> None:
-    """Declares the command."""
-    parser = subparsers.add_parser("demo", help="fine-tune a real BERT on real sentences, beside PEFT")
+    """Declare the command."""
+    parser = subparsers.add_parser("demo", help="fine-tune a BERT on real sentences, and time PEFT on the same steps")
     parser.add_argument(
         "--out", type=values.output_folder, default=Path("out"), help="folder for the results (default: %(default)s)"
     )
@@ -32,7 +32,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs ``train`` with the demo's settings."""
+    """Run ``train`` with the demo's settings."""
     parser = argparse.ArgumentParser()
     train.add_arguments(parser, Classification)
     settings = parser.parse_args([])

@@ -1,4 +1,4 @@
-"""``lora-kernels doctor``: what is here, what can run, and why the rest cannot."""
+"""``lora-kernels doctor``: versions, devices, and which backends can run or why they cannot."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ LIBRARIES = ("torch", "triton", "safetensors", "transformers", "peft", "scikit-l
 
 
 def add_parser(subparsers: Any) -> None:
-    """Declares the command."""
+    """Declare the command."""
     parser = subparsers.add_parser("doctor", help="print versions, devices and which backends can run")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the table."""
+    """Print the report."""
     for title, rows in report().items():
         print(f"{title}:")
         width = max(map(len, rows))
@@ -39,8 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def report() -> dict[str, dict[str, str]]:
-    """Section -> name -> finding."""
-    asked = requested_backend()
+    """Return the report: section -> name -> finding."""
+    requested = requested_backend()
     return {
         "versions": {
             "lora_kernels": lora_kernels.__version__,
@@ -52,7 +52,7 @@ def report() -> dict[str, dict[str, str]]:
         "backends": {
             **{name: f"cannot run: {why}" if why else "can run" for name, why in backend_status().items()},
             "float32 on a CPU": "multiplied by {}: {}".format(*library()),
-            "asked for": asked + (" (LORA_KERNELS_BACKEND)" if "LORA_KERNELS_BACKEND" in os.environ else ""),
+            "asked for": requested + (" (LORA_KERNELS_BACKEND)" if "LORA_KERNELS_BACKEND" in os.environ else ""),
         },
         "tuned plans": _tuned(torch.cuda.get_device_name() if torch.cuda.is_available() else ""),
         "compiled extension": _extension(),

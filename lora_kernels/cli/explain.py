@@ -1,4 +1,4 @@
-"""``lora-kernels explain``: which layers of a model get adapters, which do not and why, and what runs them."""
+"""``lora-kernels explain``: which layers of a model get adapters, why others do not, and the plan of each."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ AUTO_CLASSES = {
 
 
 def add_parser(subparsers: Any) -> None:
-    """Declares the command."""
-    parser = subparsers.add_parser("explain", help="show what happens to each layer of a model, and why")
+    """Declare the command."""
+    parser = subparsers.add_parser("explain", help="show which layers of a model get adapters, and why")
     parser.add_argument(
         "--model", type=values.model, default=MINILM, help="packaged model, hub id or folder (default: %(default)s)"
     )
@@ -35,15 +35,15 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--r", type=values.rank, default=16)
     parser.add_argument("--alpha", type=values.number, default=32)
     parser.add_argument(
-        "--tokens", type=values.count, default=2048, help="rows a plan is chosen for (default: %(default)s)"
+        "--tokens", type=values.count, default=2048, help="rows that plans are chosen for (default: %(default)s)"
     )
-    parser.add_argument("--layer", metavar="PATH", help="one layer of it: every plan with its cost, and which runs")
-    parser.add_argument("--chip", choices=CHIPS, help="answer for a GPU of this architecture, here or not")
+    parser.add_argument("--layer", metavar="PATH", help="show one layer: every plan with its cost, and the chosen one")
+    parser.add_argument("--chip", choices=CHIPS, help="plan for this architecture; it need not be present")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Loads the model, injects adapters, prints the table."""
+    """Load the model, inject adapters, print the table."""
     config = LoRAConfig(
         r=arguments.r,
         lora_alpha=arguments.alpha,

@@ -1,4 +1,4 @@
-"""``lora-kernels merge``: writes a plain model folder with an adapter folded into the weights."""
+"""``lora-kernels merge``: write a plain model folder with an adapter merged into the weights."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
 
 
 def add_parser(subparsers: Any) -> None:
-    """Declares the command."""
-    parser = subparsers.add_parser("merge", help="fold an adapter into its base model's weights")
+    """Declare the command."""
+    parser = subparsers.add_parser("merge", help="merge an adapter into its base model's weights")
     add = parser.add_argument
     add("--adapter", type=values.input_folder, required=True, help="folder with adapter_model.safetensors")
     add("--model", type=values.model, required=True, help="the base model: packaged model, hub id or folder")
     add("--out", type=values.output_folder, required=True, help="new folder for the merged model and its tokenizer")
-    add("--labels", type=values.names, help="names of the classes, with commas between")
+    add("--labels", type=values.names, help="names of the classes, separated by commas")
     add("--dtype", default="auto", choices=DTYPES, help="of the weights (default: as stored)")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Writes the merged model; --out appears whole or not at all."""
+    """Write the merged model. --out is renamed from a temporary folder, so it is complete or absent."""
     out: Path = arguments.out
     if out.exists() or out.name == "..":
         raise ConfigError(f"{out} exists; name a folder that does not")
@@ -66,12 +66,12 @@ def run(arguments: argparse.Namespace) -> int:
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    print(f"{count} layers merged; the model lies in {out}")
+    print(f"{count} layers merged; the model is in {out}")
     return 0
 
 
 def plain_linears(model: nn.Module) -> int:
-    """Puts an nn.Linear with the same weight in the place of every merged layer, in place; returns their number."""
+    """Replace every merged layer by an nn.Linear with the same weight, in place. Return their number."""
     layers = {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
     for module in model.modules():
         if isinstance(module, TrainedRows):

@@ -1,4 +1,4 @@
-"""``lora-kernels serve-bench``: a model's linear layers under mixed batches: latency, throughput, and the rivals'."""
+"""``lora-kernels serve-bench``: latency and throughput of a model's linear layers in mixed batches, beside rivals."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ import torch
 from lora_kernels.check.serving.cases import ServingCase, check_distribution, ranks_from
 from lora_kernels.check.serving.measure import Timing, Trial, in_turns, measure
 from lora_kernels.check.serving.rivals import FROZEN, ON_A_CPU, PEFT, PEFT_FP32, SWAP, contenders
-from lora_kernels.cli.shapes import MODELS, Shape, shapes_from
+from lora_kernels.cli.shapes import DTYPES, MODEL_HELP, Shape, shapes_from
+from lora_kernels.cli.tables import aligned
 from lora_kernels.config import MAX_RANK
 from lora_kernels.errors import ConfigError
 from lora_kernels.finetune import values
 from lora_kernels.testing.multi import DISTRIBUTIONS
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_ROWS, MAX_ADAPTERS = 1 << 24, 1 << 16
-CASE_SECONDS = 20.0  # after which a case's rounds end
+CASE_SECONDS = 20.0  # most seconds of a case
 COLUMNS = (
     "model", "N", "K", "layers", "M", "sequence", "L", "ranks", "distribution", "dtype", "implementation", "plan",
     "ms_p50", "ms_p20", "ms_p80", "tokens_per_s", "ratio_to_frozen", "ratio_to_best_rival", "device", "torch",
@@ -34,46 +34,31 @@ HEAD = ("implementation", "plan", "us p50", "p20", "p80", "tokens/s", "x frozen"
 
 
 def add_parser(subparsers: Any) -> None:
-    """Declares the command."""
+    """Declare the command."""
     parser = subparsers.add_parser("serve-bench", help="time a model's layers under batches of many adapters")
     add = parser.add_argument
     add("--model", type=values.model, default="bert-base", metavar="MODEL",
-        help=f"a folder, a config.json, a hub id, or one of {', '.join(MODELS)} (default: %(default)s)")  # fmt: skip
-    add(
-        "--tokens",
-        type=values.whole(1, MAX_ROWS),
-        nargs="+",
-        default=[1, 16, 64],
-        help="rows of a batch (default: 1 16 64)",
-    )
+        help=f"{MODEL_HELP} (default: %(default)s)")  # fmt: skip
+    add("--tokens", type=values.whole(1, MAX_ROWS), nargs="+", default=[1, 16, 64],
+        help="rows of a batch (default: 1 16 64)")  # fmt: skip
     add("--sequence", type=values.whole(0, MAX_ROWS), default=0, metavar="ROWS",
         help="rows of a sequence, which share an adapter (default: 1 up to 64 tokens, above that 128)")  # fmt: skip
-    add(
-        "--adapters",
-        type=values.whole(1, MAX_ADAPTERS),
-        nargs="+",
-        default=[8],
-        metavar="L",
-        help="adapters loaded (default: 8)",
-    )
+    add("--adapters", type=values.whole(1, MAX_ADAPTERS), nargs="+", default=[8], metavar="L",
+        help="adapters loaded (default: 8)")  # fmt: skip
     add("--distribution", type=values.checked(_distributions), nargs="+", default=["uniform"], metavar="NAME",
-        help=f"who uses which: {', '.join(DISTRIBUTIONS)}, or all (default: uniform)")  # fmt: skip
-    add(
-        "--ranks",
-        type=values.checked(_ranks),
-        default="8-64",
-        help="16 for all, 8,16,64 in turn, or 8-64 mixed (default: %(default)s)",
-    )
+        help=f"how rows use adapters: {', '.join(DISTRIBUTIONS)}, or all (default: uniform)")  # fmt: skip
+    add("--ranks", type=values.checked(_ranks), default="8-64",
+        help="16 for all, 8,16,64 in turn, or 8-64 mixed (default: %(default)s)")  # fmt: skip
     add("--dtype", choices=DTYPES, help="of weights and adapters (default: bf16 on a GPU, fp32 on a CPU)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--rounds", type=values.count, default=25, help="timed calls of each contender (default: %(default)s)")
-    add("--with-swap", action="store_true", help="also merging each adapter of a batch into W in turn; slow")
-    add("--out", type=values.output_file, metavar="CSV", help="the rows of all tables")
+    add("--with-swap", action="store_true", help="also time merging each adapter of a batch into W in turn; slow")
+    add("--out", type=values.output_file, metavar="CSV", help="write the rows of all tables")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measures and prints case by case; 1 where ours failed the error rule in any."""
+    """Measure and print each case. Return 1 if this package failed the error rule in any."""
     device = _device(arguments.device)
     cases = list(_cases(arguments, device))
     print(f"{arguments.model} on {_machine(device)}, torch {torch.__version__}")
@@ -118,15 +103,15 @@ def _cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[tupl
 
 
 def _check_memory(case: ServingCase, device: torch.device) -> None:
-    """ConfigError for operands larger than the machine's memory: the system would kill the process silently."""
+    """Raise ConfigError for operands larger than the machine's memory, for which the system would kill the process."""
     if device.type == "cuda":
         return  # torch raises an error there
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     pool = case.dtype.itemsize * sum(case.ranks) * (case.N + case.K)
-    if (needed := pool + case.dtype.itemsize * (case.M * (case.N + case.K) + case.N * case.K)) > there:
+    if (needed := pool + case.dtype.itemsize * (case.M * (case.N + case.K) + case.N * case.K)) > memory:
         raise ConfigError(
             f"{case.M} tokens and {case.L} adapters of rank {case.ranks_shown} take {needed / 2**30:.0f} GiB in a "
-            f"layer, and this machine has {there / 2**30:.0f} GiB: give fewer --tokens, fewer "
+            f"layer, and this machine has {memory / 2**30:.0f} GiB: give fewer --tokens, fewer "
             "--adapters or smaller --ranks"
         )
 
@@ -137,7 +122,7 @@ def _measured(case: ServingCase, device: torch.device, graph: bool, arguments: a
     trial = measure(case, taking_part, device, graph=graph, rounds=arguments.rounds, timer=timer)
     if not graph or all(each.graph for each in taking_part):
         return trial
-    # A graph cannot hold PEFT: it is called eagerly, and compared by the frozen layer of the same eager run.
+    # A graph cannot capture PEFT. It is called eagerly and compared with the frozen layer of the same eager run.
     eager = [FROZEN, *(each for each in taking_part if not each.graph)]
     others = measure(case, eager, device, rounds=arguments.rounds, timer=timer).timings[1:]
     return Trial([*trial.timings, *(replace(each, ratio_to_best_rival=None) for each in others)], trial.judgements)
@@ -182,17 +167,16 @@ def _table(case: ServingCase, layers: int, graph: bool, trial: Trial) -> list[st
         times = [f"{1e3 * ms:.1f}" for ms in (timing.ms_p50, timing.ms_p20, timing.ms_p80)]
         ratios = [f"{x:.3f}" if x else "" for x in (timing.ratio_to_frozen, timing.ratio_to_best_rival)]
         rows.append((timing.contender.name, timing.plan, *times, f"{timing.tokens_per_s:,.0f}", *ratios))  # type: ignore[arg-type]
-    lines += _aligned(rows)
+    lines += _indented(rows)
     lines += [] if graph else _beside_peft(trial)  # PEFT is called eagerly
-    told = [(each.contender.label, each) for each in trial.judgements if each.status != "ok"]
-    return [*lines, *(f"  {label}: {each.status}: {each.message}" for label, each in told)]
+    failed = [each for each in trial.judgements if each.status != "ok"]
+    return [*lines, *(f"  {each.contender.label}: {each.status}: {each.message}" for each in failed)]
 
 
 def _beside_peft(trial: Trial) -> list[str]:
-    """Ours over PEFT's time, and over the same what no way to add adapters can go below: the frozen layer's."""
-    times = {
-        timing.contender.name: timing.ms_p50 for timing in reversed(trial.timings)
-    }  # of ours the first: its choice
+    """Compare with PEFT's time: this package, and the frozen layer, which is the lower bound for adapters."""
+    # reversed: of this package's plans the first one, which it chose, is kept
+    times = {timing.contender.name: timing.ms_p50 for timing in reversed(trial.timings)}
     lines = []
     for peft in (PEFT.name, PEFT_FP32.name):
         if peft in times and "lora_kernels" in times:
@@ -202,28 +186,21 @@ def _beside_peft(trial: Trial) -> list[str]:
 
 
 def _whole(layers: int, totals: dict[tuple[object, ...], dict[str, float]]) -> list[str]:
-    """What all linear layers of the model take together, one after another."""
+    """Sum the times of all linear layers of the model."""
     lines = []
     for (tokens, sequence, L, distribution), sums in totals.items():
         lines.append(f"all {layers} linear layers, {tokens} tokens in {sequence}s, {L} adapters, {distribution}:")
         rows: list[Sequence[str]] = [("implementation", "ms a pass", "tokens/s", "x frozen")]
         for name, ms in sorted(sums.items(), key=lambda item: item[1]):
             rows.append((name, f"{ms:.3f}", f"{1e3 * int(str(tokens)) / ms:,.0f}", f"{ms / sums[FROZEN.name]:.3f}"))
-        lines += _aligned(rows)
+        lines += _indented(rows)
     return lines
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Words to the left, numbers to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+def _indented(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Align words left and numbers right, indented by two spaces."""
     words = sum(name in ("implementation", "plan") for name in rows[0])
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(w) if i < words else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  " + "  ".join(cells).rstrip())
-    return lines
+    return [f"  {line}" for line in aligned(rows, range(words)).splitlines()]
 
 
 def _row(model: str, shape: Shape, layers: int, timing: Timing, device: torch.device) -> dict[str, object]:

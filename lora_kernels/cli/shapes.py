@@ -1,4 +1,4 @@
-"""Which linear layers a model has: by name from a list, or from a transformers configuration, without its weights."""
+"""The linear layers of a model: from a list of names, or from a transformers configuration, without weights."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from lora_kernels.planning.tuned import bucket, key_of
 
 
 class Shape(NamedTuple):
-    """One kind of linear layer: N out, K in, whether it has a bias."""
+    """A shape of linear layers: N out, K in, whether it has a bias."""
 
     N: int
     K: int
     bias: bool = False
 
 
-# How many layers of each shape "all-linear" reaches.
+# The number of layers of each shape in "all-linear".
 MODELS = {
     "bert-base": {Shape(768, 768, True): 48, Shape(3072, 768, True): 12, Shape(768, 3072, True): 12},
     "llama-3-8b": {Shape(4096, 4096): 64, Shape(1024, 4096): 64, Shape(14336, 4096): 64, Shape(4096, 14336): 32},
@@ -39,11 +39,11 @@ MODELS = {
         Shape(3584, 18944): 28,
     },
 }  # fmt: skip
+MODEL_HELP = f"a folder, a config.json, a hub id, or one of {', '.join(MODELS)}"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MAX_LAYERS = 10_000  # of a configuration that is built; also the limit for labels
 
-
-MAX_LAYERS = 10_000  # of a configuration that is built; also the most labels
-
-# What transformers needs to build the same models without a network; all else is its default for the type.
+# Configurations to build these models without a network. Other values are the defaults of transformers.
 CONFIGS: dict[str, dict[str, Any]] = {
     "bert-base": {"model_type": "bert"},
     "llama-3-8b": {
@@ -65,14 +65,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def shapes_from(source: str) -> dict[Shape, int]:
-    """The linear layers of a model and how many of each: a name of MODELS, a folder, a config.json, or a hub id.
+    """Count the linear layers of a model by shape. source: a name of MODELS, a folder, a config.json, or a hub id.
 
-    From a configuration the model is built on the meta device: no weights are read, no memory is taken. Its head is not
-    among the layers: adapters leave it out.
+    The model is built from its configuration on the meta device: no weights are read and no memory is used. It has no
+    head, which gets no adapters.
 
     Raises:
-        ConfigError: nothing of the kind, or no linear layer.
-        MissingLibraryError: transformers is needed and not installed.
+        ConfigError: no such model, or no linear layer.
+        MissingLibraryError: transformers is required and not installed.
     """
     if source in MODELS:
         return dict(MODELS[source])
@@ -88,9 +88,9 @@ def shapes_from(source: str) -> dict[Shape, int]:
 
 
 def configuration(source: str) -> Any:
-    """The transformers configuration that a name of CONFIGS, a folder, a config.json or a hub id gives.
+    """Load the transformers configuration of a name of CONFIGS, a folder, a config.json or a hub id.
 
-    Raises ConfigError where there is none, MissingLibraryError without transformers.
+    Raises ConfigError if there is none, MissingLibraryError without transformers.
     """
     auto = require("transformers").AutoConfig
     path = Path(locate(source)).expanduser()
@@ -115,7 +115,7 @@ def configuration(source: str) -> Any:
 
 
 def _check_sizes(source: str, values: Any) -> None:
-    """ConfigError for sizes that no model has: building it would take hours, or overflow."""
+    """Raise ConfigError for extreme sizes: building the model would take hours, or overflow."""
     if not isinstance(values, dict) or "model_type" not in values:
         raise ConfigError(
             f"{source!r} gives no model: expected a configuration, which is a JSON object with a model_type"
@@ -127,7 +127,7 @@ def _check_sizes(source: str, values: Any) -> None:
 
 
 def on_meta(source: str, auto_class: str = "AutoModel", config: Any = None, **arguments: Any) -> nn.Module:
-    """``transformers.<auto_class>`` of ``config`` (by default ``configuration(source)``) on the meta device."""
+    """Build ``transformers.<auto_class>`` of ``config`` (default: ``configuration(source)``) on the meta device."""
     config = configuration(source) if config is None else config
     try:
         with torch.device("meta"):
@@ -141,8 +141,7 @@ def on_meta(source: str, auto_class: str = "AutoModel", config: Any = None, **ar
 
 def _no_model(source: str, error: Exception) -> ConfigError:
     reason = " ".join(str(error).split())[:300] or type(error).__name__
-    accepted = f"a folder, a config.json, a hub id, or {', '.join(MODELS)}"
-    return ConfigError(f"{source!r} gives no model: {type(error).__name__}: {reason} (give {accepted})")
+    return ConfigError(f"{source!r} gives no model: {type(error).__name__}: {reason} (give {MODEL_HELP})")
 
 
 def problems_of(
@@ -154,7 +153,7 @@ def problems_of(
     ops: Sequence[str],
     chip: Chip,
 ) -> list[CallShape]:
-    """Every problem that a table tells apart, once; those that take most of a model's time by the prediction first."""
+    """List every problem with an entry of its own in a table, in descending order of predicted time in the model."""
     weights: Counter[tuple[object, ...]] = Counter()
     problems: dict[tuple[object, ...], CallShape] = {}
     for (N, K, bias), count in shapes.items():

@@ -1,4 +1,4 @@
-"""``lora-kernels sweep``: which strategy and which parameters are best for this model and this data."""
+"""``lora-kernels sweep``: search for the best strategy and parameters for a model and data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from lora_kernels.atomic_write import atomic_write
 from lora_kernels.cli import train
-from lora_kernels.cli.advise import aligned
+from lora_kernels.cli.tables import aligned
 from lora_kernels.cli.train import INITS
 from lora_kernels.errors import ConfigError
 from lora_kernels.finetune import values
@@ -26,50 +26,52 @@ from lora_kernels.finetune.tasks import TASKS, Task
 from lora_kernels.models.targets import TASK_HEADS
 
 RSLORA = "rslora"
-# Of a command line that are not train's, or mean nothing to a search.
+# Options that do not belong to train, or do not decide the results of a search.
 _OWN = ("budget", "trials", "repeats", "baselines", "full_lr", "head_lr", "command", "run")
 _AXES = ("r", "alpha", "dropout", "targets", "init", "lr", "loraplus")
 _OUTPUT = ("resume", "overwrite", "out", "quiet", "beside_peft", "checkpoint_every", "no_checkpoints", "timeout")
 
 
 def add_parser(subparsers: Any, task: type[Task]) -> None:
-    """Declares the command: train's options, with several values where one is searched for."""
-    told = "search for the best rank, targets, learning rate and more"
-    parser = subparsers.add_parser("sweep", help=told, allow_abbrev=False, conflict_handler="resolve")
+    """Declare the command: train's options, with several values for those that are searched."""
+    summary = "search for the best rank, targets, learning rate and more"
+    parser = subparsers.add_parser("sweep", help=summary, allow_abbrev=False, conflict_handler="resolve")
     train.add_arguments(parser, task)
     add = parser.add_argument
     add("--out", type=values.output_folder, help="folder for the results (default: out/sweep)")
     add("--seed", type=values.whole(0, values.MAX_SPLIT_SEED // 2), default=0)
-    earlier = parser.add_mutually_exclusive_group().add_argument
-    earlier("--resume", action="store_true", help="go on with the study in --out, for another --budget")
-    earlier("--overwrite", action="store_true", help="delete the study in --out")
+    study = parser.add_mutually_exclusive_group().add_argument
+    study("--resume", action="store_true", help="continue the study in --out for another --budget")
+    study("--overwrite", action="store_true", help="delete the study in --out")
     space = parser.add_argument_group("search space, one or more values each").add_argument
     space("--r", type=values.rank, nargs="+", default=[4, 8, 16, 32], help="ranks (default: 4 8 16 32)")
     space("--alpha", type=_alpha, nargs="+", default=["1r", "2r", "4r"],
           help="numbers, or multiples of r (default: 1r 2r 4r)")  # fmt: skip
     space("--dropout", type=values.probability, nargs="+", default=[0.0, 0.1], help="default: 0 0.1")
     space("--targets", nargs="+", metavar="SET",
-          help="q,v, attention, mlp, all-linear, or as train takes it (default: q,v attention all-linear)")  # fmt: skip
+          help="q,v, attention, mlp, all-linear, or as in train (default: q,v attention all-linear)")  # fmt: skip
     space("--init", nargs="+", choices=[*sorted(INITS), RSLORA], default=["default", "pissa", "olora", RSLORA],
           help="of A and B; rslora: default with alpha / sqrt(r) (default: default pissa olora rslora)")  # fmt: skip
     space("--lr", "--learning-rate", type=_rate, nargs="+", default=["1e-4:1e-2"], metavar="RATE", dest="lr",
           help="learning rates, or LOW:HIGH (default: 1e-4:1e-2)")  # fmt: skip
     space("--loraplus", type=values.real(0.0), nargs="+", default=[1.0], metavar="RATIO",
-          help="B's rate over A's (default: 1)")  # fmt: skip
+          help="learning rate of B over that of A (default: 1)")  # fmt: skip
     search = parser.add_argument_group("search").add_argument
-    search("--budget", type=values.seconds, default=600.0, metavar="SECONDS", help="begin nothing that would end later "
-           "(default: 600)")  # fmt: skip
-    search("--trials", type=values.count, default=100, help="at most (default: %(default)s)")
+    search("--budget", type=values.seconds, default=600.0, metavar="SECONDS",
+           help="start only trainings that are expected to end within it (default: 600)")  # fmt: skip
+    search("--trials", type=values.count, default=100, help="most trials (default: %(default)s)")
     search("--repeats", type=values.whole(), default=2,
-           help="the best again with so many other seeds (default: %(default)s)")  # fmt: skip
-    search("--baselines", action="store_true", help="also full fine-tuning, and the head alone")
-    search("--full-lr", type=values.rate, nargs="+", default=[3e-5, 1e-4, 3e-4], help="of full fine-tuning")
-    search("--head-lr", type=values.rate, nargs="+", default=[1e-3, 1e-2], help="of the head alone")
+           help="other seeds for the best parameters (default: %(default)s)")  # fmt: skip
+    search("--baselines", action="store_true", help="also run full fine-tuning, and the head alone")
+    search(
+        "--full-lr", type=values.rate, nargs="+", default=[3e-5, 1e-4, 3e-4], help="learning rates of full fine-tuning"
+    )
+    search("--head-lr", type=values.rate, nargs="+", default=[1e-3, 1e-2], help="learning rates of the head alone")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Searches, and leaves sweep.csv, sweep.png, sweep.svg, the study and the best command in --out."""
+    """Search. Write sweep.csv, sweep.png, sweep.svg, the study and the best command to --out."""
     out = arguments.out or Path("out/sweep")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -101,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
         baselines=baselines_of(arguments, task_type.task_type),
         settings=task.settings() | decisive,
     )
-    for name in sorted(space):  # what makes no sense is said now, not in the middle
+    for name in sorted(space):  # report invalid values before the search
         for value in space[name].choices:
             recipe_for({**plan.first, name: value}, plan.seed)
     print(task.describe_data())
@@ -125,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def train_defaults(arguments: argparse.Namespace, task: type[Task]) -> argparse.Namespace:
-    """train's own options: its defaults, and what this command line sets beside the search space."""
+    """Return train's options: its defaults, and the values of this command line outside the search space."""
     parser = argparse.ArgumentParser()
     train.add_arguments(parser, task)
     settings = parser.parse_args([])
@@ -135,25 +137,25 @@ def train_defaults(arguments: argparse.Namespace, task: type[Task]) -> argparse.
 
 
 def settings_of(base: argparse.Namespace, sets: dict[str, str], params: Params, seed: int) -> argparse.Namespace:
-    """train's options for the parameters of a trial; ``sets``: names of target sets -> as train takes them."""
+    """Return train's options for a trial's parameters. sets: name of a target set -> value of --targets."""
     settings = copy.copy(base)
-    told = dict(params)
-    if "targets" in told:
-        told["targets"] = sets.get(told["targets"], told["targets"])
-    if "alpha" in told:
-        alpha = str(told["alpha"])
+    options = dict(params)
+    if "targets" in options:
+        options["targets"] = sets.get(options["targets"], options["targets"])
+    if "alpha" in options:
+        alpha = str(options["alpha"])
         factor = values.number("1" if alpha == "r" else alpha.removesuffix("r"))
-        told["alpha"] = factor * told["r"] if alpha.endswith("r") else factor
-    if told.get("init") == RSLORA:
-        told |= {"init": "default", "rslora": True}
-    if told.get("loraplus") == 1:
-        told["loraplus"] = None
-    vars(settings).update(told, seed=seed)
+        options["alpha"] = factor * options["r"] if alpha.endswith("r") else factor
+    if options.get("init") == RSLORA:
+        options |= {"init": "default", "rslora": True}
+    if options.get("loraplus") == 1:
+        options["loraplus"] = None
+    vars(settings).update(options, seed=seed)
     return settings
 
 
 def space_of(arguments: argparse.Namespace, sets: dict[str, str]) -> dict[str, Axis]:
-    """The axes that a command line describes; ``sets``: the target sets of the model, by name."""
+    """Make the axes of the search from parsed arguments. sets: the target sets of the model, by name."""
     chosen = arguments.targets or [name for name in ("q,v", "attention", "all-linear") if name in sets]
     return {
         "r": Axis(tuple(arguments.r)),
@@ -167,7 +169,7 @@ def space_of(arguments: argparse.Namespace, sets: dict[str, str]) -> dict[str, A
 
 
 def first_of(space: dict[str, Axis]) -> Params:
-    """The first trial's parameters: train's defaults where the space has them, else what comes first there."""
+    """Choose the first trial's parameters: train's default if it is on the axis, else the first choice or middle."""
     usual = dict(zip(_AXES, (16, "2r", 0.0, "all-linear", "default", 1e-3, 1.0), strict=True))
     middle = {name: math.sqrt(axis.low * axis.high) for name, axis in space.items() if not axis.choices}
     return {
@@ -177,14 +179,14 @@ def first_of(space: dict[str, Axis]) -> Params:
 
 
 def baselines_of(arguments: argparse.Namespace, task_type: str) -> dict[str, Sequence[float]]:
-    """Strategy -> learning rates, if asked for; the head alone where the task has a fresh one."""
+    """Return strategy -> learning rates with --baselines; the head alone only if the task has a new one."""
     if not arguments.baselines:
         return {}
     return {FULL: arguments.full_lr} | ({HEAD_ONLY: arguments.head_lr} if task_type in TASK_HEADS else {})
 
 
 def table(records: Sequence[Record], monitor: str) -> str:
-    """The trainings as text, one line each, with the parameters that the trials differ in."""
+    """Format the trainings, one line each, with the parameters in which trials differ."""
     trials = [record.params for record in records if record.kind == LORA]
     names = [name for name in _AXES if name == "lr" or len({str(params[name]) for params in trials}) > 1]
     rows = [["", monitor, "trainable", "seconds", "seed", *names]]
@@ -212,7 +214,7 @@ def _line(targets: str | list[str]) -> str:
 
 
 def _alpha(text: str) -> str:
-    """The type of --alpha: a number, or a multiple of r such as "2r"."""
+    """Check a value of --alpha: a number, or a multiple of r such as "2r"."""
     try:
         values.number("1" if text == "r" else text.removesuffix("r"))
     except argparse.ArgumentTypeError:
@@ -221,7 +223,7 @@ def _alpha(text: str) -> str:
 
 
 def _rate(text: str) -> str:
-    """The type of --lr: a learning rate, or LOW:HIGH."""
+    """Check a value of --lr: a learning rate, or LOW:HIGH."""
     ends = text.split(":")
     try:
         rates = [values.rate(end) for end in ends]

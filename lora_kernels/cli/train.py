@@ -1,4 +1,4 @@
-"""``lora-kernels train``: fine-tunes a model on a task with everything adjustable, killable and resumable."""
+"""``lora-kernels train``: fine-tune a model on a task. A run that was killed can be resumed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ INITS: dict[str, bool | str] = {"default": True, "random": False, **{x: x for x 
 
 
 def chosen_task(arguments: Sequence[str]) -> type[Task]:
-    """The task named by --task in a command line, so that its own options can be declared; the first by default."""
+    """Find --task in a command line, so that the task's options can be declared. Default: the first task."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--task", default=next(iter(TASKS)))
     name = finder.parse_known_args(list(arguments))[0].task
@@ -33,37 +33,37 @@ def chosen_task(arguments: Sequence[str]) -> type[Task]:
 
 
 def add_parser(subparsers: Any, task: type[Task]) -> None:
-    """Declares the command with the options of ``task``."""
+    """Declare the command with the options of ``task``."""
     parser = subparsers.add_parser("train", help="fine-tune on a task, with everything adjustable", allow_abbrev=False)
     add_arguments(parser, task)
     parser.set_defaults(run=run_command)
 
 
 def add_arguments(parser: argparse.ArgumentParser, task: type[Task]) -> None:
-    """Declares the options of the run, of LoRA, of training, and the task's own."""
+    """Declare the options of the run, of LoRA, of training, and of the task."""
     add = parser.add_argument
     add("--task", choices=sorted(TASKS), default=task.name)
     add("--out", type=values.output_folder, help="folder for the results (default: out/TASK)")
-    earlier = parser.add_mutually_exclusive_group().add_argument
-    earlier("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-    earlier("--overwrite", action="store_true", help="delete the checkpoints of an earlier run in --out")
+    checkpoints_in_out = parser.add_mutually_exclusive_group().add_argument
+    checkpoints_in_out("--resume", action="store_true", help="continue from the newest checkpoint in --out")
+    checkpoints_in_out("--overwrite", action="store_true", help="delete the checkpoints of an earlier run in --out")
     add("--device", type=values.device, default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     add(
         "--timeout", type=values.seconds, default=600, help="seconds to wait for another process (default: %(default)s)"
     )
     add("--threads", type=values.threads, default=0, help="CPU threads (default: torch's choice)")
     add("--backend", type=values.backend, default="auto", help="auto, reference, triton or triton:PLAN (default: auto)")
-    add("--beside-peft", action="store_true", help="measure the same steps in PEFT")
+    add("--beside-peft", action="store_true", help="also time the same steps in PEFT")
     add("--quiet", action="store_true", help="no progress bar")
 
     lora = parser.add_argument_group("LoRA").add_argument
     lora("--r", type=values.rank, default=16, help="rank (default: %(default)s)")
     lora("--alpha", type=values.number, default=32, help="numerator of the scaling (default: %(default)s)")
     lora("--dropout", type=values.probability, default=0.0, help="on the adapter's input (default: %(default)s)")
-    lora("--targets", default="all-linear", help="all-linear, a regular expression, or names with commas between")
-    lora("--exclude", help="names with commas between, or a regular expression")
+    lora("--targets", default="all-linear", help="all-linear, a regular expression, or names separated by commas")
+    lora("--exclude", help="names separated by commas, or a regular expression")
     lora("--rslora", action="store_true", help="scaling alpha / sqrt(r) instead of alpha / r")
-    lora("--init", choices=sorted(INITS), default="default", help="of A and B (default: PEFT's)")
+    lora("--init", choices=sorted(INITS), default="default", help="init of A and B (default: as in PEFT)")
 
     training = parser.add_argument_group("training").add_argument
     training("--epochs", type=values.count, default=1)
@@ -71,30 +71,30 @@ def add_arguments(parser: argparse.ArgumentParser, task: type[Task]) -> None:
     training("--accumulate", type=values.count, default=1, help="batches per optimizer step (default: %(default)s)")
     training("--lr", type=values.rate, default=1e-3, help="learning rate (default: %(default)s)")
     training(
-        "--loraplus", type=values.real(0.0), metavar="RATIO", help="B's learning rate over A's (default: the same)"
+        "--loraplus", type=values.real(0.0), metavar="RATIO", help="learning rate of B over that of A (default: 1)"
     )
     training("--weight-decay", type=values.real(0.0), default=0.01, help="default: %(default)s")
     training("--schedule", choices=SCHEDULES, default="cosine", help="default: %(default)s")
     training("--warmup", type=values.real(0.0, values.MAX_COUNT), default=0.1,
-             help="steps, or a share of them below 1 (default: %(default)s)")  # fmt: skip
+             help="steps; below 1, a share of all steps (default: %(default)s)")  # fmt: skip
     training("--clip-norm", type=values.real(0.0), default=1.0,
-             help="of the gradients, 0 for none (default: %(default)s)")  # fmt: skip
+             help="largest norm of the gradients, 0 for no clipping (default: %(default)s)")  # fmt: skip
     training("--bf16", action="store_true", help="autocast to bfloat16")
     training("--seed", type=values.seed, default=0)
-    training("--patience", type=values.count, help="stop after so many epochs without improvement, keep the best")
+    training("--patience", type=values.count, help="stop after so many epochs without improvement and keep the best")
     training("--monitor", type=values.one_of(task.monitors), default=task.monitor,
-             help=f"what must improve, {' or '.join(task.monitors)} (default: %(default)s)")  # fmt: skip
+             help=f"metric that must improve, {' or '.join(task.monitors)} (default: %(default)s)")  # fmt: skip
     training("--checkpoint-every", type=values.whole(), default=50,
              help="steps between checkpoints (default: %(default)s)")  # fmt: skip
-    training("--no-checkpoints", action="store_true", help="keep none")
+    training("--no-checkpoints", action="store_true", help="write no checkpoints")
 
     task.add_arguments(parser.add_argument_group(f"task {task.name}"))
 
 
 def run_command(arguments: argparse.Namespace) -> int:
-    """Trains as ``arguments`` say, and leaves the command to reproduce it in --out.
+    """Train with ``arguments`` and write the command that reproduces the run to --out.
 
-    Under torchrun all its processes train together, and the first one writes; one that fails or dies ends them all.
+    Under torchrun all processes train together and the first one writes. If one fails, all end.
     """
     with processes.joined(find_device(arguments.device), arguments.timeout):
         return _train(arguments)
@@ -125,7 +125,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def recipe_of(arguments: argparse.Namespace, task: type[Task], checkpoint_dir: Path | None) -> Recipe:
-    """The Recipe a command line describes. ConfigError for values that make no sense."""
+    """Make the Recipe from parsed arguments. Raises ConfigError for invalid combinations."""
     lora = LoRAConfig(
         r=arguments.r,
         lora_alpha=arguments.alpha,
@@ -164,7 +164,7 @@ def recipe_of(arguments: argparse.Namespace, task: type[Task], checkpoint_dir: P
 
 
 def find_device(name: str) -> str:
-    """The device's name; "auto" takes a GPU where there is one. ConfigError if it cannot be used here."""
+    """Return the device's name; for "auto", a GPU if there is one. Raises ConfigError if it cannot be used."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if reason := values.unusable(name):
@@ -173,17 +173,19 @@ def find_device(name: str) -> str:
 
 
 def names_or_pattern(text: str | None) -> str | list[str] | None:
-    """LoRAConfig's target_modules from a command line: "q,v" and "query" are names, "all-linear" and what holds
-    characters of a regular expression are not split."""
+    """Convert --targets to LoRAConfig's target_modules: "q,v" and "query" are names.
+
+    "all-linear" and texts with characters of regular expressions are not split.
+    """
     if text is None or text == "all-linear" or not all(c.isalnum() or c in "_.,-" for c in text):
         return text
     return [name for name in text.split(",") if name]
 
 
 def reproduce(arguments: argparse.Namespace) -> str:
-    """The command line with every option spelled out, defaults and what "auto" found included."""
+    """Return the command line with all options, including defaults and the values chosen by "auto"."""
     words = ["lora-kernels", "train"]
-    if processes.count() > 1:  # without the -- torchrun takes --r and --monitor for options of its own, cut short
+    if processes.count() > 1:  # without --, torchrun reads --r and --monitor as abbreviations of its own options
         words = ["torchrun", "--nproc-per-node", str(processes.count()), "-m", "--", "lora_kernels.cli", "train"]
     found = {"device": find_device(arguments.device), "threads": torch.get_num_threads()}
     for name, value in sorted({**vars(arguments), **found}.items()):

@@ -1,4 +1,4 @@
-"""``lora-kernels tune``: measures the plans for a model's layers on this GPU, and keeps what is fastest."""
+"""``lora-kernels tune``: measure the plans for a model's layers on this GPU and store the fastest."""
 
 from __future__ import annotations
 
@@ -14,53 +14,45 @@ from typing import Any
 
 import torch
 
-from lora_kernels.cli.shapes import MODELS, problems_of, shapes_from
+from lora_kernels.cli.shapes import DTYPES, MODEL_HELP, problems_of, shapes_from
+from lora_kernels.cli.tables import aligned
 from lora_kernels.errors import ConfigError
 from lora_kernels.finetune import values
-from lora_kernels.finetune.train.extras import installed, require
+from lora_kernels.finetune.train.bar import tqdm_bar
+from lora_kernels.finetune.train.extras import installed
 from lora_kernels.planning.choose import chip_for, triton_missing
 from lora_kernels.planning.cost import CallShape
 from lora_kernels.planning.tuned import Entry
 from lora_kernels.tuning.tune import REHEARSAL, Outcome, Progress, tune
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
 
 def add_parser(subparsers: Any) -> None:
-    """Declares the command."""
+    """Declare the command."""
     parser = subparsers.add_parser("tune", help="measure the plans for a model's layers on this GPU")
     add = parser.add_argument
-    add("--shapes-from", type=values.model, required=True, metavar="MODEL",
-        help=f"a folder, a config.json, a hub id, or one of {', '.join(MODELS)}")  # fmt: skip
+    add("--shapes-from", type=values.model, required=True, metavar="MODEL", help=MODEL_HELP)
     add("--tokens", type=values.several(values.count), default=[512, 2048, 8192], help="rows (default: 512,2048,8192)")
     add("--r", type=values.rank, default=16, help="rank (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="bf16", help="of the weights (default: %(default)s)")
-    add(
-        "--dropout",
-        type=values.several(values.real(0.0, below=1.0)),
-        default=[0.0, 0.1],
-        help="probabilities (default: 0,0.1)",
-    )
+    add("--dropout", type=values.several(values.real(0.0, below=1.0)), default=[0.0, 0.1],
+        help="probabilities (default: 0,0.1)")  # fmt: skip
     add("--ops", type=_directions, default=["fwd", "bwd"], help="fwd,bwd or one of them (default: both)")
+    add("--budget", type=values.real(0.0, values.MAX_SECONDS), metavar="SECONDS",
+        help="start no measurement after so many seconds; the same command continues")  # fmt: skip
+    add("--out", type=values.replaced_file,
+        help="the table (default: this GPU's in the user's cache, which the planner reads)")  # fmt: skip
+    add("--again", action="store_true", help="also measure problems that are in the table")
     add(
-        "--budget",
-        type=values.real(0.0, values.MAX_SECONDS),
-        metavar="SECONDS",
-        help="begin nothing new after so long; go on by the same command",
+        "--rehearse",
+        action="store_true",
+        help="run all steps in Triton's interpreter on tiny shapes; measures no speed",
     )
-    add(
-        "--out",
-        type=values.replaced_file,
-        help="the table (default: this GPU's in the user's cache, which the planner reads)",
-    )
-    add("--again", action="store_true", help="measure also what the table has already")
-    add("--rehearse", action="store_true", help="all of it in Triton's interpreter on tiny shapes; proves no speed")
     add("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measures, writes the table, prints what was chosen; 0 even where the budget left something."""
+    """Measure, write the table, print the choices. Return 0, also if the budget ended before the last problem."""
     if arguments.rehearse:
         return _rehearse(arguments)
     if not torch.cuda.is_available():
@@ -72,20 +64,19 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _rehearse(arguments: argparse.Namespace) -> int:
-    """Tiny problems in the interpreter; in a process of its own, as Triton reads TRITON_INTERPRET when it is loaded."""
+    """Tune tiny problems in the interpreter, in a new process: Triton reads TRITON_INTERPRET when it is imported."""
     device = torch.device("cpu")
     if triton_missing("cpu") is None:
-        # These need the interpreter, and with it Triton: no other command does.
+        # Imported here, since no other command needs Triton.
         from lora_kernels.testing import interpreter
 
         interpreter.install()
         return _tune(arguments, device)
     if why := triton_missing("cuda"):
         raise ConfigError(f"--rehearse cannot run: {why}")
-    told = {"tokens": arguments.tokens, "dropout": arguments.dropout, "ops": arguments.ops}
-    told = {name: ",".join(map(str, values)) for name, values in told.items()}
-    told |= {name: getattr(arguments, name) for name in ("shapes_from", "r", "dtype", "budget", "out")}
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in told.items() if value is not None]
+    options = {name: ",".join(map(str, getattr(arguments, name))) for name in ("tokens", "dropout", "ops")}
+    options |= {name: getattr(arguments, name) for name in ("shapes_from", "r", "dtype", "budget", "out")}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
     words += [f"--{name}" for name in ("again", "quiet", "rehearse") if getattr(arguments, name)]
     command = [sys.executable, "-m", "lora_kernels.cli", "tune", *words]
     return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
@@ -114,20 +105,19 @@ def _tune(arguments: argparse.Namespace, device: torch.device) -> int:
 
 
 def tiny(q: CallShape) -> CallShape:
-    """A problem of the same kind that an interpreter runs in milliseconds."""
+    """Return a problem of the same kind that an interpreter runs in milliseconds."""
     return dataclasses.replace(q, M=33, N=88 if q.N > q.K else 80, K=64, r=min(q.r, 8))
 
 
 def summary(outcome: Outcome) -> str:
-    """The choice for each problem beside eager, what failed, what is left, and where the table lies."""
+    """Format each problem's choice beside eager, the failures, the problems left, and the path of the table."""
     rows: list[tuple[str, ...]] = [
         ("direction", "M", "N", "K", "r", "dropout", "plan", "us", "eager us", "ratio", "candidates")
     ]
     for e in outcome.entries:
-        told = (e.op, e.M, e.N, e.K, e.r, "yes" if e.dropout else "no", e.chosen.plan, *_times(e), len(e.measured))
-        rows.append(tuple(map(str, told)))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        cells = (e.op, e.M, e.N, e.K, e.r, "yes" if e.dropout else "no", e.chosen.plan, *_times(e), len(e.measured))
+        rows.append(tuple(map(str, cells)))
+    lines = [aligned(rows)]
     reasons = Counter((label.split()[0], reason) for _, label, reason in outcome.faults)
     lines += [f"{plan}: {count} left out: {reason}" for (plan, reason), count in reasons.most_common()]
     if outcome.left:
@@ -143,12 +133,11 @@ def _times(e: Entry) -> tuple[str, str, str]:
 
 @contextlib.contextmanager
 def _bar(total: int, shown: bool) -> Iterator[Callable[[Progress], None]]:
-    """A tqdm bar over the problems, or nothing."""
+    """Yield a function that shows progress in a tqdm bar over the problems, or does nothing."""
     if not shown:
         yield lambda progress: None
         return
-    interval = 0.1 if sys.stderr.isatty() else 10.0  # a log file gets a line now and then
-    with require("tqdm").tqdm(desc="tune", total=total, unit="problem", mininterval=interval) as bar:
+    with tqdm_bar("tune", total, "problem") as bar:
 
         def show(progress: Progress) -> None:
             q = progress.problem

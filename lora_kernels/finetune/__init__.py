@@ -1,4 +1,4 @@
-"""Fine-tuning: the LoRA wrapper, the Trainer, and tasks that bring model, data and metrics together."""
+"""Fine-tuning: the LoRA wrapper, the Trainer, and tasks with model, data and metrics."""
 
 from lora_kernels.finetune.train.lora import LoRA
 from lora_kernels.finetune.train.options import History, TrainOptions

@@ -1,4 +1,4 @@
-"""Types for argparse: each reads one value of a command line; its error says what was given and what is accepted."""
+"""Types for argparse. Each parses one value; its error names the given value and the accepted ones."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from lora_kernels.planning.choose import split_name
 
 Value = TypeVar("Value")
 MAX_COUNT = 2**31 - 1
-MAX_SEED = 2**63 - 1  # torch.manual_seed accepts it, and it is the largest integer of a checkpoint
+MAX_SEED = 2**63 - 1  # the largest integer in a checkpoint; torch.manual_seed accepts it
 MAX_SPLIT_SEED = 2**32 - 1  # the limit of NumPy's generators, which scikit-learn's splits use
 MAX_FLOAT = 3e38  # just below float32's largest number: rates and ratios are multiplied into float32 tensors
 MAX_SECONDS = 1e9
 
 
 def refused(text: str, accepted: str) -> argparse.ArgumentTypeError:
-    """The error that argparse prints after "argument --option:"."""
+    """Make the error that argparse prints after "argument --option:"."""
     shown = repr(text if len(text) <= 60 else f"{text[:57]}...")
     return argparse.ArgumentTypeError(f"{shown} was given; accepted is {accepted}")
 
 
 def whole(least: int = 0, most: int = MAX_COUNT, but: str = "") -> Callable[[str], int]:
-    """A type for integers from ``least`` to ``most``; ``but`` is added to the error message."""
+    """Make a type for integers from ``least`` to ``most``. ``but`` is appended to the error message."""
 
     def read(text: str) -> int:
         try:
@@ -47,7 +47,7 @@ def whole(least: int = 0, most: int = MAX_COUNT, but: str = "") -> Callable[[str
 def real(
     least: float = -MAX_FLOAT, most: float = MAX_FLOAT, *, above: float | None = None, below: float | None = None
 ) -> Callable[[str], float]:
-    """A type for finite numbers x with least <= x (or above < x) and x <= most (or x < below)."""
+    """Make a type for finite numbers x with least <= x (or above < x) and x <= most (or x < below)."""
     low = f"from {least:g}" if above is None else f"above {above:g}"
     accepted = f"a number {low} to {most:g}" if below is None else f"a number {low} and below {below:g}"
 
@@ -67,7 +67,7 @@ def real(
 
 
 def several(kind: Callable[[str], Value]) -> Callable[[str], list[Value]]:
-    """A type for a list of at least one value, separated by commas."""
+    """Make a type for a list of one or more values separated by commas."""
 
     def read(text: str) -> list[Value]:
         parts = [part.strip() for part in text.split(",") if part.strip()]
@@ -79,7 +79,7 @@ def several(kind: Callable[[str], Value]) -> Callable[[str], list[Value]]:
 
 
 def names(text: str) -> list[str]:
-    """Different names, separated by commas."""
+    """Parse different names separated by commas."""
     found = several(str)(text)
     if len(set(found)) < len(found) or len(found) != len(text.split(",")):
         raise refused(text, "names separated by commas, each once and none of them empty")
@@ -87,7 +87,7 @@ def names(text: str) -> list[str]:
 
 
 def one_of(names: Sequence[str]) -> Callable[[str], str]:
-    """A type for one of ``names``; for options for which argparse's ``choices`` cannot be used."""
+    """Make a type for one of ``names``, for options that cannot use argparse's ``choices``."""
 
     def read(text: str) -> str:
         if text not in names:
@@ -108,23 +108,25 @@ seconds = real(above=0.0, most=MAX_SECONDS)
 
 
 def number(text: str) -> int | float:
-    """A finite number: int 32 from "32" or "32.0", float 0.5 from "0.5". Whole numbers are ints, since the adapter's
-    configuration stores them so."""
+    """Parse a finite number: int 32 from "32" or "32.0", float 0.5 from "0.5".
+
+    Whole numbers become ints, as in the adapter's configuration.
+    """
     value = real(-MAX_ALPHA, MAX_ALPHA)(text)
     return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
 def threads(text: str) -> int:
-    """Number of CPU threads, at most one for each core (or as many as OMP_NUM_THREADS gave torch); 0: torch chooses.
+    """Parse a number of CPU threads: at most the number of cores (or of OMP_NUM_THREADS); 0: torch's default.
 
-    OpenMP starts as many threads as are requested: about ten thousand threads end or crash the process.
+    OpenMP starts as many threads as are requested, and the process crashes at about ten thousand.
     """
     most = max(os.cpu_count() or 1, torch.get_num_threads())
     return whole(0, most, ", the number of cores here; with 0 torch chooses")(text)
 
 
 def unusable(name: str) -> str | None:
-    """The reason why this device cannot be used for computing, or None. "meta" is refused: it has no data."""
+    """Return the reason why a device cannot compute, or None. "meta" is refused: it has no data."""
     try:
         torch.zeros(1, device=name).item()
     except Exception as error:  # RuntimeError, AssertionError, ImportError, ..., depending on the device
@@ -133,14 +135,14 @@ def unusable(name: str) -> str | None:
 
 
 def device(text: str) -> str:
-    """A device that can be used here, or "auto"."""
+    """Parse a device that can be used on this machine, or "auto"."""
     if text != "auto" and (reason := unusable(text)):
         raise refused(text, f"auto, cpu, or a GPU that torch finds here such as cuda or cuda:0 ({reason})")
     return text
 
 
 def checked(check: Callable[[str], object]) -> Callable[[str], str]:
-    """A type for texts for which ``check`` raises no ConfigError; argparse would hide that error's message."""
+    """Make a type for texts that ``check`` accepts. argparse would hide its ConfigError, so it is converted."""
 
     def read(text: str) -> str:
         if len(text) > 1000:
@@ -154,18 +156,18 @@ def checked(check: Callable[[str], object]) -> Callable[[str], str]:
     return read
 
 
-backend = checked(split_name)  # checks the name only: whether it can run depends on the tensors
+backend = checked(split_name)  # checks only the name; whether the backend can run depends on the tensors
 
 
 def model(text: str) -> str:
-    """A model's name. Whether the model exists is checked when it is loaded."""
+    """Parse a model's name. Whether the model exists is checked when it is loaded."""
     if not text.strip() or len(text) > 4096:
         raise refused(text, "the name of a packaged model, a folder or a hub id")
     return text
 
 
 def input_file(*names: str) -> Callable[[str], str]:
-    """A type for an existing, readable file, or one of ``names``."""
+    """Make a type for an existing, readable file, or one of ``names``."""
     accepted = ", ".join([*names, "or a file that exists"]) if names else "a file that exists"
 
     def read(text: str) -> str:
@@ -182,12 +184,12 @@ def input_file(*names: str) -> Callable[[str], str]:
 
 
 def input_path(text: str) -> Path:
-    """An existing, readable file."""
+    """Parse the path of an existing, readable file."""
     return Path(input_file()(text))
 
 
 def input_folder(text: str) -> Path:
-    """An existing folder."""
+    """Parse the path of an existing folder."""
     path = _path(text, "a folder that exists")
     if not _found(path, text, "a folder that exists") or not path.is_dir():
         raise refused(text, "a folder that exists")
@@ -195,7 +197,7 @@ def input_folder(text: str) -> Path:
 
 
 def output_folder(text: str) -> Path:
-    """A folder that can be written to, or created."""
+    """Parse the path of a folder that can be written to, or created."""
     path = _path(text, "a folder that can be written to")
     if _found(path, text, "a folder that can be written to") and not path.is_dir():
         raise refused(text, "a folder that can be written to (this is a file)")
@@ -203,7 +205,7 @@ def output_folder(text: str) -> Path:
 
 
 def replaced_file(text: str) -> Path:
-    """A file that will be replaced by renaming a new file: an existing regular file, or a path without a file."""
+    """Parse the path of a regular file to replace by renaming, or of a new file."""
     path = output_file(text)
     if path.exists() and not path.is_file():
         raise refused(text, "a regular file, or a new one")
@@ -211,7 +213,7 @@ def replaced_file(text: str) -> Path:
 
 
 def output_file(text: str) -> Path:
-    """A file that can be written, in a folder that exists or can be created."""
+    """Parse the path of a file that can be written, in a folder that exists or can be created."""
     path = _path(text, "a file that can be written")
     if not _found(path, text, "a file that can be written"):
         return _writable(path, text)
@@ -229,7 +231,7 @@ def _path(text: str, accepted: str) -> Path:
 
 
 def _found(path: Path, text: str, accepted: str) -> bool:
-    """Whether the path exists. Refused if the system does not accept such a name, or does not allow to look it up."""
+    """Check whether the path exists. A name that the system rejects or cannot look up is refused."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -240,7 +242,7 @@ def _found(path: Path, text: str, accepted: str) -> bool:
 
 
 def _writable(path: Path, text: str) -> Path:
-    """``path``, if it or its nearest existing parent folder can be written to."""
+    """Return ``path`` if it, or its nearest existing parent folder, can be written to."""
     above = path.absolute()
     while not _found(above, text, "a place that can be written to"):
         above = above.parent

@@ -19,7 +19,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a BERT of two small layers and a tokenizer that knows twenty words."""
+    """Make a folder with a BERT of two small layers and a tokenizer of twenty words."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -42,7 +42,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A table of 320 sentences; a good or a bad word tells the class."""
+    """Write a table of 320 sentences; a good or a bad word decides the class."""
     draw = random.Random(0)
     rows = []
     for i in range(320):

@@ -5,22 +5,22 @@ import pytest
 from transformers import AutoConfig, BertConfig
 
 from lora_kernels.cli import main
-from lora_kernels.cli.advise import aligned, task_type_of
+from lora_kernels.cli.advise import task_type_of
 from lora_kernels.cli.shapes import configuration
 
 
-def test_tells_what_fits(tiny_model, tmp_path, capsys):
+def test_shows_what_fits(tiny_model, tmp_path, capsys):
     command = ["advise", str(tiny_model), "--r", "2", "4", "--tokens", "8", "--batch", "2", "--memory", "0.0001"]
     assert main([*command, "--json", str(tmp_path / "rows.json")]) == 0
     shown = capsys.readouterr().out
     rows = json.loads((tmp_path / "rows.json").read_text())
-    told = {(row["strategy"], row["targets"], row["r"]): row for row in rows}
-    assert len(told) == 5 * 2 + 2
-    assert told["LoRA", "q,v", 2]["trainable"] == 2 * 2 * 2 * (16 + 16) + 2 * 16 + 2
+    by_strategy = {(row["strategy"], row["targets"], row["r"]): row for row in rows}
+    assert len(by_strategy) == 5 * 2 + 2
+    assert by_strategy["LoRA", "q,v", 2]["trainable"] == 2 * 2 * 2 * (16 + 16) + 2 * 16 + 2
     lines = [line.split() for line in shown.splitlines()]
     assert lines[0][5:9] == ["SEQ_CLS;", "batches", "of", "2"]
     fits = {(line[0], line[1], line[2]): line[-2] for line in lines if line[:1] == ["LoRA"]}
-    for (name, targets, r), row in told.items():
+    for (name, targets, r), row in by_strategy.items():
         if name == "LoRA":
             assert fits[name, targets, str(r)] == ("yes" if row["memory"] <= 0.0001 * 2**30 else "no")
     assert set(fits.values()) == {"yes"}
@@ -93,7 +93,7 @@ BROKEN = [
 
 @pytest.mark.parametrize("text", BROKEN, ids=range(len(BROKEN)))
 def test_a_broken_configuration_is_one_sentence(tiny_model, tmp_path, capsys, text):
-    """Wrong values in an otherwise right config.json, and files that hold no configuration."""
+    """Wrong values in an otherwise valid config.json, and files without a configuration."""
     file = tmp_path / "config.json"
     with contextlib.suppress(ValueError, RecursionError):
         if isinstance(change := json.loads(text), dict) and change:
@@ -103,7 +103,3 @@ def test_a_broken_configuration_is_one_sentence(tiny_model, tmp_path, capsys, te
         assert main(["advise", str(model), "--r", "2", "--tokens", "4"]) == 2
         shown = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("[transformers]")]
         assert [line.startswith(f"lora-kernels advise: '{model}'") for line in shown] == [True]
-
-
-def test_numbers_flush_right():
-    assert aligned([["name", "n"], ["a", "1,000"]], {0}) == "name      n\na     1,000"

@@ -23,7 +23,7 @@ def run(arguments, environment=None, **options):
 
 
 def raised_by(library, error, tmp_path, monkeypatch):
-    """``error`` as code of another package raises it."""
+    """Raise ``error`` from code of another package."""
     (tmp_path / library).mkdir()
     (tmp_path / library / "__init__.py").write_text("def call(error):\n    raise error\n")
     monkeypatch.setattr(boundary.sysconfig, "get_path", lambda name: str(tmp_path))
@@ -122,7 +122,7 @@ def test_ctrl_c_during_the_imports_ends_with_130(tmp_path, module, action):
 
 
 def swallow(hidden):
-    """What extension modules do with a KeyboardInterrupt while they load."""
+    """Extension modules may clear or convert a KeyboardInterrupt while they load."""
     try:
         signal.raise_signal(signal.SIGINT)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""`lora-kernels check`: what it reports, what it exits with, what it writes."""
+"""`lora-kernels check`: its report, exit status and files."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ UNKNOWN = replace(ROW, kernel="new", instructions={}, flop=0, moved=0, seconds=0
 
 @pytest.fixture(autouse=True)
 def no_csrc(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is compiled here; test_compile_csrc.py has the rows of csrc/."""
+    """Compile nothing; the rows of csrc/ are tested in tests/check/compile/test_csrc.py."""
     monkeypatch.setattr(check, "why_none", lambda: None)
     monkeypatch.setattr(check, "csrc_rows", lambda *_: [])
 

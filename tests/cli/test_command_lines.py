@@ -1,4 +1,4 @@
-"""Bad command lines, generated: every option of every command with values that no option takes, or few."""
+"""Generated invalid command lines: every option of every command, with values that few or no options accept."""
 
 import argparse
 import json
@@ -61,7 +61,7 @@ REFUSED = [*lines(NUMBERS, NO_NUMBER), *lines(NAMES, NO_NAME), *lines(OUTPUTS, N
 
 @pytest.fixture
 def parsed(monkeypatch, tmp_path):
-    """What commands are called with; none of them runs."""
+    """Record the arguments of commands instead of running them."""
     monkeypatch.chdir(tmp_path)
     found = []
     for module, name in RUNS.items():
@@ -110,7 +110,7 @@ HOSTILE = (
 @pytest.mark.sampled(7)
 @pytest.mark.parametrize("module", RUNS, ids=lambda module: module.__name__.rpartition(".")[2])
 def test_any_value_is_refused_or_a_number_of_use(module, parsed, capsys):
-    """Every option there is, found in the parser: exit status 2, or values that are finite."""
+    """All options in the parser: exit status 2, or finite values."""
     command = module.__name__.rpartition(".")[2].replace("_", "-")
     parser = argparse.ArgumentParser()
     subparsers = parser.add_subparsers()
@@ -213,7 +213,7 @@ def test_a_head_of_other_classes_is_one_sentence(tiny_model, tiny_data, tmp_path
     assert (
         main(["train", "--model", str(model), "--data", str(tiny_data), "--quiet", "--out", str(tmp_path / "o")]) == 2
     )
-    assert "has a head for 3 classes, and 2 are asked for: give data (or labels) of 3" in capsys.readouterr().err
+    assert "has a head for 3 classes, and 2 are needed: give data (or labels) of 3" in capsys.readouterr().err
 
 
 def test_texts_beyond_the_positions_are_refused_before_training(tiny_model, tmp_path, capsys):
@@ -241,7 +241,7 @@ def test_ids_beyond_the_vocabulary_are_one_sentence(tiny_model, tiny_data, tmp_p
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="limits of a process")
 def test_a_full_disk_is_one_sentence(tiny_model, tiny_data, tmp_path):
-    """A limit on the size of files stands in for a full disk: the error comes from the same writes."""
+    """Simulate a full disk by a limit on the size of files: the same writes fail."""
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); "
         "from lora_kernels.cli import main; sys.exit(main(sys.argv[1:]))"

@@ -28,8 +28,8 @@ def test_the_module_runs():
 
 
 @pytest.mark.slow
-def test_threads_wait_asleep_unless_told_otherwise():
-    """The policy is set before torch is imported, which is when OpenMP reads it."""
+def test_waiting_threads_sleep_unless_the_variable_is_set():
+    """The policy is set before torch is imported: OpenMP reads it then."""
     code = (
         "import os, sys, lora_kernels.cli; assert 'torch' not in sys.modules; "
         "lora_kernels.cli.main(['doctor']); print(os.environ['OMP_WAIT_POLICY'])"

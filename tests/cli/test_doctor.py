@@ -50,21 +50,21 @@ def test_runs_as_a_module():
 def test_the_tuned_table_of_a_gpu_is_counted(monkeypatch, tmp_path):
     monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
     assert doctor._tuned("") == {"table": "none: no GPU here"}
-    assert "`lora-kernels tune` writes one" in doctor._tuned("GPU of nobody")["table"]
+    assert "`lora-kernels tune` writes one" in doctor._tuned("GPU without a table")["table"]
     monkeypatch.setattr(doctor, "table_for", lambda gpu: type("Table", (), {"entries": [1, 2]}))
     assert doctor._tuned("A GPU") == {
         "table": "2 problems measured on A GPU", "yours": f"not there yet: {tmp_path / 'tuned' / 'A_GPU.json'}"
     }  # fmt: skip
 
 
-def test_the_compiled_extension_is_told_with_the_reason(monkeypatch, tmp_path):
+def test_the_compiled_extension_is_shown_with_the_reason(monkeypatch, tmp_path):
     monkeypatch.setattr(csrc, "_INFO", tmp_path / "_build_info.json")
     monkeypatch.setattr(csrc, "available", lambda: "no GPU")
     monkeypatch.setattr(csrc, "update_missing", lambda: "no compiler")
-    told = {"on a CPU": "cannot run: no compiler", "on a GPU": "cannot run: no GPU"}
-    assert doctor._extension() == {"built": "no"} | told
+    status = {"on a CPU": "cannot run: no compiler", "on a GPU": "cannot run: no GPU"}
+    assert doctor._extension() == {"built": "no"} | status
     csrc._INFO.write_text('{"built": "with CUDA for 80", "why": "", "torch": "headers of here"}')
     monkeypatch.setattr(csrc, "available", lambda: None)
     monkeypatch.setattr(csrc, "update_missing", lambda: None)
-    told = {"on a CPU": "can run", "on a GPU": "can run"}
-    assert doctor._extension() == {"built": "with CUDA for 80", "torch": "headers of here"} | told
+    status = {"on a CPU": "can run", "on a GPU": "can run"}
+    assert doctor._extension() == {"built": "with CUDA for 80", "torch": "headers of here"} | status

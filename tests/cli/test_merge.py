@@ -10,7 +10,7 @@ IDS = torch.tensor([[2, 4, 10, 3]])
 
 @pytest.fixture
 def adapter(tiny_model, tmp_path):
-    """A folder with an adapter of a classifier with three classes, and its logits."""
+    """Make a folder with an adapter of a classifier with three classes; return its logits too."""
     from transformers import AutoModelForSequenceClassification
 
     torch.manual_seed(0)

@@ -13,15 +13,15 @@ from lora_kernels.cli.shapes import MODELS, Shape
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    """A model of three small layers, the path that a CPU has, and a clock that takes no time."""
+    """Use a model of three small layers, the CPU's implementation, and a fake clock."""
     monkeypatch.setitem(MODELS, "tiny", {Shape(24, 16, True): 2, Shape(16, 24): 1})
     monkeypatch.setattr(rivals, "triton_missing", lambda device_type: "not here")
     monkeypatch.setattr(rivals, "cpp_missing", lambda: "not here, either")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(command, "in_turns", told)
+    monkeypatch.setattr(command, "in_turns", fake_times)
 
 
-def told(calls, rounds, device, seconds):
+def fake_times(calls, rounds, device, seconds):
     return {name: [2.0 if name == FROZEN.name else 3.0] * rounds for name in calls}
 
 
@@ -29,13 +29,13 @@ def test_tables_throughput_and_rows(tmp_path, capsys):
     out = tmp_path / "made" / "rows.csv"
     arguments = ["--model", "tiny", "--tokens", "4", "96", "--distribution", "half", "none", "--ranks", "2,5"]
     assert main(["serve-bench", *arguments, "--adapters", "3", "--sequence", "2", "--out", str(out)]) == 0
-    told = capsys.readouterr().out
-    assert rivals.ON_A_CPU in told
-    assert "M4 in 2s N24 K16 L3 r2-5 half float32 x2: decode" in told
-    assert "M96 in 2s N16 K24 L3 r2-5 none float32 x1: prefill, 0 adapters in the batch" in told
-    assert "lora_kernels            reference  3000.0  3000.0  3000.0     1,333     1.500         1.000" in told
-    assert "lora_kernels / peft adapter_names: 1.000 (the frozen layer alone: 0.667)" in told
-    whole = told[told.index("all 3 linear layers, 4 tokens in 2s, 3 adapters, half:") :].splitlines()
+    output = capsys.readouterr().out
+    assert rivals.ON_A_CPU in output
+    assert "M4 in 2s N24 K16 L3 r2-5 half float32 x2: decode" in output
+    assert "M96 in 2s N16 K24 L3 r2-5 none float32 x1: prefill, 0 adapters in the batch" in output
+    assert "lora_kernels            reference  3000.0  3000.0  3000.0     1,333     1.500         1.000" in output
+    assert "lora_kernels / peft adapter_names: 1.000 (the frozen layer alone: 0.667)" in output
+    whole = output[output.index("all 3 linear layers, 4 tokens in 2s, 3 adapters, half:") :].splitlines()
     assert whole[2].split() == ["frozen", "linear", "6.000", "667", "1.000"]
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -60,12 +60,12 @@ def test_a_configuration_file_and_swap(tiny_model, capsys):
         "1",
     ]
     assert main(["serve-bench", *given, "--adapters", "2"]) == 0
-    told = capsys.readouterr().out
-    assert "M2 N32 K16 L2 r4 uniform float32 x2: decode" in told
-    assert "merge and swap" in told
+    output = capsys.readouterr().out
+    assert "M2 N32 K16 L2 r4 uniform float32 x2: decode" in output
+    assert "merge and swap" in output
 
 
-def test_what_ours_gets_wrong_is_told_and_ends_with_one(monkeypatch, capsys):
+def test_errors_of_this_package_are_shown_and_end_with_one(monkeypatch, capsys):
     right = trial.Oracle.judge
     monkeypatch.setattr(
         trial.Oracle,
@@ -113,10 +113,10 @@ def test_on_a_gpu_a_decode_is_a_graph_and_peft_is_called_eagerly(monkeypatch, ca
         (True, ["frozen linear", "lora_kernels auto", "peft adapter_names"]),
         (False, ["frozen linear", "peft adapter_names"]),
     ]
-    told = capsys.readouterr().out
-    assert told.startswith("tiny on A GPU")
-    assert "bfloat16 x2: decode, 5 adapters in the batch, replays of a CUDA graph, cold weights" in told
-    assert "lora_kernels / peft" not in told
+    output = capsys.readouterr().out
+    assert output.startswith("tiny on A GPU")
+    assert "bfloat16 x2: decode, 5 adapters in the batch, replays of a CUDA graph, cold weights" in output
+    assert "lora_kernels / peft" not in output
 
 
 @pytest.mark.parametrize(

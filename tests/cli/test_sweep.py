@@ -24,7 +24,7 @@ def rows(out):
 
 
 def trained(command, out):
-    """Validation accuracy and adapter of a command's training, in another folder."""
+    """Run a command in another folder; return its validation accuracy and adapter."""
     words = shlex.split(command)
     words[words.index("--out") + 1] = str(out)
     assert main(words[1:]) == 0
@@ -38,13 +38,13 @@ def test_the_best_command_and_any_other_repeat_the_numbers(options, tmp_path, ca
     assert main([*options, *more.split()]) == 0
     shown, out = capsys.readouterr().out, tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {"best.sh", "sweep.csv", "sweep.db", "sweep.png", "sweep.svg"}
-    told = rows(out)
-    assert [row["kind"] for row in told] == ["LoRA"] * 4 + ["full", "head only", "LoRA, repeated"]
-    assert told[0]["r"] == "2"  # the usual 16 is not in the space
-    best = max((row for row in told[:4] if row["state"] == "complete"), key=lambda row: float(row["value"]))
+    table = rows(out)
+    assert [row["kind"] for row in table] == ["LoRA"] * 4 + ["full", "head only", "LoRA, repeated"]
+    assert table[0]["r"] == "2"  # the usual 16 is not in the space
+    best = max((row for row in table[:4] if row["state"] == "complete"), key=lambda row: float(row["value"]))
     figures = trained((out / "best.sh").read_text(), tmp_path / "best")
     assert figures == (float(best["value"]), int(best["trainable"]))
-    other = told[-1]
+    other = table[-1]
     assert other["seed"] == "1"
     assert trained(other["command"], tmp_path / "other") == (float(other["value"]), int(other["trainable"]))
     assert "(seed 0), " in shown
@@ -83,8 +83,8 @@ def test_resumed_and_overwritten(options, tmp_path, monkeypatch, capsys):
 def test_parameters_as_train_takes_them():
     base, sets = argparse.Namespace(rslora=False, lr=1.0, epochs=3), {"q,v": "query,value"}
     usual = {"r": 4, "alpha": "2r", "targets": "q,v", "init": "pissa", "lr": 0.01, "loraplus": 1.0}
-    told = vars(settings_of(base, sets, usual, 7))
-    assert told == {
+    options = vars(settings_of(base, sets, usual, 7))
+    assert options == {
         "r": 4, "alpha": 8, "targets": "query,value", "init": "pissa", "lr": 0.01, "loraplus": None, "rslora": False,
         "epochs": 3, "seed": 7,
     }  # fmt: skip

@@ -21,7 +21,7 @@ def options(tiny_model, tiny_data):
 
 
 def result(out):
-    """What must not depend on interruptions: the adapter's bytes, and the figures but for times and paths."""
+    """Return what interruptions must not change: the adapter, and figures without times and paths."""
     figures = json.loads((out / "metrics.json").read_text())
     training = {name: figures["training"][name] for name in ("epochs", "steps", "stopped_early", "tokens")}
     return (out / "adapter" / "adapter_model.safetensors").read_bytes(), figures["test"], training
@@ -180,7 +180,7 @@ def test_names_or_pattern():
 
 @pytest.mark.slow
 def test_kill_9_and_resume_ends_the_same(options, tmp_path):
-    """Ten kills of the command itself, at moments that lie ever later in its run."""
+    """Kill the command ten times, each time later in its run."""
     options += ["--epochs", "20", "--dropout", "0.1", "--checkpoint-every", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -196,7 +196,7 @@ def test_kill_9_and_resume_ends_the_same(options, tmp_path):
         before = set((tmp_path / "parts" / "checkpoints").glob("step-*"))
         while process.poll() is None and time.monotonic() < deadline:
             if set((tmp_path / "parts" / "checkpoints").glob("step-*")) - before:
-                break  # it has gone on from the last kill
+                break  # it has progressed since the last kill
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL

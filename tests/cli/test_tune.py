@@ -28,8 +28,8 @@ def test_the_rehearsal(tiny_model, tmp_path, capsys):
     out = tmp_path / "table.json"
     arguments = ["tune", "--shapes-from", str(tiny_model), "--rehearse", "--tokens", "64", "--dropout", "0"]
     assert main([*arguments, "--ops", "fwd", "--out", str(out)]) == 0
-    told = capsys.readouterr()
-    lines = told.out.splitlines()
+    output = capsys.readouterr()
+    lines = output.out.splitlines()
     assert lines[0].split() == [
         "direction", "M", "N", "K", "r", "dropout", "plan", "us", "eager", "us", "ratio", "candidates"
     ]  # fmt: skip
@@ -38,16 +38,16 @@ def test_the_rehearsal(tiny_model, tmp_path, capsys):
     }  # fmt: skip
     assert lines[-2].startswith("a rehearsal: these times mean nothing")
     assert lines[-1] == f"table: {out}"
-    assert "tune: 100%" in told.err
+    assert "tune: 100%" in output.err
     assert len(tuned.loads(out.read_text(), "rehearsal", rehearsal=True)) == 2
     assert json.loads(out.read_text())["rehearsal"] is True
 
 
-def test_what_the_budget_left_and_what_failed_is_told(capsys, monkeypatch):
+def test_what_the_budget_left_and_what_failed_is_shown(capsys, monkeypatch):
     assert main(["tune", "--shapes-from", "llama-3-8b", "--rehearse", "--budget", "0", "--quiet"]) == 0
-    told = capsys.readouterr()
-    assert "problems were not reached; the same command goes on with them" in told.out
-    assert told.err == ""
+    output = capsys.readouterr()
+    assert "problems were not reached; the same command goes on with them" in output.out
+    assert output.err == ""
     monkeypatch.setattr(tuner, "candidates", lambda q, chip: [("eager", None), ("no_such_plan", None)])
     monkeypatch.setattr(
         tuner.TuningRun, "call", lambda self, plan, tiles, made=tuner.TuningRun.call: _or_raise(self, plan, made)
@@ -87,7 +87,7 @@ def test_mistyped_options(wrong, capsys):
 
 
 def test_the_interpreter_gets_a_process_of_its_own(monkeypatch):
-    """Where Triton is loaded without it."""
+    """When Triton is already imported without it."""
     started = []
 
     def run(words, env):

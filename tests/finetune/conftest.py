@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """These problems are so small that a second thread only waits, for long on a busy machine."""
+    """Use one thread: these problems are so small that a second one only waits, for long on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -57,7 +57,7 @@ def test_names():
 
 
 def test_threads_end_at_the_cores(monkeypatch):
-    """Ten thousands of OpenMP's threads end the process, or crash it: torch must not see such a number."""
+    """Tens of thousands of OpenMP threads crash the process: torch must not get such a number."""
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert [values.threads(text) for text in ("0", "1", "4")] == [0, 1, 4]
@@ -89,7 +89,7 @@ def test_output(tmp_path):
     assert values.output_folder(str(tmp_path)) == tmp_path
     assert values.output_file(str(file)) == values.replaced_file(str(file)) == file
     assert str(values.output_file(os.devnull)) == os.devnull
-    refusal(values.replaced_file, os.devnull)  # replacing it would put a file in the place of the device
+    refusal(values.replaced_file, os.devnull)  # replacing it would overwrite the device with a file
     refusal(values.output_folder, str(file))
     refusal(values.output_file, str(tmp_path))
     for text in ("", " ", "x" * 5000, f"{file}/below", "/dev/null/below", "a\x00b"):

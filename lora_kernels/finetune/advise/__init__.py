@@ -1,1 +1,1 @@
-"""The recipe of a fine-tuning, and what `lora-kernels advise` prints of a model."""
+"""The fine-tuning recipe, and the costs that `lora-kernels advise` prints."""

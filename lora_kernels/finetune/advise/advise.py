@@ -1,9 +1,9 @@
-"""What each fine-tuning strategy costs before anything is trained: parameters, bytes on disk, FLOPs, memory.
+"""The cost of each fine-tuning strategy, without training: parameters, bytes on disk, FLOPs, memory.
 
-Nothing is estimated from a model's name or by a formula of its architecture. The model, built on the meta device,
-gets its adapters there, and one forward and backward goes through it with fake tensors: shapes without data. FLOPs are
-what torch.utils.flop_counter counts on the way, activations are what autograd saves. Both are affine in the rank, so
-two ranks give all.
+No value is estimated from a model's name or from formulas of its architecture. The model is built on the meta device,
+adapters are injected, and one forward and backward run with fake tensors, which have shapes and no data. FLOPs are
+counted by torch.utils.flop_counter; activations are the tensors that autograd saves. Both are affine in the rank, so
+two ranks determine all others.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Cost:
-    """One strategy. Bytes, and FLOPs a token of one forward and backward.
+    """The cost of one strategy in bytes, and FLOPs per token of one forward and backward.
 
-    disk: what saving it writes: both files of an adapter, else the trained tensors. weights: all parameters and
-    buffers. gradients: of what is trained. optimizer: AdamW's two moments. Each is in its parameter's dtype.
-    activations: saved for the backward of one batch. What a step needs for a moment only is not counted.
+    disk: bytes that saving writes: both files of an adapter, else the trained tensors. weights: all parameters and
+    buffers. gradients: of the trained parameters. optimizer: AdamW's two moments. Each is in its parameter's dtype.
+    activations: tensors saved for the backward of one batch. Temporary memory of a step is not counted.
     """
 
     strategy: str
@@ -57,21 +57,21 @@ class Cost:
 
     @property
     def memory(self) -> int:
-        """Weights, gradients, optimizer state and activations, in bytes."""
+        """Sum weights, gradients, optimizer state and activations, in bytes."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
     def rows_in(self, memory: int, batch: int) -> int:
-        """How many rows (sequences) a batch may have in ``memory`` bytes, given that this cost is of ``batch`` rows."""
-        left = memory - (self.memory - self.activations)
-        return max(0, left * batch // max(self.activations, 1))
+        """Compute how many rows (sequences) of a batch fit in ``memory`` bytes; this cost has ``batch`` rows."""
+        available = memory - (self.memory - self.activations)
+        return max(0, available * batch // max(self.activations, 1))
 
 
 def target_sets(model: nn.Module, task_type: str | None = None) -> dict[str, Targets]:
-    """{name: target_modules} of the sets of linear layers that are worth comparing in this model.
+    """Return {name: target_modules} of the sets of linear layers to compare in this model.
 
-    "q,v": the attention's query and value projections (LoRAConfig's default). "attention": every linear layer whose
-    path names an attention. "mlp": all other linear layers, a pooler too. "all-linear". Sets that the model does not
-    have are left out. ConfigError for a model without linear layers.
+    "q,v": the query and value projections (LoRAConfig's default). "attention": linear layers with "attn" or "attention"
+    in their path. "mlp": all other linear layers, including poolers. "all-linear". Sets that do not exist in the model
+    are left out. Raises ConfigError for a model without linear layers.
     """
     found: dict[str, Targets] = {}
     with contextlib.suppress(ConfigError):  # no projections of a known name
@@ -86,7 +86,7 @@ def target_sets(model: nn.Module, task_type: str | None = None) -> dict[str, Tar
 
 
 def select(paths: Sequence[str], modules: Sequence[str]) -> Targets:
-    """target_modules that match exactly ``paths`` of the ``modules``: names where those do, else one regex."""
+    """Return target_modules that match exactly ``paths`` among ``modules``: names if possible, else one regex."""
     names = sorted({path.rpartition(".")[2] for path in paths})
     if {path for path in modules if path.rpartition(".")[2] in names} == set(paths):
         return names
@@ -102,7 +102,7 @@ def select(paths: Sequence[str], modules: Sequence[str]) -> Targets:
 
 
 def adapter_bytes(model: nn.Module) -> int:
-    """Bytes of the two files that save_adapter writes of this model (bias="none"), which may be on the meta device.
+    """Compute the bytes of the two files that save_adapter writes for this model (bias="none", meta is allowed).
 
     Raises ConfigError for a model without adapters or with trained biases.
     """
@@ -133,7 +133,7 @@ def adapter_bytes(model: nn.Module) -> int:
 
 
 def train_only(model: nn.Module, task_type: str | None) -> nn.Module:
-    """Freezes all of ``model`` but its fresh head, in place. ConfigError for a task whose models have no such head."""
+    """Freeze all of ``model`` except its new head, in place. Raises ConfigError if the task type has no new head."""
     heads = TASK_HEADS.get(task_type or "", ())
     found = [module for path, module in model.named_modules() if path.rpartition(".")[2] in heads]
     if not found:
@@ -145,7 +145,7 @@ def train_only(model: nn.Module, task_type: str | None) -> nn.Module:
 
 
 def cost_of(model: nn.Module, strategy: str, targets: str, r: int, batch: int, tokens: int) -> Cost:
-    """The cost of training ``model`` as it stands: what requires a gradient is trained."""
+    """Compute the cost of training the parameters of ``model`` that require a gradient."""
     flops, saved = fake_step(model, batch, tokens)
     trained = [p for p in model.parameters() if p.requires_grad]
     size = sum(p.numel() * p.element_size() for p in trained)
@@ -166,9 +166,9 @@ def cost_of(model: nn.Module, strategy: str, targets: str, r: int, batch: int, t
 def advise(
     build: Callable[[], nn.Module], task_type: str | None, ranks: Sequence[int], batch: int, tokens: int
 ) -> list[Cost]:
-    """The cost of LoRA on every target set at every rank, of DoRA on all linear layers, of the head alone, of all.
+    """Compute the costs of LoRA per target set and rank, DoRA on all linear layers, the head only, and full training.
 
-    build: a fresh model on the meta device, at every call. Where a model has no head of its own, that row is missing.
+    build: returns a new model on the meta device. The row of the head is missing if the model has no new head.
     """
     rows = []
     for name, targets in target_sets(build(), task_type).items():
@@ -176,7 +176,7 @@ def advise(
         for kind in kinds:
             make = partial(_adapted, build, targets, task_type, kind == "DoRA")
             rows += _at_ranks(make, kind, name, ranks, batch, tokens)
-    with contextlib.suppress(ConfigError):  # a language model's head is not fresh
+    with contextlib.suppress(ConfigError):  # a language model's head is pretrained
         rows.append(cost_of(train_only(build(), task_type), HEAD_ONLY, "", 0, batch, tokens))
     return [*rows, cost_of(build().requires_grad_(True), "full", "", 0, batch, tokens)]
 
@@ -188,7 +188,7 @@ def _adapted(build: Callable[[], nn.Module], targets: Targets, task_type: str | 
 def _at_ranks(
     make: Callable[[int], nn.Module], kind: str, targets: str, ranks: Sequence[int], batch: int, tokens: int
 ) -> list[Cost]:
-    """The cost at every rank, from those at two: all is affine in r but the digits in the file's header."""
+    """Interpolate the cost at every rank from two ranks. Only the file's header is not affine in r."""
     ends = {r: cost_of(make(r), kind, targets, r, batch, tokens) for r in sorted({min(ranks), max(ranks)})}
     low, high = ends[min(ranks)], ends[max(ranks)]
 

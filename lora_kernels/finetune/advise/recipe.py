@@ -1,4 +1,4 @@
-"""From a task and its settings to a trained adapter on disk, checked: what the command line's demo and train run."""
+"""Train a task, test it, save the adapter and check the saved files. Used by `lora-kernels demo` and `train`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lora_kernels.finetune.train.extras import require
 from lora_kernels.finetune.train.lora import LoRA
 from lora_kernels.finetune.train.loraplus import loraplus_groups
 from lora_kernels.finetune.train.memory import saved_for_backward, state_bytes
-from lora_kernels.finetune.train.options import History, TrainOptions
+from lora_kernels.finetune.train.options import TrainOptions
 from lora_kernels.finetune.train.plot import plot_history
 from lora_kernels.finetune.train.rng import seed_all
 from lora_kernels.finetune.train.trainer import Trainer
@@ -35,12 +35,13 @@ from lora_kernels.planning.choose import use_backend
 
 Say = Callable[[str], None]
 MIB = 1 << 20
+_SHOWN = ("epochs", "steps", "stopped_early", "tokens", "seconds")  # of the history, in metrics.json
 _CHECKED = 8  # batches on which the reloaded and the merged model are compared
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a task is trained; with the task's own settings it decides the result. batch_size is each process's."""
+    """Settings of a training. With the task's own settings they decide the result. batch_size: per process."""
 
     lora: LoRAConfig
     options: TrainOptions
@@ -68,12 +69,12 @@ class Recipe:
             )
 
     def settings(self) -> dict[str, Any]:
-        """What a checkpoint must agree with, beside the options."""
+        """Return the values, beside the options, that must be equal when a checkpoint is resumed."""
         names = ("batch_size", "lr", "weight_decay", "loraplus", "seed", "device", "backend")
         return {"lora": self.lora.to_peft_dict(), **{name: getattr(self, name) for name in names}}
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """AdamW over the trainable parameters of ``model``."""
+        """Make AdamW for the trainable parameters of ``model``."""
         if self.loraplus is not None:
             groups = loraplus_groups(model, self.lr, self.loraplus, weight_decay=self.weight_decay)
             return torch.optim.AdamW(groups, lr=self.lr)
@@ -82,11 +83,10 @@ class Recipe:
 
 
 def run(task: Task, recipe: Recipe, out: Path, say: Say = print, resume: bool = False) -> dict[str, Any]:
-    """Trains, tests and saves; returns the figures, which also lie in ``out/metrics.json``.
+    """Train, test and save. Return the figures, which are also written to ``out/metrics.json``.
 
-    Writes out/adapter, out/metrics.json, out/training.png, and out/checkpoints if the options ask for them.
-    In a process group all take part in the training; then the first one tests, saves and talks alone, and the others
-    return {}.
+    Writes out/adapter, out/metrics.json, out/training.png, and out/checkpoints if the options enable them.
+    In a process group all processes train. Then the first one tests, saves and prints; the others return {}.
     """
     with use_backend(recipe.backend):
         return _run(task, recipe, out, say, resume)
@@ -95,8 +95,8 @@ def run(task: Task, recipe: Recipe, out: Path, say: Say = print, resume: bool = 
 def _run(task: Task, recipe: Recipe, out: Path, say: Say, resume: bool) -> dict[str, Any]:
     started = time.perf_counter()
     for library in (*task.libraries, "matplotlib", *(("peft",) if recipe.beside_peft else ())):
-        require(library)  # now, not after the training
-    say = _silent if processes.rank() > 0 else say
+        require(library)  # fail before the training, not after it
+    say = (lambda line: None) if processes.rank() > 0 else say
     out.mkdir(parents=True, exist_ok=True)
     say(task.describe_data())
     seed_all(recipe.seed)
@@ -105,16 +105,16 @@ def _run(task: Task, recipe: Recipe, out: Path, say: Say, resume: bool) -> dict[
     trainer = Trainer(model, recipe.optimizer(model), task.criterion, recipe.device, options, metrics=task.metrics)
     loaders = {part: task.loader(part, recipe.batch_size) for part in ("train", "validation", "test")}
     together = processes.count() * recipe.batch_size
-    everybodys = loaders["train"] if processes.count() == 1 else task.loader("train", together)
+    shared_loader = loaders["train"] if processes.count() == 1 else task.loader("train", together)
     trainable, total = model.get_num_params(), model.get_num_params(total=True)
     say(f"parameters: {trainable:,} trainable of {total:,} ({100 * trainable / total:.2f} %)")
 
-    history = trainer.train(everybodys, loaders["validation"], recipe.epochs, resume)
+    history = trainer.train(shared_loader, loaders["validation"], recipe.epochs, resume)
     if processes.rank() > 0:
         return {}
     rate = history.tokens / history.seconds
     say(f"trained {len(history.steps)} steps in {history.seconds:.1f} s, {rate:,.0f} tokens/s")
-    fresh = task.load_model().to(recipe.device)  # once for all that follows: reading a large model takes long
+    fresh = task.load_model().to(recipe.device)  # loaded once: reading a large model is slow
     report = task.report(trainer, loaders["test"], fresh)
     for line in task.show(trainer, report):
         say(line)
@@ -131,7 +131,7 @@ def _run(task: Task, recipe: Recipe, out: Path, say: Say, resume: bool) -> dict[
             "processes": processes.count(),
         },
         "parameters": {"trainable": trainable, "total": total},
-        "training": _training_figures(history),
+        "training": {name: getattr(history, name) for name in _SHOWN},
         "test": report,
         "adapter": _check_adapter(fresh, trainer, loaders["test"], out / "adapter", say),
         "memory": memory,
@@ -145,22 +145,8 @@ def _run(task: Task, recipe: Recipe, out: Path, say: Say, resume: bool) -> dict[
     return figures
 
 
-def _silent(line: str) -> None:
-    pass
-
-
-def _training_figures(history: History) -> dict[str, Any]:
-    return {
-        "epochs": history.epochs,
-        "steps": history.steps,
-        "stopped_early": history.stopped_early,
-        "tokens": history.tokens,
-        "seconds": history.seconds,
-    }
-
-
 def _check_adapter(fresh: nn.Module, trainer: Trainer, loader: Any, folder: Path, say: Say) -> dict[str, Any]:
-    """The saved adapter in ``fresh``, and merged, against the trained model, on batches spread over ``loader``."""
+    """Compare the trained model with the saved adapter in ``fresh``, before and after merging, on some batches."""
     batches = list(itertools.islice(loader, 0, None, max(1, len(loader) // _CHECKED)))
     again = Trainer(
         load_adapter(fresh, folder),
@@ -193,19 +179,19 @@ def _check_adapter(fresh: nn.Module, trainer: Trainer, loader: Any, folder: Path
 
 
 def _side_by_side(one: Trainer, other: Trainer, batches: list[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Both models' logits, a batch at a time: those of a large vocabulary fill the memory when kept."""
+    """Yield both models' logits batch by batch: with a large vocabulary, all of them would fill the memory."""
     for batch in batches:
         yield next(one.predict([batch]))[0], next(other.predict([batch]))[0]
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> tuple[int, int, int, float]:
-    """Rows, predictions, how many of these agree, and the largest difference of two logits."""
+    """Count rows, predictions and equal predictions; find the largest difference of two logits."""
     equal = a.argmax(-1) == b.argmax(-1)
     return len(a), equal.numel(), int(equal.sum()), float((a.float() - b.float()).abs().max())
 
 
 def _memory(model: LoRA, full: nn.Module, loader: Any, device: str) -> dict[str, int]:
-    """Beside full fine-tuning: gradients and optimizer state computed, activations measured on one batch."""
+    """Compare memory with full fine-tuning: compute gradients and optimizer state, measure activations on one batch."""
     inputs, _ = split_batch(to_device(next(iter(loader)), torch.device(device)))
     return {
         "state_bytes": state_bytes(model),
@@ -223,7 +209,7 @@ def _say_memory(figures: dict[str, int], say: Say) -> None:
 
 
 def _beside_peft(task: Task, model: nn.Module, loader: Any, recipe: Recipe, folder: Path, say: Say) -> dict[str, Any]:
-    """Time and saved bytes of the same steps in PEFT, from the adapter just saved."""
+    """Measure time and saved bytes of the same steps in PEFT, with the saved adapter."""
     theirs = peft_model(task.load_model(), folder).to(recipe.device)
     batches = list(itertools.islice(iter(loader), 16))
     inputs, _ = split_batch(to_device(batches[0], torch.device(recipe.device)))

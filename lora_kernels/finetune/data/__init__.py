@@ -1,1 +1,1 @@
-"""Data for the tasks: files of a user, and corpora that need no download."""
+"""Data for the tasks: files of the user, a cached corpus, and synthetic sentences."""

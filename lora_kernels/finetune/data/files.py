@@ -1,4 +1,4 @@
-"""Labelled texts: read from a table, split by a fixed seed, batched by length."""
+"""Read labelled texts from a table, split them with a fixed seed, batch them by length."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils.data import Sampler
@@ -19,12 +19,12 @@ from lora_kernels.finetune.train.extras import require
 
 
 class DataError(LoRAKernelsError, ValueError):
-    """Data that cannot be read, or not be used for the task; the message says where and why."""
+    """The data cannot be read or used for the task. The message names the place and the reason."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts and their labels, indices into ``classes``."""
+    """Texts and their labels. A label is an index into ``classes``."""
 
     texts: list[str]
     labels: list[int]
@@ -34,7 +34,7 @@ class Examples:
         return len(self.texts)
 
     def take(self, indices: Sequence[int]) -> Examples:
-        """The examples at ``indices``, in that order."""
+        """Select the examples at ``indices``, in that order."""
         return Examples([self.texts[i] for i in indices], [self.labels[i] for i in indices], self.classes)
 
 
@@ -43,19 +43,28 @@ Part = TypeVar("Part")
 
 @dataclass(frozen=True)
 class Splits(Generic[Part]):
-    """The three disjoint parts: to train on, to choose by, to report."""
+    """Disjoint parts of the data: for training, for choosing settings, and for the final report."""
 
     train: Part
     validation: Part
     test: Part
 
+    def limited(self, limit: int) -> Splits[Part]:
+        """Keep the first ``limit`` training rows (0: all). The training part must have ``take``."""
+        train: Any = self.train
+        return replace(self, train=train.take(range(min(limit or len(train), len(train)))))
+
+    def sizes(self) -> str:
+        """Return the number of rows of each part, such as "1,000 train, 100 validation, 100 test"."""
+        return ", ".join(f"{len(rows):,} {part}" for part, rows in vars(self).items())
+
 
 def read_table(path: Path, text_column: str = "text", label_column: str = "label") -> Examples:
-    """Reads a CSV, TSV or JSONL file (by its ending; UTF-8) with a text and a label column.
+    """Read a UTF-8 file with a text and a label column; its suffix (.csv, .tsv, .jsonl) selects the format.
 
-    The classes are the distinct labels, in numeric order if all are numbers (NaN is none), else in alphabetical order.
-    DataError, with the line, for a missing file or column, a line that cannot be parsed or has more or fewer cells than
-    there are columns, an empty text or label, a single class.
+    The classes are the distinct labels: in numeric order if all are numbers (NaN is not), else in alphabetical order.
+    Raises DataError, with the line number, for a missing file or column, a line that cannot be parsed or does not have
+    one cell for each column, an empty text or label, or a single class.
     """
     texts, names = read_columns(path, {"text": text_column, "label": label_column})
     classes = _class_order(set(names))
@@ -66,7 +75,7 @@ def read_table(path: Path, text_column: str = "text", label_column: str = "label
 
 
 def read_columns(path: Path, columns: Mapping[str, str]) -> list[list[str]]:
-    """Columns of a CSV, TSV or JSONL file, each a list of stripped texts. ``columns``: {what it is: its name there}."""
+    """Read columns of a CSV, TSV or JSONL file as lists of stripped texts. columns: {meaning: name in the file}."""
     readers = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_jsonl}
     reader = readers.get(path.suffix.lower())
     if reader is None:
@@ -74,12 +83,12 @@ def read_columns(path: Path, columns: Mapping[str, str]) -> list[list[str]]:
     found: list[list[str]] = [[] for _ in columns]
     try:
         for line, row in reader(path):
-            for cells, (what, column) in zip(found, columns.items(), strict=True):
+            for cells, (meaning, column) in zip(found, columns.items(), strict=True):
                 if row.get(column) is None:
                     raise DataError(f"{path}, line {line}: no column {column!r}; there are {sorted(map(str, row))}")
                 cell = str(row[column]).strip()
                 if not cell:
-                    raise DataError(f"{path}, line {line}: the {what} is empty")
+                    raise DataError(f"{path}, line {line}: the {meaning} is empty")
                 cells.append(cell)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: {error}") from error
@@ -87,9 +96,9 @@ def read_columns(path: Path, columns: Mapping[str, str]) -> list[list[str]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    """(line, row) of each row; every row has a cell for each column, so no cell is read as that of another column."""
+    """Yield (line number, row). Each row has one cell for each column, so cells cannot shift between columns."""
     with path.open(encoding="utf-8-sig", newline="") as file:
-        # strict: otherwise a quote that is never closed would put the rest of the file into one cell
+        # strict: otherwise a missing closing quote would put the rest of the file into one cell
         reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         line = 1
         try:
@@ -137,19 +146,21 @@ def _class_order(names: set[str]) -> tuple[str, ...]:
         numbers = {name: float(name) for name in names}
     except ValueError:
         return tuple(sorted(names))
-    if any(math.isnan(number) for number in numbers.values()):  # NaN is neither smaller nor larger: no order at all
+    if any(math.isnan(number) for number in numbers.values()):  # NaN cannot be ordered
         return tuple(sorted(names))
     return tuple(sorted(names, key=lambda name: (numbers[name], name)))
 
 
 def split(examples: Examples, seed: int = 0, held_out: float = 0.1) -> Splits[Examples]:
-    """Train, validation and test parts, each class in the same proportion in all; ``held_out`` is the share of the
-    validation part and of the test part. DataError when a class has too few examples for that."""
+    """Split into train, validation and test parts with the same class proportions.
+
+    held_out: the share of the validation part, and of the test part. Raises DataError if a class has too few examples.
+    """
     rare = min(Counter(examples.labels).values())
     if not 0 < held_out < 0.5 or rare * held_out < 1:
         raise DataError(
             f"a share of {held_out} for validation and for test, with {rare} examples in the smallest class: "
-            "the share must lie between 0 and 0.5 and leave every class an example in each part"
+            "the share must be between 0 and 0.5 and leave every class an example in each part"
         )
     train_test_split = require("sklearn.model_selection").train_test_split
     labels = examples.labels
@@ -161,10 +172,10 @@ def split(examples: Examples, seed: int = 0, held_out: float = 0.1) -> Splits[Ex
 
 
 class LengthBatches(Sampler[list[int]]):
-    """Batches of items of similar length, so that little is padding.
+    """Batches of items of similar length, which keeps padding small.
 
-    Shuffled, an epoch's order is drawn from torch's generator as RandomSampler does it: items are permuted, sorted by
-    length within chunks of ``chunk`` batches, and the batches permuted. Not shuffled: by length, always the same.
+    shuffle=True: permute the items with torch's global generator (as RandomSampler does), sort them by length within
+    chunks of ``chunk`` batches, then permute the batches. shuffle=False: a fixed order by length.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, shuffle: bool, chunk: int = 50) -> None:

@@ -1,7 +1,7 @@
 """10,605 sentences of movie reviews, each rated by people from -4 to 4 (Hutto and Gilbert, VADER, ICWSM 2014).
 
-They lie in the source distribution of the package vaderSentiment 3.3.2 (MIT licence), which pip fetches once. Both
-hashes are fixed: pip refuses another archive before it runs anything of it, and the text is checked at every reading.
+The source distribution of the package vaderSentiment 3.3.2 (MIT licence) contains them; pip downloads it once. Both
+hashes are fixed: pip refuses another archive before it runs any of its code, and the text is checked at every reading.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _LIMIT = 64 << 20  # bytes of one member; the largest real one has 2.3 MB
 
 
 def cache_folder() -> Path:
-    """Where fetched data is kept: XDG_CACHE_HOME/lora_kernels, by default ~/.cache/lora_kernels."""
+    """Return the folder of downloaded data: XDG_CACHE_HOME/lora_kernels, by default ~/.cache/lora_kernels."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_kernels"
 
 
 def movie_reviews(archive: Path | None = None, neutral: float = NEUTRAL) -> Examples:
-    """The sentences, labelled positive (rating > 0) or negative; those with \\|rating\\| < ``neutral`` are left out.
+    """Load sentences labelled positive (rating > 0) or negative; those with \\|rating\\| < ``neutral`` are left out.
 
-    archive: a vaderSentiment-3.3.2.tar.gz already at hand; None uses the cache, and pip to fill it.
-    Raises DataError when the data cannot be fetched or is not what its hash says.
+    archive: a local vaderSentiment-3.3.2.tar.gz; None uses the cache, which pip fills.
+    Raises DataError if the data cannot be downloaded or has another hash.
     """
     if archive is not None:
         return parse(check(text_of(read_archive(archive)), TEXT_SHA256, TEXT), neutral)
@@ -47,7 +47,7 @@ def movie_reviews(archive: Path | None = None, neutral: float = NEUTRAL) -> Exam
 
 
 def parse(data: bytes, neutral: float = NEUTRAL) -> Examples:
-    """Reads lines of id, rating and sentence, separated by tabs. DataError, with the line, for anything else."""
+    """Parse lines of id, rating and sentence separated by tabs. Raises DataError with the line number."""
     texts, labels = [], []
     for number, line in enumerate(data.splitlines(), start=1):
         try:
@@ -62,7 +62,7 @@ def parse(data: bytes, neutral: float = NEUTRAL) -> Examples:
 
 
 def check(data: bytes, sha256: str, name: str) -> bytes:
-    """``data`` itself, or DataError if its SHA-256 is another."""
+    """Return ``data``. Raises DataError if its SHA-256 is another."""
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise DataError(f"{name} was refused: its SHA-256 is {found}, expected {sha256}")
@@ -70,7 +70,7 @@ def check(data: bytes, sha256: str, name: str) -> bytes:
 
 
 def read_archive(path: Path) -> bytes:
-    """Content of the source distribution, checked against its hash."""
+    """Read the source distribution and check its hash."""
     try:
         return check(path.read_bytes(), ARCHIVE_SHA256, str(path))
     except OSError as error:
@@ -78,7 +78,7 @@ def read_archive(path: Path) -> bytes:
 
 
 def fetch() -> bytes:
-    """Content of the source distribution, fetched by pip, which checks the hash before it looks inside."""
+    """Download the source distribution with pip, which checks the hash before it opens the archive."""
     with tempfile.TemporaryDirectory(prefix="lora_kernels-") as folder:
         requirement = Path(folder) / "requirement.txt"
         requirement.write_text(f"vaderSentiment==3.3.2 --hash=sha256:{ARCHIVE_SHA256}\n")
@@ -95,12 +95,12 @@ def fetch() -> bytes:
 
 
 def text_of(archive: bytes) -> bytes:
-    """The sentences' file out of the archive within the archive; nothing is unpacked to the disk."""
+    """Extract the file of sentences from the nested archive, in memory."""
     return member(member(archive, INNER), f"hutto_ICWSM_2014/{TEXT}")
 
 
 def member(archive: bytes, name: str, limit: int = _LIMIT) -> bytes:
-    """Content of the regular file ``name`` of a .tar.gz; DataError for links, oversized members, broken archives."""
+    """Read the regular file ``name`` of a .tar.gz. Raises DataError for links, large members, damaged archives."""
     try:
         with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
             for entry in tar:

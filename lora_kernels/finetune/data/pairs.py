@@ -1,4 +1,4 @@
-"""Parallel texts: sentences of one language and the same in another, read from a table and split by a fixed seed."""
+"""Parallel texts in two languages: read from a table and split with a fixed seed."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ class Pairs:
         return len(self.sources)
 
     def take(self, indices: Sequence[int]) -> Pairs:
-        """The pairs at ``indices``, in that order."""
+        """Select the pairs at ``indices``, in that order."""
         return Pairs([self.sources[i] for i in indices], [self.targets[i] for i in indices])
 
 
 def read_pairs(path: Path, source_column: str = "source", target_column: str = "target") -> Pairs:
-    """Reads a CSV, TSV or JSONL file (by its ending; UTF-8). DataError, with the line, for whatever is wrong there."""
+    """Read a UTF-8 CSV, TSV or JSONL file; its suffix selects the format. Raises DataError with the line number."""
     return Pairs(*read_columns(path, {"source": source_column, "target": target_column}))
 
 
 def split_pairs(pairs: Pairs, seed: int = 0, held_out: float = 0.1) -> Splits[Pairs]:
-    """Train, validation and test parts; ``held_out`` is the share of each of the last two. No source is in two parts.
+    """Split into train, validation and test parts so that no source sentence is in two parts.
 
-    DataError when a part would be empty.
+    held_out: the share of the validation part, and of the test part. Raises DataError if a part would be empty.
     """
     distinct = list(dict.fromkeys(pairs.sources))
     size = int(held_out * len(distinct))
     if not 0 < held_out < 0.5 or not size:
         raise DataError(
             f"a share of {held_out} for validation and for test, of {len(distinct)} different sentences: "
-            "the share must lie between 0 and 0.5 and leave one in each part"
+            "the share must be between 0 and 0.5 and leave one in each part"
         )
     random.Random(seed).shuffle(distinct)
     part = {source: min(i // size, 2) for i, source in enumerate(distinct)}

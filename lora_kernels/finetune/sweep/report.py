@@ -1,4 +1,4 @@
-"""What a sweep found: as a CSV file, as a picture, and how much of it may be chance."""
+"""Reports of a sweep: a CSV file, a plot, and an estimate of the noise in the best value."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from lora_kernels.finetune.train.extras import require
 
 COLUMNS = ("kind", "state", "value", "trainable", "seconds", "wall", "rows", "seed")
 COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
-_BESIDE = {"full": ("*", "black"), "head only": ("P", "dimgray")}
+_BASELINES = {"full": ("*", "black"), "head only": ("P", "dimgray")}
 
 
 def pareto(records: Sequence[Record], cost: Callable[[Record], float], lower: bool) -> list[Record]:
-    """The complete records that no other beats in both ``cost`` and value, by rising cost; ``lower``: of the value."""
+    """Return the complete records on the Pareto front of ``cost`` and value, by rising cost.
+
+    lower: whether a lower value is better.
+    """
     front: list[Record] = []
     sign = 1 if lower else -1
     complete = [record for record in records if record.outcome.state == "complete"]
@@ -32,14 +35,14 @@ def pareto(records: Sequence[Record], cost: Callable[[Record], float], lower: bo
 
 
 def chance(best: Record, records: Sequence[Record], monitor: str, lower: bool) -> list[str]:
-    """How far the best value can be trusted, in words: other seeds, the size of the validation data, near ties."""
+    """Describe the noise in the best value: other seeds, the size of the validation data, near ties."""
     same = [r for r in records if r.kind.startswith(LORA) and r.params == best.params and r.outcome.state == "complete"]
     values = [record.outcome.value for record in same]
     mean, deviation = spread(values)
     lines, noise = [], deviation
     if len(same) > 1:
-        told = ", ".join(f"{record.outcome.value:.4f} (seed {record.seed})" for record in same)
-        lines.append(f"the best with other seeds: {told}; mean {mean:.4f}, standard deviation {deviation:.4f}")
+        figures = ", ".join(f"{record.outcome.value:.4f} (seed {record.seed})" for record in same)
+        lines.append(f"the best with other seeds: {figures}; mean {mean:.4f}, standard deviation {deviation:.4f}")
         lines.append("the best of many is partly luck: expect what the other seeds gave, not the first value")
     else:
         lines.append("no other seed was tried (budget or --repeats): how much of the best value is luck is unknown")
@@ -59,7 +62,7 @@ def chance(best: Record, records: Sequence[Record], monitor: str, lower: bool) -
 
 
 def standard_error(record: Record, monitor: str) -> float:
-    """Of an accuracy p measured on n rows: sqrt(p (1 - p) / n). 0 for any other metric, whose error is not known."""
+    """Compute sqrt(p (1 - p) / n) for an accuracy p on n rows. 0 for other metrics, whose error is unknown."""
     value = record.outcome.value
     if monitor != "accuracy" or not 0 <= value <= 1:
         return 0.0
@@ -67,14 +70,14 @@ def standard_error(record: Record, monitor: str) -> float:
 
 
 def write_csv(records: Sequence[Record], path: Path, commands: Mapping[int, str]) -> None:
-    """A row for every training, in the order of ``records``; ``commands``: index -> what repeats it."""
+    """Write one row per training, in the order of ``records``. commands: index -> command that repeats it."""
     names = sorted({name for record in records for name in record.params})
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*COLUMNS, *names, "command"])
     for i, record in enumerate(records):
-        told: dict[str, Any] = {"kind": record.kind, "seed": record.seed, **asdict(record.outcome)}
-        cells = [told[name] for name in COLUMNS] + [record.params.get(name, "") for name in names]
+        fields: dict[str, Any] = {"kind": record.kind, "seed": record.seed, **asdict(record.outcome)}
+        cells = [fields[name] for name in COLUMNS] + [record.params.get(name, "") for name in names]
         writer.writerow([*cells, commands.get(i, "")])
     atomic_write(path, text.getvalue().encode())
 
@@ -82,11 +85,11 @@ def write_csv(records: Sequence[Record], path: Path, commands: Mapping[int, str]
 def plot(
     records: Sequence[Record], paths: Sequence[Path], monitor: str, lower: bool, group: Callable[[Record], str]
 ) -> None:
-    """Writes the picture to ``paths`` (.png, .svg): ``monitor`` against trainable parameters and against seconds.
+    """Plot ``monitor`` against trainable parameters and against seconds. Write ``paths`` (.png, .svg).
 
-    A colour for each ``group`` of trials; what was given up on the way is hollow, at its last value; the Pareto front
-    is a line; the best parameters' other seeds are ticks; baselines are stars; one standard error around the best
-    trial's accuracy is a band.
+    Each ``group`` of trials has a colour. Pruned trials are hollow, at their last value. The Pareto front is a line,
+    other seeds of the best parameters are ticks, baselines are stars or crosses, and a band shows one standard error
+    around the best trial's accuracy.
     """
     figure = require("matplotlib.figure").Figure(figsize=(11, 4.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
@@ -114,7 +117,7 @@ def plot(
     line = require("matplotlib.lines").Line2D
     handles = [line([], [], marker="o", linestyle="", color=colors[name], label=name) for name in groups]
     handles += [line([], [], marker=mark, linestyle="", color=color, markersize=10, label=kind)
-                for kind, (mark, color) in _BESIDE.items() if any(r.kind == kind for r in seen)]  # fmt: skip
+                for kind, (mark, color) in _BASELINES.items() if any(r.kind == kind for r in seen)]  # fmt: skip
     if any(r.outcome.state == "pruned" for r in seen):
         hollow = {"marker": "o", "fillstyle": "none", "label": "given up on the way"}
         handles.append(line([], [], linestyle="", color="gray", **hollow))
@@ -130,8 +133,8 @@ def plot(
 
 def _mark(axes: Any, record: Record, cost: float, color: str) -> None:
     value = record.outcome.value
-    if record.kind in _BESIDE:
-        marker, color = _BESIDE[record.kind]
+    if record.kind in _BASELINES:
+        marker, color = _BASELINES[record.kind]
         axes.plot(cost, value, marker, color=color, markersize=11, zorder=3)
     elif record.kind != LORA:
         axes.plot(cost, value, "_", color=color, markersize=14, markeredgewidth=2, zorder=3)
@@ -142,7 +145,7 @@ def _mark(axes: Any, record: Record, cost: float, color: str) -> None:
 
 
 def _frame(axes: Any, values: Sequence[float]) -> None:
-    """The value's axis spans what was completed: trials given up far below would flatten the rest."""
+    """Limit the value axis to completed trials: pruned ones far away would compress the rest."""
     if values:
         room = max(0.08 * (max(values) - min(values)), 0.002 * abs(max(values)), 1e-9)
         axes.set_ylim(min(values) - room, max(values) + room)

@@ -1,4 +1,4 @@
-"""The database of a sweep's studies: opens it, and turns its errors into ConfigError."""
+"""The database of a sweep's studies: open it, and convert its errors to ConfigError."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from urllib.parse import quote
 from lora_kernels.errors import ConfigError, LoRAKernelsError
 from lora_kernels.finetune.train.extras import require
 
-_LIBRARIES = ("optuna", "sqlalchemy", "sqlite3", "alembic")  # whose errors are about the database
+_LIBRARIES = ("optuna", "sqlalchemy", "sqlite3", "alembic")  # libraries whose errors concern the database
 
 
 def storage(path: Path) -> Any:
-    """optuna's storage in the SQLite file ``path``, which is created if it does not exist."""
-    return require("optuna").storages.RDBStorage(f"sqlite:///{quote(str(path))}")  # a "?" would end the path
+    """Open optuna's storage in the SQLite file ``path``, which is created if it does not exist."""
+    return require("optuna").storages.RDBStorage(f"sqlite:///{quote(str(path))}")  # quoted: a "?" would end the path
 
 
 @contextmanager
 def usable(path: Path, *more: type[Exception]) -> Iterator[None]:
-    """Raise ConfigError in place of errors of optuna and its database, and of the classes ``more``, which reading a
-    damaged row raises."""
+    """Convert errors of optuna, of its database and of the classes ``more`` (raised by damaged rows) to ConfigError."""
     try:
         yield
     except LoRAKernelsError:

@@ -1,7 +1,7 @@
-"""The search for a strategy and its parameters: optuna proposes, the Trainer trains, the validation data judges.
+"""Hyper-parameter search: optuna proposes parameters, the Trainer trains, trials are compared on validation data.
 
-What a trial is depends on the seed and on the trials finished before it alone, and the study lies in a SQLite file. So
-a sweep killed at any moment goes on to the trials it would have had.
+A trial's parameters depend only on the seed and on the finished trials, and the study is stored in a SQLite file. So a
+sweep that is killed at any moment and resumed runs the same trials.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from lora_kernels.finetune.train.digest import data_digest
 from lora_kernels.finetune.train.extras import require
 
 DATABASE = "sweep.db"
-STARTUP = 8  # trials drawn at random before the Parzen estimator has something to go by
-JUDGED = 4  # complete trials before one may be given up
-KEPT = 66.0  # per cent of them that a trial must be among, at the same rung, to go on
-FIRST_RUNG = 2  # that may end one; before, during the warm-up, most are still guessing
+RANDOM_TRIALS = 8  # before the Parzen estimator is used
+TRIALS_BEFORE_PRUNING = 4  # complete ones
+KEPT_PERCENTILE = 66.0  # a trial outside the best 66 % at the same rung is pruned
+FIRST_RUNG = 2  # the first rung at which trials are pruned; rung 1 may be within the warm-up
 Params = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One parameter's values: ``choices``, or all numbers from ``low`` to ``high``, drawn on a logarithmic scale."""
+    """The values of a parameter: ``choices``, or numbers from ``low`` to ``high`` on a logarithmic scale."""
 
     choices: tuple[Any, ...] = ()
     low: float = 0.0
@@ -45,11 +45,11 @@ class Axis:
             raise ConfigError(f"a range from {self.low} to {self.high}: it must rise, from above 0")
 
     def holds(self, value: Any) -> bool:
-        """Whether ``value`` may be proposed."""
+        """Check whether ``value`` is on this axis."""
         return value in self.choices if self.choices else self.low <= value <= self.high
 
     def suggest(self, trial: Any, name: str) -> Any:
-        """The trial's value of this parameter."""
+        """Draw the trial's value of this parameter."""
         if self.choices:
             return trial.suggest_categorical(name, self.choices)
         return trial.suggest_float(name, self.low, self.high, log=True)
@@ -57,8 +57,8 @@ class Axis:
 
 @dataclass(frozen=True)
 class Record:
-    """A finished training: what it was and what came of it. kind: "LoRA", "full" or "head only"; "LoRA, repeated" for
-    the best parameters with another seed. The rest: see Outcome."""
+    """A finished training with its parameters and outcome. kind: "LoRA", "full" or "head only"; "LoRA, repeated" for
+    the best parameters with another seed."""
 
     kind: str
     params: Params
@@ -68,12 +68,12 @@ class Record:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a sweep does. ConfigError for a plan without a trial.
+    """The plan of a sweep. Raises ConfigError for a plan without a trial.
 
-    space: parameter -> its values. first: parameters of the first trial, where they lie in the space. budget: seconds
-    after which nothing is begun, and before which what is begun is expected to end. trials: at most so many. repeats:
-    how many other seeds the best parameters are tried with. baselines: strategy (FULL, HEAD_ONLY) -> learning rates.
-    settings: what else decides the results; a study made under others is not resumed.
+    space: parameter -> its values. first: parameters of the first trial, if they are in the space. budget: seconds; a
+    training starts only if it is expected to end within them. trials: most trials. repeats: number of other seeds for
+    the best parameters. baselines: strategy (FULL, HEAD_ONLY) -> learning rates. settings: further values that decide
+    the results; a study made under others is not resumed.
     """
 
     space: Mapping[str, Axis]
@@ -90,13 +90,13 @@ class Plan:
             raise ConfigError(f"{self.trials} trials in {self.budget} s, {self.repeats} repeats: nothing can be learnt")
 
     def facts(self) -> str:
-        """The decisive part as JSON: budget, number of trials and of repeats may change from call to call."""
+        """Return the values that must not change on resume, as JSON. Budget, trials and repeats may change."""
         space = {name: asdict(axis) for name, axis in self.space.items()}
         return json.dumps({"space": space, "first": self.first, "seed": self.seed, **self.settings}, sort_keys=True)
 
 
 class Sweep:
-    """A sweep in a folder. ``recipe_for(params, seed)`` makes a recipe of parameters; less is better of a loss."""
+    """A sweep with its study in folder ``out``. ``recipe_for(params, seed)`` makes a recipe."""
 
     def __init__(self, task: Task, plan: Plan, recipe_for: Callable[[Params, int], Recipe], out: Path) -> None:
         self.task, self.plan, self.recipe_for = task, plan, recipe_for
@@ -108,7 +108,9 @@ class Sweep:
         self.monitor = recipe_for(plan.first, plan.seed).options.monitor
         self.lower = self.monitor == "loss"
         self._file = out / DATABASE
-        pruner = self.optuna.pruners.PercentilePruner(KEPT, n_startup_trials=JUDGED, n_warmup_steps=FIRST_RUNG)
+        pruner = self.optuna.pruners.PercentilePruner(
+            KEPT_PERCENTILE, n_startup_trials=TRIALS_BEFORE_PRUNING, n_warmup_steps=FIRST_RUNG
+        )
         with usable(self._file, KeyError, TypeError, ValueError):
             common = {
                 "storage": storage(self._file),
@@ -116,9 +118,9 @@ class Sweep:
                 "load_if_exists": True,
             }
             self.search = self.optuna.create_study(study_name="search", pruner=pruner, **common)
-            self.beside = self.optuna.create_study(study_name="beside", **common)
+            self.extra = self.optuna.create_study(study_name="beside", **common)
             self._begin()
-            self._searched, self._others = (self._read(study) for study in (self.search, self.beside))
+            self._searched, self._others = (self._read(study) for study in (self.search, self.extra))
 
     def _begin(self) -> None:
         facts, now = self.search.user_attrs.get("facts"), self._facts
@@ -126,12 +128,14 @@ class Sweep:
             other = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
             raise ConfigError(f"the study was made under other settings: {', '.join(other)} differ")
         self.search.set_user_attr("facts", json.dumps(now, sort_keys=True))
-        for study in (self.search, self.beside):
+        for study in (self.search, self.extra):
             for trial in study.get_trials(deepcopy=False, states=(self.optuna.trial.TrialState.RUNNING,)):
-                study.tell(trial.number, state=self.optuna.trial.TrialState.FAIL)  # it was running when killed
+                study.tell(
+                    trial.number, state=self.optuna.trial.TrialState.FAIL
+                )  # the sweep was killed during this trial
 
     def records(self) -> list[Record]:
-        """What has been finished, trials first."""
+        """Return the finished trainings, trials first."""
         return [*self._searched, *self._others]
 
     @staticmethod
@@ -139,21 +143,21 @@ class Sweep:
         found = []
         for trial in study.get_trials(deepcopy=False):
             if trial.state.name in ("COMPLETE", "PRUNED"):  # neither failed nor waiting
-                told = json.loads(trial.user_attrs["record"])
-                found.append(Record(**told | {"outcome": Outcome(**told["outcome"])}))
+                saved = json.loads(trial.user_attrs["record"])
+                found.append(Record(**saved | {"outcome": Outcome(**saved["outcome"])}))
         return found
 
     def best(self) -> Record | None:
-        """The complete trial with the best value, the earliest of equals."""
+        """Return the complete trial with the best value; of equal values, the first."""
         complete = [record for record in self._searched if record.outcome.state == "complete"]
         return min(complete, key=self.badness) if complete else None
 
     def badness(self, record: Record) -> float:
-        """The value, signed so that less is better."""
+        """Return the value with the sign that makes lower better."""
         return record.outcome.value if self.lower else -record.outcome.value
 
     def run(self, say: Say = print) -> None:
-        """Trains until the budget or the number of trials is used up. What is finished is on the disk at once."""
+        """Train until the budget or the number of trials is used up. Each finished training is saved at once."""
         with usable(self._file):
             self._run(say)
 
@@ -164,25 +168,25 @@ class Sweep:
             return plan.budget - (time.monotonic() - started)
 
         while (done := len(self._searched)) < plan.trials:
-            repeats = 0 if done == 0 else plan.repeats  # the best is still to be tried with other seeds
+            repeats = 0 if done == 0 else plan.repeats  # reserve time for the other seeds of the best
             if left() < (1 + repeats) * self._longest(LORA) and done:
                 break
-            say(self.told(self._trial(done), done + 1))
+            say(self.line(self._trial(done), done + 1))
             if not done:
                 self._baselines(left, say)
         best = self.best()
         for seed in range(plan.seed + 1, plan.seed + 1 + plan.repeats if best else 0):
             kind = f"{LORA}, repeated"
             if best and not self._known(kind, best.params, seed) and left() >= self._longest(LORA):
-                say(self.told(self._beside(kind, best.params, seed)))
+                say(self.line(self._train_extra(kind, best.params, seed)))
 
     def _trial(self, done: int) -> Record:
         plan, states = self.plan, self.optuna.trial.TrialState
         known = all(axis.holds(plan.first[name]) for name, axis in plan.space.items())
         if known and not done and not self.search.get_trials(deepcopy=False, states=(states.WAITING,)):
             self.search.enqueue_trial({name: plan.first[name] for name in plan.space})
-        # a generator that depends on how many were finished, not on how many times the process was killed
-        self.search.sampler = self.optuna.samplers.TPESampler(seed=plan.seed + done, n_startup_trials=STARTUP)
+        # the seed depends on the number of finished trials, not on interruptions
+        self.search.sampler = self.optuna.samplers.TPESampler(seed=plan.seed + done, n_startup_trials=RANDOM_TRIALS)
         trial = self.search.ask()
         params = {name: axis.suggest(trial, name) for name, axis in plan.space.items()}
 
@@ -192,13 +196,16 @@ class Sweep:
             return not math.isfinite(value) or trial.should_prune()
 
         outcome = run_trial(self.task, self.recipe_for(params, plan.seed), LORA, watch)
-        record = Record(LORA, params, plan.seed, outcome)
+        return self._finish(self.search, trial, Record(LORA, params, plan.seed, outcome))
+
+    def _finish(self, study: Any, trial: Any, record: Record) -> Record:
+        """Save the record of a training in its study."""
         trial.set_user_attr("record", json.dumps(asdict(record)))
-        if outcome.state == "complete":
-            self.search.tell(trial, outcome.value)
+        if record.outcome.state == "complete":
+            study.tell(trial, record.outcome.value)
         else:
-            self.search.tell(trial, state=states.PRUNED)
-        self._searched.append(record)
+            study.tell(trial, state=self.optuna.trial.TrialState.PRUNED)
+        (self._searched if study is self.search else self._others).append(record)
         return record
 
     def _baselines(self, left: Callable[[], float], say: Say) -> None:
@@ -206,43 +213,36 @@ class Sweep:
             for lr in rates:
                 params = {"lr": lr}
                 expected = self._longest(kind) or 2 * self._longest(LORA)
-                half = self.plan.budget / 2  # the search gets at least that
+                half = self.plan.budget / 2  # reserved for the search
                 if not self._known(kind, params, self.plan.seed) and left() - expected >= half:
-                    say(self.told(self._beside(kind, params, self.plan.seed)))
+                    say(self.line(self._train_extra(kind, params, self.plan.seed)))
 
-    def _beside(self, kind: str, params: Params, seed: int) -> Record:
-        trial = self.beside.ask()
+    def _train_extra(self, kind: str, params: Params, seed: int) -> Record:
+        trial = self.extra.ask()
         recipe = self.recipe_for({**self.plan.first, **params}, seed)
         outcome = run_trial(self.task, recipe, kind if kind in (FULL, HEAD_ONLY) else LORA)
-        record = Record(kind, params, seed, outcome)
-        trial.set_user_attr("record", json.dumps(asdict(record)))
-        if outcome.state == "complete":
-            self.beside.tell(trial, outcome.value)
-        else:
-            self.beside.tell(trial, state=self.optuna.trial.TrialState.PRUNED)
-        self._others.append(record)
-        return record
+        return self._finish(self.extra, trial, Record(kind, params, seed, outcome))
 
     def _known(self, kind: str, params: Params, seed: int) -> bool:
         return any((r.kind, r.params, r.seed) == (kind, params, seed) for r in self.records())
 
     def _longest(self, kind: str) -> float:
-        """Seconds of the longest of the last five trainings of a kind: what the next one may take."""
+        """Return the seconds of the longest of the last five trainings of a kind, to estimate the next one."""
         return max([r.outcome.wall for r in self.records() if r.kind.startswith(kind)][-5:], default=0.0)
 
-    def told(self, record: Record, number: int = 0) -> str:
-        """A finished training in a line."""
-        what = f"trial {number}" if number else f"{record.kind}, seed {record.seed}"
+    def line(self, record: Record, number: int = 0) -> str:
+        """Describe a finished training in one line."""
+        title = f"trial {number}" if number else f"{record.kind}, seed {record.seed}"
         figure = "" if record.outcome.state == "diverged" else f" {self.monitor} {record.outcome.value:.4f}"
         params = ", ".join(f"{name} {show(value)}" for name, value in record.params.items())
-        return f"{what}: {record.outcome.state},{figure} in {record.outcome.wall:.1f} s; {params}"
+        return f"{title}: {record.outcome.state},{figure} in {record.outcome.wall:.1f} s; {params}"
 
 
 def show(value: Any) -> str:
-    """A parameter for people: three digits of a float."""
+    """Format a parameter; floats with three digits."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation (of a sample; 0 for one value)."""
+    """Compute mean and sample standard deviation (0 for one value)."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0

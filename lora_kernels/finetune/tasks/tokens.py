@@ -1,4 +1,4 @@
-"""What tasks share that predict tokens: loss, accuracy, perplexity."""
+"""Loss, accuracy and perplexity of tasks that predict tokens."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ IGNORED = -100
 
 
 class TokenLoss(nn.CrossEntropyLoss):
-    """Mean cross entropy over the tokens that count, in float32 at least.
+    """Mean cross entropy over the targets that are not -100, computed in float32 or float64.
 
-    logits (rows, length, vocabulary), targets (rows, length) of token ids, -100 where nothing is asked.
+    logits (rows, length, vocabulary); targets (rows, length) of token ids, or -100 at positions to ignore.
     """
 
     def __init__(self) -> None:
@@ -25,11 +25,11 @@ class TokenLoss(nn.CrossEntropyLoss):
 
 
 def token_accuracy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Share of the tokens that count whose most probable prediction is right; NaN where none count."""
+    """Compute the share of targets other than -100 that are predicted correctly; NaN if there are none."""
     counted = targets != IGNORED
     return (logits.argmax(-1) == targets)[counted].float().mean()
 
 
 def perplexity(loss: float) -> float:
-    """exp of the mean loss of a token in nats; infinity where that is too large for a float."""
+    """Compute exp(loss) from the mean loss per token in nats; infinity where it exceeds the largest float."""
     return math.exp(loss) if loss < 709 else math.inf

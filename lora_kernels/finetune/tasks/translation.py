@@ -1,4 +1,4 @@
-"""Translation of sentences by an encoder-decoder, measured in BLEU."""
+"""Sentence translation with an encoder-decoder, measured in BLEU."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from lora_kernels.errors import ConfigError
-from lora_kernels.finetune import values
 from lora_kernels.finetune.data.files import LengthBatches, Splits
 from lora_kernels.finetune.data.pairs import Pairs, read_pairs, split_pairs
 from lora_kernels.finetune.data.phrases import phrases
-from lora_kernels.finetune.tasks.base import PARTS, Options, Task
-from lora_kernels.finetune.tasks.pretrained import DTYPES, check_positions, load_config, load_pretrained, load_tokenizer
+from lora_kernels.finetune.tasks.base import Options, Task, check_sizes
+from lora_kernels.finetune.tasks.pretrained import check_positions, load_config, load_pretrained, load_tokenizer
 from lora_kernels.finetune.tasks.tokens import IGNORED, TokenLoss, token_accuracy
 from lora_kernels.finetune.train.extras import require
 from lora_kernels.finetune.train.trainer import Metric, Trainer
@@ -29,18 +28,19 @@ _SHOWN = 3
 
 
 def bleu(translations: Sequence[str], references: Sequence[str]) -> float:
-    """Corpus BLEU of 0 to 100, one reference each, by sacrebleu with its defaults (13a tokens, case counts)."""
+    """Compute corpus BLEU (0 to 100, one reference each) with sacrebleu's defaults: 13a tokens, case-sensitive."""
     return float(require("sacrebleu").corpus_bleu(list(translations), [list(references)]).score)
 
 
 @dataclass(frozen=True)
 class Translation(Task):
-    """model, dtype: an encoder-decoder with its tokenizer, see pretrained.py. data: a CSV, TSV or JSONL file with a
-    source and a target column, or "phrases", made-up English and German (phrases.py).
+    """Sentence translation by greedy decoding.
 
-    prefix: put before each source ("translate English to German: " for T5). limit: at most so many pairs to train on,
-    0 for all. max_length: tokens after which a sentence is cut, and of a translation. held_out, split_seed: see
-    pairs.split_pairs. Translations are greedy.
+    model, dtype: an encoder-decoder with its tokenizer, see pretrained.py. data: a CSV, TSV or JSONL file with a source
+    and a target column, or "phrases", synthetic English and German (phrases.py).
+    prefix: put before each source ("translate English to German: " for T5). limit: most pairs to train on, 0 for all.
+    max_length: most tokens of a sentence (longer ones are cut) and of a translation. held_out, split_seed: see
+    pairs.split_pairs.
     """
 
     name: ClassVar[str] = "translation"
@@ -59,48 +59,25 @@ class Translation(Task):
     split_seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.limit < 0 or self.max_length < 2:
-            raise ConfigError(f"limit is {self.limit} and max_length {self.max_length}; at least 0 and 2 are needed")
+        check_sizes(self.limit, self.max_length)
 
     @classmethod
     def add_arguments(cls, parser: Options) -> None:
         add = parser.add_argument
-        add("--model", default=cls.model, help="folder or hub id of an encoder-decoder (needed)")
-        add("--dtype", default=cls.dtype, choices=DTYPES, help="of the frozen weights (default: %(default)s)")
-        add(
-            "--data",
-            type=values.input_file(PHRASES),
-            default=cls.data,
-            help=f"a .csv, .tsv or .jsonl file, or {PHRASES} (default: %(default)s)",
-        )
-        add("--source-column", default=cls.source_column, help="of --data (default: %(default)s)")
-        add("--target-column", default=cls.target_column, help="of --data (default: %(default)s)")
-        add("--prefix", default=cls.prefix, help="put before each source sentence (default: nothing)")
-        add(
-            "--limit",
-            type=values.whole(),
-            default=cls.limit,
-            help="pairs to train on; 0 for all (default: %(default)s)",
-        )
-        add(
-            "--max-length",
-            type=values.whole(2),
-            default=cls.max_length,
-            help="tokens of a sentence (default: %(default)s)",
-        )
-        add("--held-out", type=values.held_out, default=cls.held_out, help="share for validation, and for test")
-        add("--split-seed", type=values.split_seed, default=cls.split_seed, help="of the split (default: %(default)s)")
+        add("--model", default=cls.model, help="folder or hub id of an encoder-decoder (required)")
+        cls.add_data_arguments(parser, PHRASES, "a .csv, .tsv or .jsonl file", "pairs", "a sentence")
+        add("--source-column", default=cls.source_column, help="column of --data (default: %(default)s)")
+        add("--target-column", default=cls.target_column, help="column of --data (default: %(default)s)")
+        add("--prefix", default=cls.prefix, help="text put before each source sentence (default: nothing)")
 
     @cached_property
     def splits(self) -> Splits[Pairs]:
-        """The data in three parts, read once."""
+        """Read and split the data, once."""
         if self.data == PHRASES:
             pairs = phrases(PHRASES_COUNT)
         else:
             pairs = read_pairs(Path(self.data), self.source_column, self.target_column)
-        parts = split_pairs(pairs, self.split_seed, self.held_out)
-        train = parts.train.take(range(min(self.limit or len(parts.train), len(parts.train))))
-        return Splits(train, parts.validation, parts.test)
+        return split_pairs(pairs, self.split_seed, self.held_out).limited(self.limit)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -119,8 +96,7 @@ class Translation(Task):
         return self.model
 
     def describe_data(self) -> str:
-        counts = ", ".join(f"{len(getattr(self.splits, part)):,} {part}" for part in PARTS)
-        return f"{self.data}: {counts} sentence pairs"
+        return f"{self.data}: {self.splits.sizes()} sentence pairs"
 
     def load_model(self) -> nn.Module:
         model = load_pretrained("AutoModelForSeq2SeqLM", self._model_name(), self.dtype)
@@ -128,21 +104,24 @@ class Translation(Task):
         return model
 
     def encode(self, pairs: Pairs) -> list[tuple[list[int], list[int]]]:
-        """(source ids, target ids) of each pair, cut at ``max_length``."""
+        """Tokenize each pair as (source ids, target ids); cut both at ``max_length``."""
         sources = [self.prefix + source for source in pairs.sources]
         ids = self.tokenizer(sources, text_target=pairs.targets, truncation=True, max_length=self.max_length)
         return list(zip(ids["input_ids"], ids["labels"], strict=True))
 
     def collate(self, rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
-        """Batch of (source ids, target ids): input_ids and attention_mask (rows, longest source); labels and
-        decoder_input_ids (rows, longest target), the latter one token behind."""
+        """Pad pairs of (source ids, target ids).
+
+        input_ids, attention_mask: (rows, longest source). labels: (rows, longest target). decoder_input_ids: the labels
+        shifted right by one token.
+        """
         padding = self.tokenizer.pad_token_id
         sources, targets = ([torch.tensor(ids) for ids in column] for column in zip(*rows, strict=True))
-        behind = [torch.cat([torch.tensor([self._start]), ids[:-1]]) for ids in targets]
+        shifted = [torch.cat([torch.tensor([self._start]), ids[:-1]]) for ids in targets]
         return {
             "input_ids": pad_sequence(sources, batch_first=True, padding_value=padding),
             "attention_mask": pad_sequence([torch.ones_like(ids) for ids in sources], batch_first=True),
-            "decoder_input_ids": pad_sequence(behind, batch_first=True, padding_value=padding),
+            "decoder_input_ids": pad_sequence(shifted, batch_first=True, padding_value=padding),
             "labels": pad_sequence(targets, batch_first=True, padding_value=IGNORED),
         }
 
@@ -162,7 +141,7 @@ class Translation(Task):
 
     @torch.no_grad()
     def translate(self, model: Any, sources: Sequence[str], batch_size: int = 32) -> list[str]:
-        """Greedy translations of ``sources``, in their order; the model is left in the mode it was in."""
+        """Translate ``sources`` by greedy decoding, in order. The model's training mode is restored afterwards."""
         training, found = model.training, []
         model.eval()
         try:

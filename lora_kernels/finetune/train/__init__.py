@@ -1,1 +1,1 @@
-"""The training loop and what it keeps: checkpoints, random states, memory."""
+"""The training loop, its checkpoints, random states and memory measurements."""

@@ -1,4 +1,4 @@
-"""What a batch is: (inputs, targets), or a dict as Hugging Face collators make it. Stated here once."""
+"""Batches: (inputs, targets), or a dict as Hugging Face collators make it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TARGET_KEYS = ("labels", "label", "targets")
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """``value`` with every tensor in its dicts, lists and tuples moved to ``device``."""
+    """Move every tensor in nested dicts, lists and tuples to ``device``."""
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, Mapping):
@@ -25,7 +25,7 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 def split_batch(batch: Any) -> tuple[Any, torch.Tensor]:
-    """(inputs, targets) of a batch; a dict's targets lie under "labels", "label" or "targets"."""
+    """Split a batch into (inputs, targets). A dict's targets have the key "labels", "label" or "targets"."""
     if isinstance(batch, Mapping):
         for key in _TARGET_KEYS:
             if key in batch:
@@ -37,7 +37,10 @@ def split_batch(batch: Any) -> tuple[Any, torch.Tensor]:
 
 
 def call_model(model: nn.Module, inputs: Any) -> torch.Tensor:
-    """The model's logits: dict inputs go in by keyword, tuples by position; an output object gives its ``logits``."""
+    """Compute logits. A dict is passed as keyword arguments, a tuple as positional ones.
+
+    Of an output object, its ``logits`` are returned, else its first item.
+    """
     if isinstance(inputs, Mapping):
         outputs = model(**inputs)
     elif isinstance(inputs, list | tuple):
@@ -51,10 +54,10 @@ def call_model(model: nn.Module, inputs: Any) -> torch.Tensor:
 
 
 def loss_weight(criterion: Any, targets: torch.Tensor) -> float:
-    """What the criterion's mean over a batch divides by, so that batches of unequal size add up to one big batch.
+    """Return the divisor of the criterion's mean over a batch. It weights batches of unequal size.
 
-    Rows for plain targets, targets that are not ``ignore_index`` for class indices, the sum of their class weights if
-    the criterion has them. A criterion that sums (reduction="sum") needs no weighting: 1.
+    For float targets: the number of rows. For class indices: the number of targets other than ``ignore_index``, or the
+    sum of their class weights if the criterion has weights. For reduction="sum": 1.
     """
     if getattr(criterion, "reduction", "mean") == "sum":
         return 1.0
@@ -66,7 +69,7 @@ def loss_weight(criterion: Any, targets: torch.Tensor) -> float:
 
 
 def count_tokens(inputs: Any, targets: torch.Tensor) -> int:
-    """Tokens a batch holds, padding left out; rows where there are no tokens."""
+    """Count a batch's tokens without padding; for inputs without tokens, its rows."""
     if isinstance(inputs, Mapping):
         for key in ("attention_mask", "input_ids"):
             if key in inputs:

@@ -1,8 +1,8 @@
-"""Training checkpoints without pickle: tensors as safetensors, the rest as JSON in the same file's metadata.
+"""Training checkpoints without pickle: tensors as safetensors, all else as JSON in the same file's metadata.
 
-A checkpoint is one file, so it has one commit point: it is written beside its final name, flushed to the disk, and
-renamed. A crash at any moment leaves the older checkpoints whole; old ones are deleted only after the rename. The
-metadata holds the SHA-256 of everything else: a file whose bits have changed is not used to resume.
+A checkpoint is one file. It is written under a temporary name, flushed to the disk, and renamed. Old checkpoints are
+deleted only after the rename, so a crash at any moment leaves a complete one. The metadata contains the SHA-256 of
+everything else; a file with changed bits is not used to resume.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _TAGS = ("$tensor", "$tuple", "$dict")
 
 
 class CheckpointError(LoRAKernelsError, RuntimeError):
-    """A checkpoint that cannot be written, read, or does not belong to this run."""
+    """A checkpoint cannot be written or read, or belongs to another run."""
 
 
 def pack(tree: Any, tensors: dict[str, torch.Tensor], path: str = "state") -> Any:
-    """``tree`` as a JSON value; its tensors are put into ``tensors`` under their path and referred to by it.
+    """Convert ``tree`` to a JSON value. Its tensors are stored in ``tensors`` under their path, which replaces them.
 
-    Takes dicts, lists, tuples, tensors, strings, numbers, booleans and None (what the state_dict of a torch optimizer
-    or scheduler is made of); anything else raises CheckpointError rather than being pickled.
+    Accepts dicts, lists, tuples, tensors, strings, numbers, booleans and None: the contents of state_dicts of torch
+    optimizers and schedulers. Raises CheckpointError for anything else; nothing is pickled.
     """
     if tree is None or isinstance(tree, bool | int | float | str):
         return tree
@@ -52,7 +52,7 @@ def pack(tree: Any, tensors: dict[str, torch.Tensor], path: str = "state") -> An
 
 
 def unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """Inverse of ``pack``."""
+    """Invert ``pack``."""
     if isinstance(value, list):
         return [unpack(item, tensors) for item in value]
     if not isinstance(value, dict):
@@ -67,15 +67,15 @@ def unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint files of ``folder``, newest first."""
+    """List the checkpoint files of ``folder``, newest first."""
     found = [path for path in folder.glob("step-*.safetensors") if _NAME.match(path.name)]
     return sorted(found, key=lambda path: path.name, reverse=True)
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
-    """Writes ``state`` as the checkpoint of ``step`` and keeps the ``keep`` newest.
+    """Write ``state`` as the checkpoint of ``step`` and delete all but the ``keep`` newest.
 
-    Checkpoints of later steps are deleted: they are damaged, since the run was not resumed from them.
+    Checkpoints of later steps are deleted too: the run was not resumed from them, so they are damaged.
     """
     tensors: dict[str, torch.Tensor] = {}
     metadata = {"format": "pt", "state": json.dumps(pack(state, tensors))}
@@ -84,13 +84,13 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 
     later = [old for old in checkpoints(folder) if old.name > path.name]
     for old in (*later, *[old for old in checkpoints(folder) if old not in later][keep:]):
         old.unlink(missing_ok=True)
-    for left in folder.glob(".step-*.tmp"):  # what a killed run was writing
-        left.unlink(missing_ok=True)
+    for unfinished in folder.glob(".step-*.tmp"):  # of a run that was killed while writing
+        unfinished.unlink(missing_ok=True)
     return path
 
 
 def _sha256(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of the other content of the file: the metadata, and the name, dtype, shape and bytes of each tensor."""
+    """Compute the SHA-256 of the metadata and of the name, dtype, shape and bytes of each tensor."""
     return digest(*sorted(metadata.items()), *sorted(tensors.items()))
 
 
@@ -107,10 +107,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def load_newest(folder: Path) -> dict[str, Any] | None:
-    """State of the newest whole checkpoint in ``folder``; None when there is none at all.
+    """Read the newest intact checkpoint in ``folder``. Return None if the folder has no checkpoint.
 
-    If a file is damaged, the next older one is used, with a UserWarning that names both; CheckpointError if files exist
-    and all are damaged.
+    If a file is damaged, the next older one is used, with a UserWarning that names both. Raises CheckpointError if all
+    files are damaged.
     """
     reasons = []
     for path in checkpoints(folder):

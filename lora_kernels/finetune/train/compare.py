@@ -1,4 +1,4 @@
-"""The time of training steps beside PEFT's, in one process, on the same batches, taking turns."""
+"""Compare the time of training steps with PEFT's: in one process, on the same batches, in alternation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_kernels.finetune.train.extras import require
 
 
 def peft_model(base: nn.Module, adapter: Path) -> nn.Module:
-    """PEFT's model from ``base`` and a saved adapter, ready to be trained."""
+    """Build PEFT's trainable model from ``base`` and a saved adapter."""
     return require("peft").PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
 
 
@@ -44,7 +44,7 @@ def interleaved(
     device: torch.device | str = "cpu",
     rounds: int = 16,
 ) -> dict[str, float]:
-    """Forward and backward of ``rounds`` batches through both models in training mode, alternating who goes first.
+    """Time forward and backward of ``rounds`` batches through both models in training mode, in alternating order.
 
     Returns medians in milliseconds ("ours_ms", "theirs_ms"), and the median and 20th and 80th percentile of the
     per-batch ratio ours / theirs ("ratio", "ratio_p20", "ratio_p80").
@@ -52,7 +52,7 @@ def interleaved(
     device = torch.device(device)
     pair = (ours.train(), theirs.train())
     for model in pair:
-        _seconds(model, batches[0], criterion, device)  # the first step pays for what later ones reuse
+        _seconds(model, batches[0], criterion, device)  # warm-up: the first step does work that later ones reuse
     times: list[tuple[float, float]] = []
     for number, batch in enumerate(itertools.islice(itertools.cycle(batches), rounds)):
         first = number % 2

@@ -1,4 +1,4 @@
-"""SHA-256 of data, weights and saved states: shows if two runs start from equal content, and if a file is intact."""
+"""SHA-256 of data, weights and saved states, to compare the inputs of two runs and to verify files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 
-class _Sum:
-    """A SHA-256 that takes nested lists, tuples, dicts, tensors, arrays, strings, bytes, numbers and None."""
+class _Hasher:
+    """A SHA-256 that accepts nested lists, tuples, dicts, tensors, arrays, strings, bytes, numbers and None."""
 
     def __init__(self) -> None:
         self.hash = hashlib.sha256()
@@ -57,18 +57,18 @@ class _Sum:
 
 
 def digest(*values: Any) -> str:
-    """SHA-256 of ``values`` in hexadecimal. TypeError for types that ``_Sum`` does not accept."""
-    total = _Sum()
+    """Compute the SHA-256 of ``values`` in hexadecimal. TypeError for types that ``_Hasher`` does not accept."""
+    hasher = _Hasher()
     for value in values:
-        total.add(value)
-    return total.hash.hexdigest()
+        hasher.add(value)
+    return hasher.hash.hexdigest()
 
 
 def data_digest(dataloader: Any) -> str | None:
-    """SHA-256 of the rows of a dataloader's dataset, in their order; None where the rows are not all in memory.
+    """Compute the SHA-256 of the rows of a dataloader's dataset, in order; None if they are not all in memory.
 
-    In memory are lists, tuples and tensors, torch's TensorDataset, and Subset and ConcatDataset over these. Another
-    dataset may read files or draw random numbers for each row, so its rows are not read here.
+    Rows in memory: lists, tuples, tensors, torch's TensorDataset, and Subset and ConcatDataset of these. Other datasets
+    may read files or draw random numbers for each row, so their rows are not read here.
     """
     try:
         return digest(_rows(getattr(dataloader, "dataset", dataloader)))
@@ -90,7 +90,7 @@ def _rows(dataset: Any) -> Any:
 
 @torch.no_grad()
 def frozen_digest(model: nn.Module) -> str:
-    """SHA-256 of the parameters that do not require a gradient: their names, dtypes, shapes and sums of their bits.
+    """Compute the SHA-256 of the frozen parameters: their names, dtypes, shapes and sums of their bits.
 
     The sums are computed on the parameters' device, so a large model costs one read of its memory and no copy. Of
     sharded and meta tensors only name, dtype and shape are used.

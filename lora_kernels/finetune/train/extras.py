@@ -1,4 +1,4 @@
-"""The one door through which libraries of the ``train`` extra come in: only when they are used, never at import."""
+"""Import libraries of optional extras when they are used, never when this package is imported."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _EXTRA = {
 
 
 class MissingLibraryError(LoRAKernelsError, ImportError):
-    """A library of an optional extra is needed and not installed."""
+    """A required library of an optional extra is not installed."""
 
 
 def installed(module: str) -> bool:
-    """Whether the top-level library of ``module`` can be imported, without importing it."""
+    """Check whether the top-level library of ``module`` can be imported, without importing it."""
     return importlib.util.find_spec(module.partition(".")[0]) is not None
 
 
 def require(module: str) -> Any:
-    """Imports ``module`` (``"sklearn.metrics"``), or raises MissingLibraryError with the command that installs it."""
+    """Import ``module`` (``"sklearn.metrics"``). Raises MissingLibraryError with the command that installs it."""
     library = module.partition(".")[0]
     if not installed(library):
         extra = _EXTRA.get(library, "train")

@@ -1,6 +1,6 @@
-"""One training step with fake tensors, shapes without data: what it computes and what it keeps, in no time and memory.
+"""Count FLOPs and saved bytes of a training step with fake tensors, which have shapes and no data.
 
-FLOPs are what torch.utils.flop_counter counts, kept bytes what autograd saves.
+FLOPs are counted by torch.utils.flop_counter. Saved bytes are those of the tensors that autograd saves.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lora_kernels.layers.dora import DoRALinear
 
 
 class _NoDropoutInAttention(TorchFunctionMode):
-    """Attention as a GPU's fused kernel does it: dropout keeps nothing, where the CPU's fallback keeps every score."""
+    """Disables dropout in attention: a fused GPU kernel saves nothing for it, the CPU fallback every score."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -29,7 +29,7 @@ class _NoDropoutInAttention(TorchFunctionMode):
 
 
 class _Norms:
-    """DoRA's row norms as a GPU makes them, anew in every step: the CPU's way looks at the data."""
+    """Computes DoRA's row norms in every step, as on a GPU. The cache for the CPU reads the data."""
 
     @torch.no_grad()
     def norm(self, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float, trust: bool = False) -> Any:
@@ -48,7 +48,7 @@ def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *args
     return sdpa_backward_flop_count(grad, query, key, value)
 
 
-MORE_FLOPS = {  # of operators that torch's counter passes over
+MORE_FLOPS = {  # operators that torch's counter ignores
     torch.ops.aten.addmm_: _update_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
@@ -56,10 +56,10 @@ MORE_FLOPS = {  # of operators that torch's counter passes over
 
 
 def fake_step(model: nn.Module, batch: int, tokens: int) -> tuple[int, int]:
-    """(FLOPs, bytes saved for backward) of one training step on ``batch`` rows of ``tokens`` tokens without padding.
+    """Count (FLOPs, bytes saved for backward) of a training step on ``batch`` rows of ``tokens`` tokens, no padding.
 
-    The model may be on any device, meta included, and is not changed; nothing is computed. Cross-entropy is the loss.
-    A causal attention is counted whole, as torch's own counter does.
+    The model may be on any device, including meta. It is not changed and nothing is computed. The loss is
+    cross-entropy. Causal attention is counted without the mask's savings, as torch's own counter does.
     """
     config: Any = getattr(model, "config", None)
     with FakeTensorMode(allow_non_fake_inputs=True), _NoDropoutInAttention():
@@ -75,7 +75,7 @@ def fake_step(model: nn.Module, batch: int, tokens: int) -> tuple[int, int]:
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
             if storage._cdata not in weights:
-                kept[storage._cdata] = storage  # held, so that no other takes its address
+                kept[storage._cdata] = storage  # kept alive, so that its address is not reused
             return tensor
 
         training, caches = model.training, [(m, m._norms) for m in model.modules() if isinstance(m, DoRALinear)]
@@ -98,7 +98,7 @@ def fake_step(model: nn.Module, batch: int, tokens: int) -> tuple[int, int]:
 
 
 class _Called(nn.Module):
-    """A model as the Trainer calls it: inputs in, logits out."""
+    """Calls a model as the Trainer does: inputs in, logits out."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""LoRA: a model with adapters, whose trainable parameters can be listed, counted and replaced."""
+"""LoRA: wraps a model with adapters; lists, counts and replaces its trainable parameters."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _INNER = "wrapped."
 
 
 class LoRA(nn.Module):
-    """Wraps ``model`` after injecting adapters into it by ``config``; everything but the adapters is frozen.
+    """Inject adapters into ``model`` as ``config`` says, freeze everything else, and wrap it.
 
-    The wrapper is transparent: calls and unknown attributes go to the model, and ``state_dict``, ``load_state_dict``,
-    ``named_modules`` and ``named_parameters`` use the model's own names. So files of the wrapped and the bare model are
-    the same, and save_adapter, load_adapter, merge_lora and explain take either.
-    The model itself is ``wrapper.wrapped``; it is changed in place.
+    Calls and unknown attributes are forwarded to the model. ``state_dict``, ``load_state_dict``, ``named_modules`` and
+    ``named_parameters`` use the model's own names, so the wrapped and the bare model have the same files, and
+    save_adapter, load_adapter, merge_lora and explain accept both.
+    ``wrapper.wrapped`` is the model. It is changed in place.
     """
 
     def __init__(self, model: nn.Module, config: LoRAConfig | None = None) -> None:
@@ -34,20 +34,20 @@ class LoRA(nn.Module):
         return self.wrapped(*args, **kwargs)
 
     def get_params(self) -> list[nn.Parameter]:
-        """The trainable parameters, in the model's order: what to give to an optimizer."""
+        """List the trainable parameters, in the model's order, for an optimizer."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def get_num_params(self, total: bool = False) -> int:
-        """Number of trainable values; with ``total``, of all values, frozen ones included."""
+        """Count the trainable values; with ``total``, all values including frozen ones."""
         return sum(parameter.numel() for parameter in (self.parameters() if total else self.get_params()))
 
     @torch.no_grad()
     def adjust_parameters(self, new_params: torch.Tensor | Sequence[torch.Tensor], idx: int | Sequence[int]) -> None:
-        """Replaces the values of the ``idx``-th trainable parameter (order of ``get_params``), or of several.
+        """Replace the values of the ``idx``-th trainable parameter (order of ``get_params``), or of several.
 
-        new_params: a tensor for one index, as many tensors as indices otherwise; shape and dtype of each parameter,
-        finite values, any device. The Parameter objects stay, so an optimizer goes on with them. IndexError or
-        ShapeError, before anything is changed, when something does not fit.
+        new_params: a tensor for one index, or one tensor per index; with the shape and dtype of each parameter, finite
+        values, on any device. The Parameter objects are kept, so optimizers stay valid. Raises IndexError or ShapeError
+        before anything is changed.
         """
         values = [new_params] if isinstance(new_params, torch.Tensor) else list(new_params)
         indices = [idx] if isinstance(idx, int) else list(idx)
@@ -71,14 +71,14 @@ class LoRA(nn.Module):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """The wrapped model's modules by its own names; so are ``named_parameters`` and all else that builds on it."""
+        """List the model's modules by its own names; ``named_parameters`` and other methods use this one."""
         return self.wrapped.named_modules(memo, prefix, remove_duplicate)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "wrapped":  # not set yet: asking the model for it would never end
+            if name == "wrapped":  # not set yet: forwarding it would recurse forever
                 raise
             return getattr(self.wrapped, name)
 

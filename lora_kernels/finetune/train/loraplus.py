@@ -1,4 +1,4 @@
-"""LoRA+: parameter groups in which B learns faster than A.
+"""LoRA+: parameter groups with a higher learning rate for B than for A.
 
 Source: Hayou et al., LoRA+: Efficient Low Rank Adaptation of Large Models, arXiv 2402.12354.
 """
@@ -15,21 +15,22 @@ from lora_kernels.errors import ConfigError
 def loraplus_groups(
     model: nn.Module, lr: float, ratio: float = 16.0, *, weight_decay: float = 0.0, embedding_lr: float = 1e-6
 ) -> list[dict[str, Any]]:
-    """The trainable parameters of ``model`` as parameter groups for any torch optimizer.
+    """Sort the trainable parameters of ``model`` into parameter groups for any torch optimizer.
 
-    The groups, always four and in this order, are those of PEFT's create_loraplus_optimizer, so optimizer states are
-    exchangeable:
+    There are always four groups in this order. They equal those of PEFT's create_loraplus_optimizer, so optimizer
+    states are exchangeable:
 
     1. "A": every matrix that is in no other group, at ``lr``.
     2. "embedding": adapters of embeddings, at ``embedding_lr``.
-    3. "B": lora_B, and whatever is one-dimensional but for the last group (DoRA's magnitudes), at ``ratio * lr``.
-    4. "B_no_decay": the same, where it is called a bias or belongs to an nn.LayerNorm, at ``ratio * lr``, not decayed.
+    3. "B": lora_B and one-dimensional parameters (DoRA's magnitudes) outside group 4, at ``ratio * lr``.
+    4. "B_no_decay": the same, if the name contains "bias" or the owner is an nn.LayerNorm, at ``ratio * lr``, without
+       weight decay.
 
     Args:
-        model: with our layers or with PEFT's; what requires no gradient is left out.
-        lr: learning rate of A. The paper finds half of LoRA's usual one, or less, to go well with a large ratio.
+        model: with layers of this package or of PEFT; parameters that require no gradient are left out.
+        lr: learning rate of A. With a large ratio, the paper recommends half of LoRA's usual rate or less.
         ratio: learning rate of B over that of A; 1 is plain LoRA.
-        weight_decay: of the first three groups.
+        weight_decay: weight decay of the first three groups.
         embedding_lr: learning rate of the adapters of embeddings.
 
     Raises:
@@ -61,7 +62,7 @@ def loraplus_groups(
 
 
 def _of_embedding(name: str, modules: dict[str, nn.Module]) -> bool:
-    """Whether a parameter belongs to the adapter of an embedding; PEFT keeps one dictionary of adapters in between."""
+    """Check whether a parameter belongs to an embedding's adapter. In PEFT, a dictionary of adapters is in between."""
     if "lora_embedding_" in name:
         return True
     owner = modules.get(".".join(name.split(".")[:-2]))

@@ -1,4 +1,4 @@
-"""What training needs beside the weights: computed for gradients and optimizer, measured for saved activations."""
+"""Training memory beside the weights: gradients and optimizer state (computed), saved activations (measured)."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from lora_kernels.finetune.train.batch import call_model
 
 
 def state_bytes(model: nn.Module, trainable_only: bool = True) -> int:
-    """Bytes of gradients and AdamW's two moments, each in its parameter's dtype: 3 values a parameter.
+    """Compute the bytes of gradients and AdamW's two moments: 3 values per parameter, in its dtype.
 
-    With ``trainable_only=False``: what they would be if every parameter were trained.
+    trainable_only=False: as if every parameter were trained.
     """
     counted = [p for p in model.parameters() if p.requires_grad or not trainable_only]
     return sum(3 * p.numel() * p.element_size() for p in counted)
 
 
 def saved_for_backward(model: nn.Module, inputs: Any) -> int:
-    """Bytes that one forward in training mode keeps alive for its backward, parameters and buffers left out.
+    """Measure the bytes that a forward in training mode saves for its backward, without parameters and buffers.
 
-    Measured by autograd's own hooks; memory shared by several saved tensors is counted once. The model is left as it
-    was, running statistics included.
+    Uses autograd's saved-tensor hooks; storage shared by several saved tensors is counted once. The model, including
+    its running statistics, is restored.
     """
     training, buffers = model.training, [(buffer, buffer.clone()) for buffer in model.buffers()]
     weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
@@ -38,7 +38,7 @@ def saved_for_backward(model: nn.Module, inputs: Any) -> int:
     model.train()
     try:
         with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            outputs = call_model(model, inputs)  # alive until all is counted, so that no address is used twice
+            outputs = call_model(model, inputs)  # kept alive until all is counted, so that no address is reused
     finally:
         model.train(training)
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""How a Trainer trains, validated once; and what it has done so far."""
+"""The options of a Trainer, validated once, and the history of a run."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from lora_kernels.finetune.train.schedule import SCHEDULES
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Options of a Trainer. ConfigError for a value that makes no sense.
+    """Options of a Trainer. Raises ConfigError for a value out of range.
 
     accumulate: batches per optimizer step; their gradients are weighted so that the step equals one big batch's.
-    clip_norm: the gradients' global L2 norm is clipped to this; None leaves them.
+    clip_norm: the global L2 norm that gradients are clipped to; None for no clipping.
     bf16: forward and loss run under torch.autocast(bfloat16).
     schedule, warmup: see schedule.py; a warmup below 1 is a share of all steps, from 1 up a number of steps.
-    seed: seeds every generator when training starts; None leaves them as they are.
-    patience: stop after this many epochs without a better ``monitor`` on the validation data, and end with the
-        weights of the best epoch. "loss" is better when lower, any other metric when higher.
-    checkpoint_dir, checkpoint_every, keep: a checkpoint at the end of every epoch and, with checkpoint_every > 0, after
-        every so many optimizer steps; the newest ``keep`` stay.
-    settings: what else decides the result; a checkpoint made under other settings is refused on resume.
-    progress: show a progress bar with loss and tokens/s; None does so where tqdm is installed.
+    seed: seeds every generator when training starts; None changes no generator.
+    patience: stop after this many epochs without a better ``monitor`` on the validation data, and restore the weights
+        of the best epoch. "loss" is better when lower, any other metric when higher.
+    checkpoint_dir, checkpoint_every, keep: write a checkpoint at the end of every epoch and, with checkpoint_every > 0,
+        after every checkpoint_every optimizer steps; the newest ``keep`` are kept.
+    settings: further values that decide the result; resuming under other settings is refused.
+    progress: show a progress bar with loss and tokens/s; None: only if tqdm is installed.
     """
 
     accumulate: int = 1
@@ -58,24 +58,24 @@ class TrainOptions:
 
     @property
     def shows_progress(self) -> bool:
-        """Whether a run prints a bar, and a line per epoch."""
+        """Whether a run shows a progress bar and a line per epoch."""
         return installed("tqdm") if self.progress is None else self.progress
 
     def decisive(self, epochs: int, batches: int) -> dict[str, Any]:
-        """What must be equal for a resumed run to end with the result of an uninterrupted one."""
+        """Return the values that must not change when a run is resumed, since they decide its result."""
         names = ("accumulate", "clip_norm", "bf16", "schedule", "warmup", "seed", "patience", "monitor")
         facts = {**self.settings, **{name: getattr(self, name) for name in names}, "batches": batches}
         if self.schedule != "constant" or 0 < self.warmup < 1:
-            facts["epochs"] = epochs  # the schedule stretches over all epochs; a constant one may be trained on
+            facts["epochs"] = epochs  # a schedule without decay or warm-up allows more epochs
         return facts
 
 
 @dataclass
 class History:
-    """What happened: one record per optimizer step, one per epoch.
+    """The record of a run: one entry per optimizer step, one per epoch.
 
-    steps: {"step", "epoch", "loss", "lr"}; epochs: {"epoch", "loss"} and the validation's figures as "val_...".
-    tokens and seconds count the training steps alone, over all processes of an interrupted run.
+    steps: {"step", "epoch", "loss", "weight", "lr"}; epochs: {"epoch", "loss"} and validation figures as "val_...".
+    tokens and seconds count training steps only, including those before an interruption.
     best: the best epoch's value of the monitored figure; stale: epochs since then; stopped_early.
     """
 

@@ -1,4 +1,4 @@
-"""The training curve as a picture."""
+"""Plot the training curve."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lora_kernels.finetune.train.options import History
 
 
 def plot_history(history: History, path: Path, metric: str = "accuracy") -> None:
-    """Writes a PNG: loss per step (thin) and its mean over 20 steps, validation loss and ``metric`` per epoch."""
+    """Write a PNG: loss per step (thin) and its mean over 20 steps, validation loss and ``metric`` per epoch."""
     figure_module = require("matplotlib.figure")  # no pyplot: no window system, no global state
     figure = figure_module.Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()

@@ -1,6 +1,6 @@
-"""The processes of one training run, as torchrun starts them: what each takes, and what all agree on.
+"""Data-parallel training by processes that torchrun starts: divide batches, sum values, share results.
 
-With one process everything here does nothing, to the bit.
+With a single process, results are bit-identical to code without this module.
 """
 
 from __future__ import annotations
@@ -21,45 +21,45 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from lora_kernels.errors import ConfigError
 
 Value = TypeVar("Value")
-_KEPT = (  # what a DataLoader has besides its dataset and its batches
+_KEPT = (  # a DataLoader's attributes besides dataset and batches
     "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "generator",
     "prefetch_factor", "persistent_workers",
 )  # fmt: skip
 
 
 def count() -> int:
-    """How many processes train together."""
+    """Return the number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this process, from 0; the first one draws the data's order, writes files and talks."""
+    """Return the number of this process, from 0. Process 0 draws the data's order, writes files and prints."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 @contextmanager
 def joined(device: str, timeout: float) -> Iterator[None]:
-    """Joins the processes that torchrun (or accelerate launch) started, if it did: NCCL on GPUs, gloo elsewhere.
+    """Join the process group if torchrun (or accelerate launch) started this process: NCCL on GPUs, gloo elsewhere.
 
-    On a GPU this process's own becomes the current one, so ``device`` names no number. A process waits ``timeout``
-    seconds for another, then fails. ConfigError for a numbered device.
+    On GPUs, the process's local rank selects its GPU, so ``device`` has no number; a number raises ConfigError. A
+    process waits at most ``timeout`` seconds for another, then fails.
     """
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
     kind = torch.device(device)
     if kind.index is not None:
-        raise ConfigError(f"device is {device!r}: every process takes a GPU of its own; give {kind.type!r}")
+        raise ConfigError(f"device is {device!r}: every process uses its own GPU; give {kind.type!r}")
     if kind.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     yield
-    dist.destroy_process_group()  # not after an error: the others may be in the middle of something
+    dist.destroy_process_group()  # not after an error: the others may be inside a collective
 
 
 def total(values: Sequence[float], device: torch.device) -> list[float]:
-    """Each value summed over the processes, equal on all of them; all must call this."""
+    """Sum each value over the processes. Collective: all processes must call it, and get the same result."""
     if count() == 1:
         return list(values)
     summed = torch.tensor(values, dtype=torch.float64, device=device)
@@ -68,23 +68,23 @@ def total(values: Sequence[float], device: torch.device) -> list[float]:
 
 
 def from_first(make: Callable[[], Value]) -> Value:
-    """What ``make`` returns or raises in the first process, in all of them; all must call this."""
+    """Call ``make`` in the first process and return its result, or raise its error, in all. Collective."""
     if count() == 1:
         return make()
-    told: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]  # result, error
     if rank() == 0:
         try:
-            told[0] = make()
-        except Exception as error:  # raised below, once the others know
-            told[1] = error
-    dist.broadcast_object_list(told, src=0)
-    if told[1] is not None:
-        raise told[1]
-    return told[0]
+            outcome[0] = make()
+        except Exception as error:  # raised below, after the broadcast
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def gathered(value: Value) -> list[Value]:
-    """The value of every process, in order; all must call this."""
+    """Return the values of all processes, in order. Collective."""
     if count() == 1:
         return [value]
     values: list[Any] = [None] * count()
@@ -93,11 +93,11 @@ def gathered(value: Value) -> list[Value]:
 
 
 class Shares(Sampler[list[int]]):
-    """This process's rows of each of ``batches``; or, with ``whole``, every count()-th batch.
+    """Yields this process's rows of each of ``batches``; with ``whole``, every count()-th batch.
 
-    The first process draws the epoch's order, from its own generators as it would alone, and the others get it told.
-    idle: numbers of this epoch's batches with fewer rows than processes, where this one has none; it is given the first
-    row, which must not count.
+    The first process draws the epoch's order from its own generators, as a single process would, and broadcasts it.
+    idle: numbers of this epoch's batches with fewer rows than processes, in which this process has none. For them the
+    batch's first row is yielded, with weight 0.
     """
 
     def __init__(self, batches: Any, whole: bool = False) -> None:
@@ -105,11 +105,11 @@ class Shares(Sampler[list[int]]):
         self.sampler, self.generator = getattr(batches, "sampler", None), getattr(batches, "generator", None)
 
     def set_epoch(self, epoch: int) -> None:
-        """Passed on to the samplers that want to know."""
+        """Call set_epoch of the samplers that have it."""
         for sampler in (self.batches, self.sampler):
-            tell = getattr(sampler, "set_epoch", None)
-            if tell is not None:
-                tell(epoch)
+            set_epoch = getattr(sampler, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(epoch)
 
     def __len__(self) -> int:
         return len(range(rank(), len(self.batches), count())) if self.whole else len(self.batches)
@@ -128,9 +128,9 @@ class Shares(Sampler[list[int]]):
 
 
 def divided(dataloader: Any) -> Any:
-    """The loader with every batch divided among the processes, row by row; a DistributedSampler's as it is.
+    """Divide every batch of the loader among the processes, row by row. A DistributedSampler already does this.
 
-    ConfigError for what cannot be divided: anything but a DataLoader over a dataset with indices.
+    Raises ConfigError for anything but a DataLoader over a dataset with indices.
     """
     if count() == 1 or isinstance(getattr(dataloader, "sampler", None), torch.utils.data.DistributedSampler):
         return dataloader
@@ -143,7 +143,7 @@ def divided(dataloader: Any) -> Any:
 
 
 def every_other(dataloader: Any) -> Any:
-    """The batches this process evaluates: together the processes take each batch once."""
+    """Return the batches that this process evaluates. Each batch is evaluated by one process."""
     if count() == 1:
         return dataloader
     if _has_indices(dataloader):
@@ -164,9 +164,9 @@ def _with_batches(loader: DataLoader[Any], batches: Shares) -> DataLoader[Any]:
 
 
 def replicated(model: nn.Module) -> nn.Module:
-    """The model under DistributedDataParallel, where it is not yet and there are several processes.
+    """Wrap the model in DistributedDataParallel if there are several processes and it is not wrapped yet.
 
-    ConfigError for a sharded model: its checkpoints would hold pieces.
+    Raises ConfigError for a sharded model: each checkpoint would contain only one shard.
     """
     if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
         raise ConfigError("the Trainer replicates models; train a sharded one (FSDP2) in a loop of your own")
@@ -176,5 +176,5 @@ def replicated(model: nn.Module) -> nn.Module:
 
 
 def averaging(model: nn.Module, wanted: bool) -> AbstractContextManager[Any]:
-    """In it, a backward averages the gradients over the processes if ``wanted``, and adds them up locally if not."""
+    """Make a context for backward: average gradients over the processes if ``wanted``, else accumulate locally."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not wanted else nullcontext()

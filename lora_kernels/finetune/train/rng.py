@@ -1,4 +1,4 @@
-"""Every random state a training run draws from, taken and put back, so that a resumed run draws the same numbers."""
+"""Save and restore all random states of a training run, so that a resumed run draws the same numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def seed_all(seed: int) -> None:
-    """Seeds Python's, NumPy's (where it is loaded) and torch's generators, on all devices."""
+    """Seed the generators of Python, NumPy (if imported) and torch, on all devices."""
     random.seed(seed)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed % 2**32)
@@ -18,7 +18,7 @@ def seed_all(seed: int) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """State of the global generators as plain numbers and tensors. NumPy's is included where NumPy is loaded."""
+    """Return the states of the global generators as numbers and tensors; NumPy's only if it is imported."""
     state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if "numpy" in sys.modules:
         name, keys, position, has_gauss, gauss = sys.modules["numpy"].random.get_state()
@@ -29,7 +29,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Puts back what ``rng_state`` took."""
+    """Restore the states that ``rng_state`` returned."""
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
     if "numpy" in state and "numpy" in sys.modules:
@@ -39,7 +39,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def _generators(dataloader: Any) -> list[torch.Generator]:
-    """The generators a DataLoader carries itself (its own and its samplers'), each once, in a stable order."""
+    """List the generators of a DataLoader and its samplers, each once, in a stable order."""
     batch_sampler = getattr(dataloader, "batch_sampler", None)
     places = (dataloader, getattr(dataloader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
     found = [getattr(place, "generator", None) for place in places]
@@ -47,12 +47,12 @@ def _generators(dataloader: Any) -> list[torch.Generator]:
 
 
 def loader_state(dataloader: Any) -> dict[str, Any]:
-    """``rng_state`` and the states of the loader's own generators: what decides the batches it will give."""
+    """Return ``rng_state`` and the states of the loader's own generators. They decide its next batches."""
     return {**rng_state(), "loader": [generator.get_state() for generator in _generators(dataloader)]}
 
 
 def set_loader_state(dataloader: Any, state: dict[str, Any]) -> None:
-    """Puts back what ``loader_state`` took."""
+    """Restore the states that ``loader_state`` returned."""
     set_rng_state(state)
     for generator, value in zip(_generators(dataloader), state["loader"], strict=True):
         generator.set_state(value)

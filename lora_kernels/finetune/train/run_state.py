@@ -1,4 +1,4 @@
-"""The state of a training run: all that a resumed run needs to go on as if nothing had happened."""
+"""The state of a training run: everything needed to resume it with the same result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from lora_kernels.finetune.train.rng import loader_state, seed_all, set_loader_s
 
 _VERSION = 2  # since 2 a state has digests of the data, the frozen weights and the file
 
-
 # Facts that are digests of content: {name of the fact: what is different if the digest differs}.
 DIGESTS = {
     "sha256 of the data": "other training data",
@@ -28,13 +27,13 @@ DIGESTS = {
 
 
 def content_digests(model: nn.Module, dataloader: Any, validation: Any) -> dict[str, str | None]:
-    """The facts of DIGESTS; None for data that is not in memory, which is not compared."""
+    """Compute the digests named in DIGESTS. They are None, and not compared, for data that is not in memory."""
     digests = (data_digest(dataloader), data_digest(validation), frozen_digest(model))
     return dict(zip(DIGESTS, digests, strict=True))
 
 
 def changing_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What training changes: the parameters that require a gradient, and the buffers that are saved with a model."""
+    """Return the tensors that training changes: trainable parameters and persistent buffers."""
     kept = model.state_dict(keep_vars=True)
     return {
         name: tensor
@@ -44,7 +43,7 @@ def changing_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Copies ``weights`` into the model's own tensors; CheckpointError, before any change, if they don't fit."""
+    """Copy ``weights`` into the model. Raises CheckpointError, before any change, if names or shapes differ."""
     own = changing_weights(model)
     wrong = sorted(own.keys() ^ weights.keys())
     wrong += [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
@@ -56,7 +55,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
 
 
 class RunState:
-    """Where a run is: epoch, position (batches of the epoch already trained on), history, and the best weights."""
+    """The progress of a run: epoch, position (batches of the epoch already used), history, best weights."""
 
     def __init__(
         self,
@@ -76,9 +75,9 @@ class RunState:
         self._now: dict[str, Any] | None = None
 
     def begin(self, resume: bool) -> None:
-        """Starts afresh, or from the newest checkpoint, which the first process reads for all.
+        """Start from the beginning, or from the newest checkpoint, which the first process reads and broadcasts.
 
-        Each process has random states of its own, so that no two drop the same elements: from seed, seed + 1, ...
+        Processes use different seeds (seed, seed + 1, ...), so that their dropout masks differ.
         """
         state = processes.from_first(lambda: self._found(resume))
         if state is not None:
@@ -95,10 +94,10 @@ class RunState:
         return load_newest(folder) if folder is not None and resume else None
 
     def batches(self, dataloader: Any) -> Iterator[Any]:
-        """The epoch's batches from ``position`` on, the same as in an uninterrupted run.
+        """Iterate over the epoch's batches from ``position`` on, as in an uninterrupted run.
 
-        The loader is started from the random state the epoch began with and run forward to the position; then the
-        random state of the checkpoint is put back.
+        The loader starts from the random state at the start of the epoch and is advanced to the position. Then the
+        random state of the checkpoint is restored.
         """
         for name in ("sampler", "batch_sampler"):
             set_epoch = getattr(getattr(dataloader, name, None), "set_epoch", None)
@@ -120,7 +119,7 @@ class RunState:
         return batches
 
     def save(self, dataloader: Any) -> None:
-        """Writes a checkpoint, if the options name a folder for them: the first process, for all."""
+        """Write a checkpoint if the options name a folder. The first process writes it for all."""
         if self.options.checkpoint_dir is None:
             return
         (epoch_start, now), *others = processes.gathered((self._epoch_start, loader_state(dataloader)))
@@ -162,5 +161,5 @@ class RunState:
         self.schedule.load_state_dict(state["schedule"])
         self.history = History(**state["history"])
         self.epoch, self.position, self.best = state["epoch"], state["position"], state["best"]
-        here = [(state["epoch_start"], state["now"]), *state.get("others", [])]
-        self._epoch_start, self._now = here[processes.rank()]
+        states = [(state["epoch_start"], state["now"]), *state.get("others", [])]
+        self._epoch_start, self._now = states[processes.rank()]

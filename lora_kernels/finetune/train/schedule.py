@@ -1,4 +1,4 @@
-"""Learning-rate factors for torch.optim.lr_scheduler.LambdaLR: a warm-up, then constant, linear or cosine decay."""
+"""Learning-rate schedules: a linear warm-up, then constant, linear or cosine decay."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 
 def warmup_steps(warmup: float, steps: int) -> int:
-    """Below 1, ``warmup`` is a share of all optimizer steps (rounded up); from 1 up it is a number of steps."""
+    """Convert ``warmup`` to steps: below 1 it is a share of all steps (rounded up), else a number of steps."""
     return min(steps, math.ceil(warmup * steps) if warmup < 1 else int(warmup))
 
 
 def learning_rate_factor(step: int, *, kind: str, warmup: int, steps: int) -> float:
-    """Factor on the base learning rate for the optimizer step numbered ``step`` (from 0).
+    """Compute the factor on the base learning rate for optimizer step ``step`` (from 0).
 
-    It rises over ``warmup`` steps to 1 (the first step already moves), then falls to 0 at ``steps``.
+    It rises to 1 over ``warmup`` steps, starting above 0, then falls to 0 at ``steps``.
     """
     if step < warmup:
         return (step + 1) / warmup
@@ -34,7 +34,7 @@ def learning_rate_factor(step: int, *, kind: str, warmup: int, steps: int) -> fl
 def make_schedule(
     optimizer: torch.optim.Optimizer, kind: str, warmup: float, steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """LambdaLR over ``steps`` optimizer steps. ConfigError for an unknown kind or a negative warm-up."""
+    """Make a LambdaLR for ``steps`` optimizer steps. Raises ConfigError for an unknown kind or a negative warm-up."""
     if kind not in SCHEDULES:
         raise ConfigError(f"schedule is {kind!r}; it must be one of {', '.join(SCHEDULES)}")
     if not warmup >= 0:

@@ -1,4 +1,4 @@
-"""Trainer: the loop around a model, an optimizer and a criterion, which a kill -9 at any moment does not disturb."""
+"""Trainer: a training loop that can be killed at any moment and resumed."""
 
 from __future__ import annotations
 
@@ -25,27 +25,28 @@ Metric = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | float]
 
 
 class TrainingError(LoRAKernelsError, RuntimeError):
-    """Training cannot go on: the loss is not finite."""
+    """Training stopped because the loss is not finite."""
 
 
 class Trainer:
-    """Trains and evaluates ``model``.
+    """Train and evaluate ``model``.
 
     optimizer: any torch.optim optimizer over the trainable parameters.
-    criterion: ``criterion(logits, targets)``, a mean over what it counts (or a sum: ``reduction="sum"``).
+    criterion: ``criterion(logits, targets)``, a mean over its targets (or a sum: ``reduction="sum"``).
     batches: (inputs, targets), or dicts with "labels", as Hugging Face collators make them; see batch.py.
-    metrics: name -> function of (logits, targets) giving a mean over the batch; shown with the validation loss.
-    scheduler: stepped after each optimizer step; made from the options when None.
+    metrics: name -> function of (logits, targets) that returns a mean over the batch; shown with the validation loss.
+    scheduler: stepped after each optimizer step; None: made from the options.
 
-    With ``options.checkpoint_dir`` a run can be killed at any moment and goes on by ``train(..., resume=True)`` to the
-    result it would have had, bit for bit on one machine: trainable parameters, buffers, optimizer, schedule, random
-    states, the place in the data and the history are kept. The frozen weights and the data are not: build the same
-    ones before you resume. Digests of the frozen weights, and of data in memory (digest.data_digest), are compared; a
-    checkpoint with other digests is refused.
+    With ``options.checkpoint_dir`` a run can be killed at any moment. ``train(..., resume=True)`` then ends with the
+    result of an uninterrupted run, bit for bit on the same machine. A checkpoint holds trainable parameters, buffers,
+    optimizer, schedule, random states, the position in the data and the history. It does not contain the frozen weights
+    and the data: build the same ones before you resume. Digests of the frozen weights, and of data in memory
+    (digest.data_digest), are compared; a checkpoint with other digests is refused.
 
-    In a process group (torchrun) each batch of ``dataloader`` is divided among the processes, and a step is that of the
-    whole batch in one process, whatever each one's share weighs; gradients are averaged by DistributedDataParallel,
-    into which ``model`` may be wrapped already. The first process draws the order of the data and writes.
+    In a process group (torchrun) each batch of ``dataloader`` is divided among the processes. A step equals that of one
+    process on the whole batch, also if the shares have unequal weights. Gradients are averaged by
+    DistributedDataParallel, in which ``model`` may be wrapped already. The first process draws the order of the data
+    and writes files.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Trainer:
     ) -> None:
         self.device = torch.device(device)
         self._replica = model.to(self.device)
-        self._idle: set[int] = set()  # numbers of the epoch's batches of which other processes have all rows
+        self._idle: set[int] = set()  # numbers of the epoch's batches without a row for this process
         self.model = unwrap(model) if isinstance(model, nn.parallel.DistributedDataParallel) else model
         self.optimizer = optimizer
         self.criterion = criterion.to(self.device) if isinstance(criterion, nn.Module) else criterion
@@ -72,10 +73,10 @@ class Trainer:
             raise ConfigError(f"monitor is {self.options.monitor!r}; there are {['loss', *self.metrics]}")
 
     def train(self, dataloader: Any, validation: Any = None, epochs: int = 1, resume: bool = False) -> History:
-        """Trains for ``epochs`` passes over ``dataloader``, evaluating on ``validation`` after each.
+        """Train for ``epochs`` passes over ``dataloader``, and evaluate on ``validation`` after each.
 
-        resume: go on from the newest whole checkpoint; from the start when there is none. Without it, a folder that
-        already holds checkpoints is refused (CheckpointError). TrainingError when the loss is not finite.
+        resume: continue from the newest intact checkpoint, or start if there is none. Without it, a folder with
+        checkpoints raises CheckpointError. A loss that is not finite raises TrainingError.
         """
         options = self.options
         if epochs < 1 or not hasattr(dataloader, "__len__") or not len(dataloader):
@@ -101,7 +102,7 @@ class Trainer:
 
     @torch.no_grad()
     def predict(self, dataloader: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(logits, targets) of each batch, with the model in eval mode and the random states left as they were."""
+        """Yield (logits, targets) of each batch in eval mode. Training mode and random states are restored."""
         training, state = self.model.training, rng_state()
         self.model.eval()
         try:
@@ -116,7 +117,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, dataloader: Any) -> dict[str, float]:
-        """Mean loss and metrics over ``dataloader``, in this process alone: {"loss": ..., **metrics}."""
+        """Compute mean loss and metrics over ``dataloader``, in this process only: {"loss": ..., **metrics}."""
         return self._means(self._sums(dataloader))
 
     def _means(self, sums: list[float]) -> dict[str, float]:
@@ -126,7 +127,7 @@ class Trainer:
 
     @torch.no_grad()
     def _sums(self, dataloader: Any) -> list[float]:
-        """What was counted, and by how much the loss and each metric weigh in all."""
+        """Sum the batches' weights, and the weighted loss and metrics."""
         sums = [0.0] * (2 + len(self.metrics))
         for logits, targets in self.predict(dataloader):
             weight = loss_weight(self.criterion, targets)
@@ -142,17 +143,17 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.options.bf16)
 
     @property
-    def _talks(self) -> bool:
+    def _shows_progress(self) -> bool:
         return self.options.shows_progress and processes.rank() == 0
 
     def _train_epoch(self, run: RunState, dataloader: Any, epochs: int) -> None:
-        """Trains from the run's position to the epoch's end."""
+        """Train from the run's position to the epoch's end."""
         options, history = self.options, run.history
         self._replica.train()
         batches = run.batches(dataloader)
         self._idle = getattr(getattr(dataloader, "batch_sampler", None), "idle", self._idle)
         title = f"epoch {run.epoch + 1}/{epochs}"
-        with ProgressBar(title, len(dataloader), run.position, self._talks) as bar:
+        with ProgressBar(title, len(dataloader), run.position, self._shows_progress) as bar:
             begun = time.perf_counter()
             while group := list(islice(batches, options.accumulate)):
                 record, tokens = self._step(run, group)
@@ -169,32 +170,32 @@ class Trainer:
                     begun = time.perf_counter()
 
     def _step(self, run: RunState, group: list[Any]) -> tuple[dict[str, float], int]:
-        """One optimizer step over a group of batches: its record and its tokens."""
+        """Do one optimizer step over a group of batches. Return its record and its number of tokens."""
         step = len(run.history.steps) + 1
         rate = self.optimizer.param_groups[0]["lr"]
         parts = [split_batch(to_device(batch, self.device)) for batch in group]
-        mine = [run.position + i not in self._idle for i in range(len(group))]
-        weights = [loss_weight(self.criterion, y) if here else 0.0 for (_, y), here in zip(parts, mine, strict=True)]
-        everywhere = processes.total(weights, self.device)
+        has_rows = [run.position + i not in self._idle for i in range(len(group))]
+        weights = [loss_weight(self.criterion, y) if own else 0.0 for (_, y), own in zip(parts, has_rows, strict=True)]
+        total_weights = processes.total(weights, self.device)
         summed = getattr(self.criterion, "reduction", "mean") == "sum"
-        divisor = 1.0 if summed else sum(everywhere)
-        share = processes.count()  # the average over the processes shall be their sum
+        divisor = 1.0 if summed else sum(total_weights)
+        count = processes.count()  # cancels the division of DistributedDataParallel: gradients are summed
         loss_sum = torch.zeros((), device=self.device)
-        live = [i for i, weight in enumerate(everywhere) if weight]
-        for i in live:  # in the others every target is ignored: the mean over nothing would be NaN
+        used = [i for i, weight in enumerate(total_weights) if weight]
+        for i in used:  # in the others every target is ignored, and the mean over no target would be NaN
             inputs, targets = parts[i]
-            with processes.averaging(self._replica, i == live[-1]):
+            with processes.averaging(self._replica, i == used[-1]):
                 with self._autocast():
                     logits = call_model(self._replica, inputs)
                     if weights[i]:
-                        loss = self.criterion(logits, targets) * (weights[i] * share / divisor)
+                        loss = self.criterion(logits, targets) * (weights[i] * count / divisor)
                     else:
-                        loss = logits.sum() * 0.0  # the other processes wait for this one's gradients
+                        loss = logits.sum() * 0.0  # takes part in the all-reduce of the gradients
                 loss.backward()
             loss_sum += loss.detach()
-        value = float(loss_sum) / share  # waits for the device
-        here_tokens = sum(count_tokens(*part) for part, here in zip(parts, mine, strict=True) if here)
-        value, tokens = processes.total([value, here_tokens], self.device)
+        value = float(loss_sum) / count  # synchronizes with the device
+        own_tokens = sum(count_tokens(*part) for part, own in zip(parts, has_rows, strict=True) if own)
+        value, tokens = processes.total([value, own_tokens], self.device)
         if not math.isfinite(value):
             raise TrainingError(f"the loss is {value} at step {step}; lower the learning rate or clip the gradients")
         if self.options.clip_norm is not None:
@@ -203,11 +204,11 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         run.schedule.step()
-        record = {"step": step, "epoch": run.epoch, "loss": value, "weight": sum(everywhere), "lr": rate}
+        record = {"step": step, "epoch": run.epoch, "loss": value, "weight": sum(total_weights), "lr": rate}
         return record, int(tokens)
 
     def _finish_epoch(self, run: RunState, validation: Any) -> None:
-        """Records the epoch and, where early stopping is on, the best epoch's weights."""
+        """Record the epoch and, with early stopping, the best epoch's weights."""
         options, history = self.options, run.history
         steps = [record for record in history.steps if record["epoch"] == run.epoch]
         total = sum(record["weight"] for record in steps)
@@ -218,7 +219,7 @@ class Trainer:
             record |= {f"val_{name}": value for name, value in self._means(sums).items()}
         history.epochs.append(record)
         run.epoch, run.position = run.epoch + 1, 0
-        if self._talks:
+        if self._shows_progress:
             figures = ", ".join(f"{name} {value:.4f}" for name, value in record.items() if name != "epoch")
             ProgressBar.write(f"epoch {run.epoch}: {figures}")
         if options.patience is None:

@@ -1,4 +1,4 @@
-"""Every figure of the advice against the real thing: files that were written, FLOPs and bytes of a real step."""
+"""Compare every figure of advise with measurements: written files, FLOPs and bytes of a real step."""
 
 from dataclasses import replace
 
@@ -57,7 +57,7 @@ def test_bytes_are_only_counted_of_what_is_known():
 
 
 def real_step(model):
-    """FLOPs and saved bytes of a real step with the fused CPU attention, the loss included as advise includes it."""
+    """Measure FLOPs and saved bytes of a real step with fused CPU attention, including the loss as advise does."""
     inputs = {"input_ids": torch.zeros(BATCH, TOKENS, dtype=torch.long)}
     saved = saved_for_backward(model, inputs)
     model.train()
@@ -91,7 +91,7 @@ def test_dora_keeps_what_it_keeps_and_its_norms_cost_a_product():
     assert got[1] == saved + logits.numel() * 4 + len(logits) * 8 + 4
     assert caches == [module._norms for module in model.modules() if hasattr(module, "_norms")]
     per_token = [fake_step(lora(bert("meta"), dora=True), batch, TOKENS)[0] for batch in (1, 2)]
-    norms = 2 * per_token[0] - per_token[1]  # what does not grow with the batch
+    norms = 2 * per_token[0] - per_token[1]  # independent of the batch size
     assert norms == 2 * 4 * LAYERS * (4 * HIDDEN * HIDDEN + 2 * HIDDEN * 32) + 2 * 4 * HIDDEN * HIDDEN  # and the pooler
 
 
@@ -104,7 +104,7 @@ def test_a_causal_language_model_too():
 
 
 def test_flops_of_attention_are_those_of_its_matrix_products():
-    """The fused kernel's five products backward against the four of the plain one, which keeps the scores."""
+    """The fused kernel has five products in backward; plain attention has four, since it keeps the scores."""
     with sdpa_kernel(SDPBackend.MATH):
         plain = real_step(bert())[0]
     scores = 2 * BATCH * HEADS * TOKENS * TOKENS * (HIDDEN // HEADS)

@@ -1,4 +1,4 @@
-"""The way from a task to files, with a task that is not classification: whatever fits the seam can be trained."""
+"""From a task to files, with a task that is not classification: any Task can be trained."""
 
 import json
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from lora_kernels.finetune.train.options import TrainOptions
 
 @dataclass(frozen=True)
 class NextLetter(Task):
-    """Predicts the next of eight letters, each following the one before it; the first target is to be ignored."""
+    """Predicts the next of eight letters in cyclic order. The first target is ignored."""
 
     name: ClassVar[str] = "next-letter"
     task_type: ClassVar[str] = "CAUSAL_LM"
@@ -93,7 +93,7 @@ def test_another_kind_of_task_goes_the_whole_way(tmp_path):
 
 
 def test_the_model_is_read_twice_and_checked_as_it_was_read(tmp_path, monkeypatch):
-    """Once to be trained, once for all that is compared with it; a report finds that one untrained."""
+    """The model is loaded once for training and once for comparisons; the report gets the second one untrained."""
     read, load, report = [], NextLetter.load_model, NextLetter.report
 
     def loaded(self):

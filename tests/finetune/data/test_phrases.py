@@ -5,7 +5,7 @@ from lora_kernels.finetune.data.phrases import MAIN, SUBORDINATE, phrases
 
 
 class Fixed(random.Random):
-    """Draws what it is told to, by the English word."""
+    """Draws the given English words."""
 
     def __init__(self, *words):
         super().__init__(0)

@@ -38,12 +38,12 @@ def test_the_front_holds_what_nothing_beats():
     assert pareto(tie, cost, lower=False) == [tie[1]]
 
 
-def test_chance_is_told():
-    told = "\n".join(chance(BEST, RECORDS, "accuracy", lower=False))
-    assert "0.8400 (seed 0), 0.8000 (seed 1), 0.8200 (seed 2); mean 0.8200, standard deviation 0.0200" in told
-    assert "on 400 rows: 0.0183" in told
-    assert "2 of 4 complete trials lie within 0.0200 of the best" in told
-    assert "the smallest of them: 200 parameters, accuracy 0.8300; r 4" in told
+def test_noise_is_described():
+    text = "\n".join(chance(BEST, RECORDS, "accuracy", lower=False))
+    assert "0.8400 (seed 0), 0.8000 (seed 1), 0.8200 (seed 2); mean 0.8200, standard deviation 0.0200" in text
+    assert "on 400 rows: 0.0183" in text
+    assert "2 of 4 complete trials lie within 0.0200 of the best" in text
+    assert "the smallest of them: 200 parameters, accuracy 0.8300; r 4" in text
     alone = "\n".join(chance(BEST, RECORDS[:6], "loss", lower=True))
     assert "how much of the best value is luck is unknown" in alone
     assert "standard error" not in alone

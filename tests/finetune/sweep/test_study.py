@@ -8,7 +8,7 @@ from lora_kernels.finetune.sweep.study import storage, usable
 
 @pytest.mark.parametrize("name", ["plain", "a?b", "a?mode=ro", "50%25", "a b#c"])
 def test_the_study_is_in_its_folder_whatever_its_name(tmp_path, name):
-    """A "?" in the name ended the path: the study was written beside the folder."""
+    """Without quoting, a "?" in the name ends the path, and the study is written beside the folder."""
     folder = tmp_path / name
     folder.mkdir()
     storage(folder / "sweep.db")

@@ -1,4 +1,4 @@
-"""The search with a training that is a formula: what is proposed, given up, repeated, and found again after a kill."""
+"""The search with a formula in place of training: proposals, pruning, repetitions, and resuming after a kill."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ FIRST = {"r": 4, "lr": 1e-3}
 
 @dataclasses.dataclass
 class Fake:
-    """Stands for a recipe, and for its training: the best lr is 0.01, and a larger rank is a little better."""
+    """Replaces a recipe and its training by a formula: the best lr is 0.01, and a larger rank is a little better."""
 
     params: dict
     seed: int
@@ -36,7 +36,7 @@ class Fake:
 def fake_trial(task, recipe, strategy=LORA, watch=None):
     for rung in (1, 2, 3):
         if watch and watch(rung, recipe.value + 1 / rung):
-            glance = recipe.value / 1000  # better than anything is at its end: it must not count
+            glance = recipe.value / 1000  # better than any final value: it must not count
             return Outcome("pruned", glance, 10 * recipe.params["r"] + rung, 0.1, 1.0, 100)
     if recipe.params["lr"] > 0.09:
         return Outcome("diverged", math.nan, 1, 0.1, 1.0, 100)
@@ -57,7 +57,7 @@ def plan(**changes):
 
 
 class Rows:
-    """The part of a task that a sweep itself uses."""
+    """The part of the Task interface that a sweep uses."""
 
     def __init__(self, rows):
         self.rows = list(rows)
@@ -96,7 +96,7 @@ def test_finds_the_valley_and_repeats_the_best(made):
     assert len(said) == len(records)
     assert "trial 1: complete, loss " in said[0]
     glanced = [r for r in records if r.outcome.state == "pruned"]
-    assert {r.outcome.trainable % 10 for r in glanced} <= {2, 3}  # the rung that ended it: not the first
+    assert {r.outcome.trainable % 10 for r in glanced} <= {2, 3}  # the rung at which it was pruned: not the first
     late = [r.outcome.value for r in records[9:14] if r.outcome.state == "complete"]
     assert spread(late)[0] < spread([r.outcome.value for r in records[:8] if r.outcome.state == "complete"])[0]
 

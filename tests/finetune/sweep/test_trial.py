@@ -17,7 +17,7 @@ from lora_kernels.finetune.train.options import TrainOptions
 
 @dataclasses.dataclass(frozen=True)
 class Signs(Task):
-    """The sign of a sum; ``classifier`` is the fresh head."""
+    """Predicts the sign of a sum; ``classifier`` is the new head."""
 
     name = "signs"
     task_type = "SEQ_CLS"

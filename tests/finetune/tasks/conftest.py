@@ -8,7 +8,7 @@ from lora_kernels.finetune.data.phrases import phrases
 
 
 def save_tokenizer(folder: Path, words: list[str], eos: bool) -> None:
-    """A tokenizer that knows ``words``, and ends what it encodes by <eos> if asked to."""
+    """Make a tokenizer with vocabulary ``words`` that appends <eos> if required."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -59,7 +59,7 @@ def tiny_writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def alphabet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text in which letters follow each other in order, from the last to the first again."""
+    """Write a text of letters in cyclic order."""
     draw, letters = random.Random(0), "abcdefghijkl"
     rows = [" ".join(letters[(start + i) % 12] for i in range(16)) for start in draw.choices(range(12), k=200)]
     path = tmp_path_factory.mktemp("text") / "alphabet.txt"

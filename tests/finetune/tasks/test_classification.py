@@ -48,7 +48,7 @@ def test_the_model_has_the_datas_classes(task):
 
 def test_report_and_what_is_shown(task):
     class Longest(nn.Module):
-        """Says "up" for everything."""
+        """Predicts "up" for every sentence."""
 
         def __init__(self):
             super().__init__()

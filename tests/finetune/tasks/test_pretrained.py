@@ -43,8 +43,8 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path):
         assert "\n" not in str(refused.value)
 
 
-def test_a_mistyped_name_asks_the_hub_once(monkeypatch):
-    """Where the hub cannot be reached each file of a model was asked for six times, with pauses between."""
+def test_a_mistyped_name_sends_one_request_to_the_hub(monkeypatch):
+    """If the hub cannot be reached, libraries would request each file of a model six times, with pauses."""
     constants, utils = pretrained.require("huggingface_hub.constants"), pretrained.require("huggingface_hub.utils")
     asked = []
 
@@ -95,7 +95,7 @@ def test_a_file_is_no_model(tmp_path):
     ],
 )
 def test_positions(config, positions):
-    """As many tokens go through the model, one more does not; rotary positions have no end."""
+    """The model accepts that many tokens and no more; rotary positions have no limit."""
     transformers = pretrained.require("transformers")
     kind, values = config
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40}
@@ -148,7 +148,7 @@ def test_the_packaged_language_model_loads_offline(monkeypatch, capfd, tmp_path)
     assert type(model).__name__ == "LlamaForCausalLM"
     assert model.dtype == torch.float32
     assert capfd.readouterr() == ("", "")
-    validate_quantization_for_training(model)  # transformers.Trainer asks this
+    validate_quantization_for_training(model)  # transformers.Trainer calls this
     tokenizer = load_tokenizer(SMOLLM2)
     ids = tokenizer("The capital of France is")["input_ids"]
     with torch.no_grad():

@@ -49,7 +49,7 @@ def test_batches_are_what_the_model_trains_on(task):
 
 
 class Echo(torch.nn.Module):
-    """Translates a sentence into itself."""
+    """Returns the source as its translation."""
 
     device = "cpu"
 
@@ -90,7 +90,7 @@ def test_train_command(task, tmp_path, capsys):
 
 
 def test_report_measures_the_trainers_model(task, monkeypatch):
-    """A model that knows the test's references has a BLEU of 100; the untrained one has not."""
+    """A model that returns the references has a BLEU of 100; the untrained one has less."""
     from lora_kernels.finetune.train.trainer import Trainer
 
     model = task.load_model()

@@ -1,4 +1,4 @@
-"""lk.loraplus_groups: PEFT's grouping on PEFT's models, the same meaning on ours."""
+"""lk.loraplus_groups: equal to PEFT's groups on PEFT's models, and the same rules on layers of this package."""
 
 import pytest
 import torch

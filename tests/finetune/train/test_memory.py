@@ -17,7 +17,7 @@ def test_state_counts_gradient_and_two_moments():
 
 
 def test_saved_bytes_are_the_activations_each_once():
-    """Linear layers save their inputs; weights don't count, and a shared input counts once."""
+    """Linear layers save their inputs. Weights are not counted, and a shared input is counted once."""
     x = torch.randn(16, 64)
     assert saved_for_backward(nn.Linear(64, 32), x) == 16 * 64 * 4
     twice = nn.ModuleList([nn.Linear(64, 32), nn.Linear(64, 32)])

@@ -1,4 +1,4 @@
-"""One process, and what each of several would be given; several processes are in tests/integrations/distributed."""
+"""One process, and the shares of several; tests/integrations/distributed runs several processes."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_alone_nothing_happens(monkeypatch):
 def test_every_process_needs_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="'cuda:1': every process takes a GPU of its own; give 'cuda'"):
+    with pytest.raises(ConfigError, match="'cuda:1': every process uses its own GPU; give 'cuda'"):
         processes.joined("cuda:1", 1.0).__enter__()
 
 
@@ -76,10 +76,10 @@ def test_a_divided_loader_keeps_its_settings_and_its_generators(monkeypatch):
     assert mine.batch_sampler.sampler is loader.sampler
     distributed = DataLoader(data, 4, sampler=DistributedSampler(data, 2, 0))
     assert processes.divided(distributed) is distributed
-    told = []
-    loader.sampler.set_epoch = told.append
+    epochs = []
+    loader.sampler.set_epoch = epochs.append
     mine.batch_sampler.set_epoch(3)
-    assert told == [3]
+    assert epochs == [3]
 
 
 def test_what_cannot_be_divided_says_so(monkeypatch):

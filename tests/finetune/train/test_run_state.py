@@ -1,4 +1,4 @@
-"""A run interrupted anywhere and resumed ends with the very result of an uninterrupted one."""
+"""A run that is interrupted anywhere and resumed has exactly the result of an uninterrupted one."""
 
 import os
 import random
@@ -50,7 +50,7 @@ class Interrupt(Exception):
 
 
 def build(folder, *, interrupt_at=None, generator=False, **changes):
-    """A trainer whose outcome depends on everything a checkpoint must hold, and its data."""
+    """Make a trainer whose result depends on everything in a checkpoint, and its data."""
     torch.manual_seed(0)
     X = torch.randn(42, 5)
     model = nn.Sequential(nn.Linear(5, 16), nn.BatchNorm1d(16), nn.Dropout(0.3), nn.Linear(16, 2))
@@ -239,7 +239,9 @@ def kill_and_resume(folder: Path, kills: int) -> None:
         assert process.stdout is not None
         process.stdout.readline()
         if killed < kills:
-            time.sleep(draw.uniform(0.01, 0.7 / kills))  # a run takes more than 0.7 s, so every kill strikes
+            time.sleep(
+                draw.uniform(0.01, 0.7 / kills)
+            )  # a run takes more than 0.7 s, so every kill hits a running process
             process.send_signal(signal.SIGKILL)
             killed += process.wait() == -signal.SIGKILL
         else:

@@ -16,7 +16,7 @@ class Output:
 
 
 class DictModel(nn.Module):
-    """Stands for a Hugging Face model: keyword inputs, an output object with logits."""
+    """Has the interface of a Hugging Face model: keyword inputs, an output object with logits."""
 
     def __init__(self):
         super().__init__()
@@ -65,7 +65,7 @@ def test_learns_a_separable_problem():
 
 @pytest.mark.parametrize("size", [7, 8, 10])
 def test_accumulated_batches_equal_one_big_batch(size):
-    """Batches of unequal size, the last group and the last batch being partial."""
+    """Batches have unequal sizes; the last group and the last batch are partial."""
     data = separable(50)
     small, big = network(dtype=torch.float64), network(dtype=torch.float64)
     double = TensorDataset(data.tensors[0].double(), data.tensors[1])
@@ -76,7 +76,7 @@ def test_accumulated_batches_equal_one_big_batch(size):
 
 
 def test_accumulation_counts_tokens_and_class_weights():
-    """Targets to ignore are unevenly spread, and one batch has nothing else: only what counts may weigh."""
+    """Ignored targets are unevenly distributed, and one batch has only such: they must have no weight."""
     torch.manual_seed(3)
     X = torch.randn(12, 5, dtype=torch.float64)
     y = torch.tensor([0, -100, -100, 1, 1, 0, -100, -100, -100, 1, -100, 0])
@@ -112,7 +112,7 @@ def test_dict_batches_with_output_objects():
 
 
 def test_evaluation_leaves_no_trace():
-    """Neither the mode, nor the weights, nor the random numbers that training will draw."""
+    """Mode, weights and the random numbers of the training are unchanged."""
     model = network(dropout=0.5).train()
     trainer = make(model)
     torch.manual_seed(5)
@@ -134,7 +134,7 @@ def test_seed_repeats_a_run():
 
 
 def test_early_stopping_ends_with_the_best_weights():
-    """Validation labels are the opposite of the training labels, so the first epoch is the best."""
+    """Validation labels are the opposite of training labels, so the first epoch is the best."""
     data = separable()
     wrong = TensorDataset(data.tensors[0], 1 - data.tensors[1])
     model = network()
