@@ -1,4 +1,4 @@
-"""Replaces nn.Linear by a layer with a frozen weight and a trained low-rank update that has a bias."""
+"""BiasedLoRALinear: a replacement of nn.Linear with a frozen weight and a trained low-rank update that has a bias."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Projections of one input in one module: attention's query, key and value; an MLP's gate and up."""
+"""Modules for several projections of one input: attention's query, key and value; an MLP's gate and up."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lora_kernels.layers.linear import LoRALinear
 
 
 def projection_of(layer: LoRALinear) -> Projection:
-    """The operands of a layer, as the stacked functions take them."""
+    """Return the operands of a layer in the form that the stacked functions take."""
     held = layer._parameters  # a module's attributes take a microsecond each
     return Projection(held["weight"], held["lora_A"], held["lora_B"], held.get("bias"), layer.scaling)  # type: ignore[arg-type]
 
 
 class LoRAContainer(nn.Module):
-    """LoRALinear children under the caller's names, run together where they can be.
+    """LoRALinear children with the caller's names, computed together if possible.
 
     The children stay what they are: their names are those of the state_dict and of adapter files, and merge, unmerge,
     apply_lora's bookkeeping and save_adapter find them. With ``pack`` the weights of those that read one input lie side
@@ -100,7 +100,7 @@ class LoRAContainer(nn.Module):
         return [self._modules[name] for name in self.names]  # type: ignore[misc]
 
     def pack(self) -> None:
-        """Put the weights side by side in one buffer, where ``packed`` asks for it and no child is merged."""
+        """Copy the weights into one buffer, if ``packed`` asks for it and no child is merged."""
         stacked = self.children_in_order()[: self.STACKED]
         if self.packed and all(isinstance(layer, LoRALinear) and not layer.merged for layer in stacked):
             put_side_by_side([layer.weight for layer in stacked])  # type: ignore[misc]
