@@ -38,7 +38,7 @@ class DoRALinear(LoRALinear):
             self._norms = NormCache()
 
     def forward(self, x: Tensor) -> Tensor:
-        """y (..., N) for x (..., K)."""
+        """Compute y (..., N) for x (..., K)."""
         if self._base_weight is not None:
             return nn.functional.linear(x, self.weight, self.bias)
         return dora_linear(

@@ -73,7 +73,7 @@ class LoRALinear(nn.Module):
         adapter_dtype: torch.dtype | None = None,
         backend: str = "auto",
     ) -> LoRALinear:
-        """A layer over ``linear``'s own Parameters, shared and frozen; r and lora_alpha go before config's.
+        """Make a layer that shares and freezes the Parameters of ``linear``; r and lora_alpha override those of config.
 
         Raises ConfigError if ``config`` asks for DoRA and this is LoRALinear.
         """
@@ -151,7 +151,7 @@ class LoRALinear(nn.Module):
             init_lora_weights(init, self.weight, self.lora_A, self.lora_B, self.scaling, self.r)
 
     def forward(self, x: Tensor) -> Tensor:
-        """y (..., N) for x (..., K)."""
+        """Compute y (..., N) for x (..., K)."""
         if self._base_weight is not None:
             return nn.functional.linear(x, self.weight, self.bias)
         held: dict[str, Any] = self._parameters  # asking nn.Module for each by name costs 0.5 us more

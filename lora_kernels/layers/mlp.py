@@ -32,7 +32,7 @@ class LoRAMLP(LoRAContainer):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """y (..., N) for x (..., K)."""
+        """Compute y (..., N) for x (..., K)."""
         layers = self.children_in_order()
         gate, up, down = layers
         if not self.together(layers):

@@ -1,4 +1,4 @@
-"""An open batch, which gives each row of a layer's input its adapter id."""
+"""OpenBatch: finds the adapter id of each row of a layer's input."""
 
 from __future__ import annotations
 
