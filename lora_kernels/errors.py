@@ -1,4 +1,4 @@
-"""The exception family. Every message says what was given, what is accepted, and what to do."""
+"""The exceptions. Every message says what was given, what is accepted, and what to do."""
 
 
 class LoRAKernelsError(Exception):
@@ -6,7 +6,7 @@ class LoRAKernelsError(Exception):
 
 
 class BackendUnavailableError(LoRAKernelsError, RuntimeError):
-    """A backend or plan was asked for by name and cannot run here; the message gives the reason."""
+    """A backend or plan was named and cannot run on this machine; the message gives the reason."""
 
 
 class ShapeError(LoRAKernelsError, ValueError):
@@ -34,7 +34,7 @@ class AdapterPoolError(LoRAKernelsError, RuntimeError):
 
 
 class PoolFullError(AdapterPoolError):
-    """No room for another adapter, and nobody may be evicted."""
+    """The pool has no room for another adapter, and no adapter may be evicted."""
 
 
 class AdapterBusyError(AdapterPoolError):
@@ -46,8 +46,8 @@ class UnknownAdapterError(AdapterPoolError, LookupError):
 
 
 class UnservableAdapterError(AdapterPoolError, ValueError):
-    """A sound adapter that this pool cannot serve: another kind, other modules, too large a rank."""
+    """A valid adapter that this pool cannot serve: another kind, other modules, too large a rank."""
 
 
 class UnknownRowsError(AdapterPoolError, ShapeError):
-    """The pool does not know to which request of a batch the rows of a layer's input belong."""
+    """No probe has shown to which request of a batch the rows of a layer's input belong."""

@@ -1,4 +1,4 @@
-"""Adapters as files, and as part of the weights."""
+"""Saves, loads and merges adapters."""
 
 from lora_kernels.adapters.checkpoint import load_adapter, save_adapter
 from lora_kernels.adapters.merge import merge_lora, unmerge_lora

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format: from a model to a folder and back, checked whole before anything in the model changes."""
+"""Saves and loads adapters in PEFT's format. A file is checked completely before the model is changed."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             raise AdapterFormatError(f"{key} holds NaN or infinity; nothing was written to {folder}")
     config = replace(
         injection.config, inference_mode=True
-    )  # as PEFT writes it: who loads the file says whether to train
+    )  # as PEFT writes it: load_adapter(trainable=...) decides whether to train
     pieces = [state[name] for name in names.values()]
     write_once(outer, pieces, lambda: write_adapter(folder, tensors, config.to_peft_dict()))
 
@@ -85,12 +85,12 @@ def load_adapter(
 
     A model without LoRA layers gets them by the file's configuration, frozen unless `trainable` (PEFT's is_trainable);
     one that has them must have those the file describes, and keeps what it trains. Tensors of any float dtype are
-    converted to the layer's. `follow_symlinks` accepts files that are links, as in the Hugging Face cache.
+    converted to the dtype of the layer. `follow_symlinks` accepts files that are links, as in the Hugging Face cache.
     Into a model sharded over processes (FSDP2) every process loads its own pieces; the layers must be there already.
 
-    Raises AdapterFormatError, naming the key and what was expected, for anything malformed and for an adapter of
-    another model; ConfigError for a feature of PEFT's that this package does not have; MergeError while the model is
-    merged. The model is then bit for bit as it was.
+    Raises AdapterFormatError, naming the key and what was expected, for malformed files and for an adapter of another
+    model; ConfigError for a PEFT feature that this package does not have; MergeError while the model is merged. If an
+    error is raised, the model is bit for bit unchanged.
     """
     inner = unwrap(model)
     if any(isinstance(module, LoRALinear | TrainedRows) and module.merged for module in inner.modules()):
@@ -156,5 +156,5 @@ def _parse_config(raw: Any) -> LoRAConfig:
         return LoRAConfig.from_peft_dict(raw)
     except ConfigError as error:
         if isinstance(raw, dict) and raw.get("peft_type") == "LORA":
-            refuse_unsupported(raw)  # a sound adapter of a kind that is not ours stays a ConfigError
+            refuse_unsupported(raw)  # a valid adapter of an unsupported kind stays a ConfigError
         raise AdapterFormatError(f"the adapter's configuration: {error}") from None

@@ -1,4 +1,4 @@
-"""The two files of an adapter on disk: written so that a crash loses nothing, read so that no file can do harm.
+"""Writes and reads the two files of an adapter: a crash loses nothing, and reading a malicious file does no harm.
 
 The configuration in adapter_config.json is used, as in PEFT. Two files cannot be replaced in one step, so a save
 replaces adapter_model.safetensors first; the metadata of the new file holds a copy of the new configuration and the

@@ -48,8 +48,8 @@ def keys_of(model: nn.Module, injection: Injection) -> dict[str, str]:
 def with_replaced(
     model: nn.Module, injection: Injection, names: dict[str, str], tensors: dict[str, Tensor]
 ) -> tuple[Injection, dict[str, str]]:
-    """Injection and names, with the weights of embeddings added that the file replaces: PEFT saves the embeddings of a
-    model whose vocabulary was resized, and loads them back into the base."""
+    """Add the weights of embeddings that the file replaces to the injection and the names: PEFT saves the embeddings
+    of a model whose vocabulary was resized, and loads them into the base."""
     taken = {*injection.adapted, *(one.path for one in injection.tokens)}
     candidates = [f"{path}.weight" for path in embeddings(model) if path not in taken]
     state = model.state_dict()

@@ -1,4 +1,4 @@
-"""Fold adapters into the base weights for inference, and take them out again to the last bit."""
+"""Adds adapters to the base weights for inference, and restores the base weights bit for bit."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lora_kernels.models.explain import unwrap
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Put W + scaling * B A in the place of every adapted layer's W, in place; returns the model.
+    """Replace W by W + scaling * B A in every adapted layer, in place; returns the model.
 
-    Each sum is rounded once to W's dtype, in which it is then used. The base weights are kept aside (their memory is
-    needed twice) for unmerge_lora. Layers that are merged already stay as they are. A weight tied to another module
+    Each sum is rounded once to W's dtype. The base weights are kept for unmerge_lora, which doubles their memory.
+    Layers that are already merged are skipped. A weight tied to another module
     becomes the layer's own while merged. Trained rows (trainable_token_indices) are written into their weight, too.
     Raises MergeError naming the layer if a sum is not finite, with nothing merged, and for a model that is sharded
     over processes; ConfigError without LoRA layers.
@@ -60,9 +60,9 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
 
 def unmerge_lora(model: nn.Module) -> nn.Module:
-    """Put the very base weights back that merge_lora kept aside, in place; returns the model.
+    """Restore the base weight tensors that merge_lora kept, in place; returns the model.
 
-    Layers that are not merged stay as they are. Raises ConfigError without LoRA layers.
+    Layers that are not merged are skipped. Raises ConfigError without LoRA layers.
     """
     for layer in _layers(model).values():
         layer.unmerge()

@@ -1,4 +1,4 @@
-"""Models whose tensors lie in pieces on several processes (DTensor, as FSDP2 and tensor parallel leave them)."""
+"""Handles models whose tensors are sharded over processes as DTensors (FSDP2, tensor parallelism)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this is a DTensor; asked without importing what would define it."""
+    """Return whether this is a DTensor, without importing torch.distributed.tensor."""
     return hasattr(tensor, "device_mesh")
 
 
 def whole(tensor: Any) -> Tensor:
-    """The tensor of all pieces, on every process; all processes of its mesh must call this together."""
+    """Gather the full tensor on every process; all processes of its mesh must call this together."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def placed_like(value: Tensor, like: Any) -> Tensor:
-    """``value``, which every process holds whole, in pieces as ``like`` is; nothing is sent."""
+    """Shard ``value``, which is complete on every process, like ``like``; nothing is sent."""
     if not is_sharded(like):
         return value
     from torch.distributed.tensor import distribute_tensor  # half a second, and only here
@@ -29,11 +29,12 @@ def placed_like(value: Tensor, like: Any) -> Tensor:
 
 
 def write_once(model: nn.Module, tensors: Iterable[Any], write: Callable[[], None]) -> None:
-    """Calls ``write`` in one of the processes that hold ``model``.
+    """Call ``write`` in one of the processes that hold ``model``.
 
-    Sharded tensors: the first process of their mesh; all wait until it has written, and all raise if it fails. A
-    DistributedDataParallel model: the first process of its group; nobody waits, so it may also be the only one to call.
-    Any other model: whoever calls. Raises what ``write`` raises; OSError in the processes that waited for one that did.
+    Sharded tensors: the first process of their mesh writes; all wait for it, and all raise if it fails.
+    A DistributedDataParallel model: the first process of its group writes; no process waits, so the others need not
+    call this. Any other model: every process that calls this writes.
+    Raises the error of ``write``; if ``write`` failed in another process, OSError.
     """
     meshes = list({id(t.device_mesh): t.device_mesh for t in tensors if is_sharded(t)}.values())
     if not meshes:
@@ -44,7 +45,7 @@ def write_once(model: nn.Module, tensors: Iterable[Any], write: Callable[[], Non
     if all(place == 0 for mesh in meshes for place in mesh.get_coordinate()):
         try:
             write()
-        except BaseException as error:  # raised below: the others wait to hear of it
+        except BaseException as error:  # raised below, after the other processes are notified
             failure = error
     failed = False
     for mesh in meshes:

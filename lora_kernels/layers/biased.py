@@ -1,4 +1,4 @@
-"""Replaces nn.Linear by a layer with a frozen weight and a trained low-rank update that has a bias."""
+"""BiasedLoRALinear: a replacement of nn.Linear with a frozen weight and a trained low-rank update that has a bias."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class BiasedLoRALinear(LoRALinear):
         return (own if self.bias is None else self.bias.to(own.dtype) + own).to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """y (..., N) for x (..., K)."""
+        """Compute y (..., N) for x (..., K)."""
         if self._base_weight is not None:
             return nn.functional.linear(x, self.weight, self.total_bias())
         p = self.lora_dropout if self.training else 0.0

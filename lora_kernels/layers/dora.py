@@ -1,4 +1,4 @@
-"""A linear layer with a frozen weight, a trained low-rank update and a trained magnitude, in the place of nn.Linear."""
+"""DoRALinear: a replacement of nn.Linear with a frozen weight, a trained low-rank update and a trained magnitude."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class DoRALinear(LoRALinear):
     lora_magnitude_vector: nn.Parameter
 
     def reset_lora_parameters(self, init: Init = True) -> None:
-        """As LoRALinear's, and the magnitude becomes the norm of what comes out."""
+        """Initialise lora_A and lora_B as LoRALinear does, and set the magnitude to the norm of the adapted weight."""
         super().reset_lora_parameters(init)
         norm = self._norm()
         if "lora_magnitude_vector" in self._parameters:
@@ -38,7 +38,7 @@ class DoRALinear(LoRALinear):
             self._norms = NormCache()
 
     def forward(self, x: Tensor) -> Tensor:
-        """y (..., N) for x (..., K)."""
+        """Compute y (..., N) for x (..., K)."""
         if self._base_weight is not None:
             return nn.functional.linear(x, self.weight, self.bias)
         return dora_linear(

@@ -1,4 +1,4 @@
-"""How lora_A (r, K) and lora_B (N, r) start: functions on tensors, with PEFT's meaning and arithmetic."""
+"""Initialises lora_A (r, K) and lora_B (N, r), with PEFT's meaning and arithmetic."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Init = bool | str
 
 
 def init_lora_weights(init: Init, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, r: int) -> None:
-    """Fill lora_A and lora_B in place; "pissa" and "olora" also replace weight.data by what is left of W.
+    """Fill lora_A and lora_B in place; "pissa" and "olora" also replace weight.data by the rest of W.
 
     True: A Kaiming-uniform with a = sqrt(5) as in nn.Linear, B zero: the layer starts as its base.
     False: A and B both as in nn.Linear: the layer starts away from its base, for tests.
@@ -21,7 +21,7 @@ def init_lora_weights(init: Init, weight: Tensor, lora_A: Tensor, lora_B: Tensor
     "pissa" (Meng et al., arXiv 2404.02948): W = U S V^T; B = U_r sqrt(S_r / scaling), A = sqrt(S_r / scaling) V_r^T.
     "olora" (Buyukakyuz, arXiv 2406.01775): W = Q R; B = Q_r, A = R_r.
     For the last two W becomes W - scaling * B A, computed in float32 (float64 for a float64 W) and rounded once to W's
-    dtype. weight.data is exchanged, not written into: whoever kept the old tensor can put it back.
+    dtype. weight.data is replaced, not overwritten, so that a caller that kept the old tensor can restore it.
 
     Raises ConfigError for an unknown init, and where W cannot be decomposed (r > min(N, K), scaling <= 0, not finite);
     nothing was changed then.

@@ -1,4 +1,4 @@
-"""A linear layer with a frozen weight and a trained low-rank update, in the place of nn.Linear."""
+"""LoRALinear: a replacement of nn.Linear with a frozen weight and a trained low-rank update."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class LoRALinear(nn.Module):
         adapter_dtype: torch.dtype | None = None,
         backend: str = "auto",
     ) -> LoRALinear:
-        """A layer over ``linear``'s own Parameters, shared and frozen; r and lora_alpha go before config's.
+        """Make a layer that shares and freezes the Parameters of ``linear``; r and lora_alpha override those of config.
 
         Raises ConfigError if ``config`` asks for DoRA and this is LoRALinear.
         """
@@ -121,7 +121,7 @@ class LoRALinear(nn.Module):
             weight = nn.Parameter(savable(weight), requires_grad=False)
             bias = None if bias is None else nn.Parameter(savable(bias), requires_grad=False)
         self.weight = weight
-        self.register_parameter("bias", bias)  # also None: what forward reads lies in one place
+        self.register_parameter("bias", bias)  # also None: forward reads all operands from _parameters
         if adapter_dtype is None:
             adapter_dtype = torch.float32 if self.weight.dtype.itemsize == 2 else self.weight.dtype
         like: dict[str, Any] = {"device": self.weight.device, "dtype": adapter_dtype}
@@ -146,12 +146,12 @@ class LoRALinear(nn.Module):
         return self._base_weight is not None
 
     def reset_lora_parameters(self, init: Init = True) -> None:
-        """Draw lora_A and lora_B anew; "pissa" and "olora" also take what they put there out of ``weight``."""
+        """Initialise lora_A and lora_B again; "pissa" and "olora" also subtract their product from ``weight``."""
         with torch.no_grad():
             init_lora_weights(init, self.weight, self.lora_A, self.lora_B, self.scaling, self.r)
 
     def forward(self, x: Tensor) -> Tensor:
-        """y (..., N) for x (..., K)."""
+        """Compute y (..., N) for x (..., K)."""
         if self._base_weight is not None:
             return nn.functional.linear(x, self.weight, self.bias)
         held: dict[str, Any] = self._parameters  # asking nn.Module for each by name costs 0.5 us more
@@ -186,7 +186,7 @@ class LoRALinear(nn.Module):
         return merged
 
     def merge(self) -> None:
-        """Put W + scaling * B A into ``weight``; the original is kept aside, which costs its memory. Merged: no effect.
+        """Put W + scaling * B A into ``weight``; the original stays in memory. No effect if merged.
 
         Raises:
             MergeError: the sum is not finite.
@@ -196,7 +196,7 @@ class LoRALinear(nn.Module):
             self._base_weight, self.weight = self.weight, merged
 
     def unmerge(self) -> None:
-        """Put the very Parameter back that merge took out. Not merged: no effect."""
+        """Restore the Parameter that merge replaced. No effect if the layer is not merged."""
         if self._base_weight is not None:
             self.weight, self._base_weight = self._base_weight, None
 

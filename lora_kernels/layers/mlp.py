@@ -1,4 +1,4 @@
-"""A SwiGLU block with LoRA on gate, up and down, in the place of a model's own."""
+"""LoRAMLP: a replacement of a SwiGLU block, with LoRA on gate, up and down."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class LoRAMLP(LoRAContainer):
     """y = down(silu(gate(x)) * up(x)), as in Llama, Mistral, Qwen and Gemma's siblings with SiLU.
 
     LoRAMLP.from_linears(gate_proj, up_proj, down_proj, config), or by keyword under the model's names, in this order.
-    Put in a LlamaMLP's place its children have the names they had there. For backward it keeps x, the outputs of gate
+    In place of a LlamaMLP its children keep their names. For backward it keeps x, the outputs of gate
     and up, and two low-rank matrices: not their product.
     """
 
@@ -32,7 +32,7 @@ class LoRAMLP(LoRAContainer):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """y (..., N) for x (..., K)."""
+        """Compute y (..., N) for x (..., K)."""
         layers = self.children_in_order()
         gate, up, down = layers
         if not self.together(layers):

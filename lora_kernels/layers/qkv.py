@@ -1,4 +1,4 @@
-"""Projections of one input in one module: attention's query, key and value; an MLP's gate and up."""
+"""Modules for several projections of one input: attention's query, key and value; an MLP's gate and up."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from lora_kernels.layers.linear import LoRALinear
 
 
 def projection_of(layer: LoRALinear) -> Projection:
-    """The operands of a layer, as the stacked functions take them."""
+    """Return the operands of a layer in the form that the stacked functions take."""
     held = layer._parameters  # a module's attributes take a microsecond each
     return Projection(held["weight"], held["lora_A"], held["lora_B"], held.get("bias"), layer.scaling)  # type: ignore[arg-type]
 
 
 class LoRAContainer(nn.Module):
-    """LoRALinear children under the caller's names, run together where they can be.
+    """LoRALinear children with the caller's names, computed together if possible.
 
-    The children stay what they are: their names are those of the state_dict and of adapter files, and merge, unmerge,
-    apply_lora's bookkeeping and save_adapter find them. With ``pack`` the weights of those that read one input lie side
-    by side in one buffer, each child's weight a view of its part, so that the library can make one product of them;
-    moving, copying and unpickling the module keep that up, load_state_dict(assign=True) does not (call pack() then).
+    The names of the children are those of the state_dict and of adapter files; merging, apply_lora and save_adapter
+    work with them as usual. With ``pack`` the weights of children with the same input are stored in one buffer, and
+    each child's weight is a view of its part, so that one GEMM can compute them all. Moving, copying and unpickling
+    the module pack the weights again; after load_state_dict(assign=True) call pack().
 
-    Each child runs its own forward instead where one is merged, is no LoRALinear any more, carries hooks, or trains
-    while another does not: with a dropout mask of its own, as in PEFT.
+    Each child runs its own forward, with its own dropout mask as in PEFT, if one child is merged, is not a LoRALinear,
+    has hooks, or is in training mode while another is not.
 
     Args:
         layers: the children by name, in order, of equal lora_dropout.
-        pack: whether weights are put side by side.
+        pack: store the weights in one buffer.
 
     Raises:
         ConfigError: a wrong number of layers, sizes that do not fit together, or different lora_dropout.
@@ -67,10 +67,10 @@ class LoRAContainer(nn.Module):
         backend: str = "auto",
         **named: nn.Linear | LoRALinear,
     ) -> Self:
-        """A module over the linears' own Parameters, shared and frozen.
+        """Make a module that shares and freezes the Parameters of the linears.
 
-        Linears given by keyword keep that as their name; those given by position get the class's DEFAULT_NAMES. A
-        LoRALinear, as apply_lora makes them, is taken as it is. ``config`` may also come last by position.
+        Linears given by keyword get that name; those given by position get the class's DEFAULT_NAMES. A LoRALinear,
+        as apply_lora makes it, is used unchanged. ``config`` may also come last by position.
         """
         given = list(linears)
         if given and (given[-1] is None or isinstance(given[-1], LoRAConfig)):
@@ -96,11 +96,11 @@ class LoRAContainer(nn.Module):
         return module
 
     def children_in_order(self) -> list[LoRALinear]:
-        """The children, as the constructor was given them."""
+        """Return the children in the order of the constructor's arguments."""
         return [self._modules[name] for name in self.names]  # type: ignore[misc]
 
     def pack(self) -> None:
-        """Put the weights side by side in one buffer, where ``packed`` asks for it and no child is merged."""
+        """Copy the weights into one buffer, if ``packed`` asks for it and no child is merged."""
         stacked = self.children_in_order()[: self.STACKED]
         if self.packed and all(isinstance(layer, LoRALinear) and not layer.merged for layer in stacked):
             put_side_by_side([layer.weight for layer in stacked])  # type: ignore[misc]
@@ -133,7 +133,7 @@ class LoRAContainer(nn.Module):
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Copying and unpickling both end here; each weight has come back in memory of its own."""
+        """Restore a copied or unpickled module, and pack its weights, which are separate tensors by then."""
         super().__setstate__(state)
         self.pack()
 
@@ -142,10 +142,10 @@ class LoRAContainer(nn.Module):
 
 
 class _LoRAStack(LoRAContainer):
-    """Projections of one input: forward(x) gives their outputs in order."""
+    """Projections of one input: forward(x) returns their outputs in order."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The y_p (..., N_p) for x (..., K)."""
+        """Compute all y_p (..., N_p) for x (..., K)."""
         layers = self.children_in_order()
         if not self.together(layers):
             return tuple(layer(x) for layer in layers)

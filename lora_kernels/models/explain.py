@@ -1,4 +1,4 @@
-"""What was done to a model: kept on the model, and told as a table; for one layer every plan with its cost."""
+"""Records the injection of a model, and prints it as a table; for one layer prints every plan with its cost."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lora_kernels.planning.cost import CallShape, Plan
 REMEMBERED_AS = "lora_injection"
 Columns = tuple[str, str, str, str]  # shape, r, scaling, what runs
 
-# Asked first for the columns of a module; None: it is none of theirs. Integrations that are loaded add theirs.
+# Called first for the columns of a module; each returns None for modules it does not handle. Integrations append to it.
 DESCRIBERS: list[Callable[[nn.Module], Columns | None]] = []
 
 
@@ -78,20 +78,20 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def injection_of(model: nn.Module) -> Injection | None:
-    """What apply_lora or load_adapter did to this model; None where neither was called on it."""
+    """Return the injection that apply_lora or load_adapter recorded on this model, or None."""
     return getattr(unwrap(model), REMEMBERED_AS, None)
 
 
 def explain(model: nn.Module, tokens: int = 2048, layer: str | None = None, chip: str | None = None) -> str:
     """A table of the model's linear layers: adapted or not and why, rank, scaling, and what runs them at `tokens` rows.
-    LoRA layers of PEFT are told whole: fused by lora_kernels.accelerate, or PEFT's own forward and why.
+    A LoRA layer of PEFT has one line: fused by lora_kernels.accelerate, or the reason why PEFT's own forward runs.
 
     Layers that differ in nothing but numbers in their paths share a line. The last line counts parameters. For a lone
     LoRALinear, or the one whose path is `layer`, every plan follows, forward and backward: predicted and measured
-    time, bytes, launches, or the reason it is refused; and which one runs and why. `chip` ("sm_90") answers for a GPU
-    of that architecture instead of the one the model is on.
+    time, bytes, launches, or the reason it is refused; and which one runs and why. `chip` ("sm_90") selects the
+    GPU architecture; the default is the GPU of the model.
 
-    Raises ConfigError for a `layer` that is no LoRALinear of this model and for an unknown `chip`.
+    Raises ConfigError for a `layer` that is not a LoRALinear of this model and for an unknown `chip`.
     """
     model = unwrap(model)
     if chip is not None and chip not in CHIPS:
@@ -116,8 +116,8 @@ def explain(model: nn.Module, tokens: int = 2048, layer: str | None = None, chip
             why_not = reasons.get(path) or untouched
             groups[re.sub(_NUMBER, "*", path), *_columns(module, why_not, tokens, asked)].append(path)
     rows = [["layer", "count", "shape", "r", "scaling", "what runs"]]
-    for (_, *told), paths in groups.items():
-        rows.append([_together(paths) or type(model).__name__, str(len(paths)), *told])
+    for (_, *cells), paths in groups.items():
+        rows.append([_together(paths) or type(model).__name__, str(len(paths)), *cells])
     lines = _aligned(rows)
     lines += _fast_paths(model, tuple(foreign))
     lines += [f"{path}: trained whole and saved with the adapter" for path in (injection.saved if injection else ())]
@@ -210,7 +210,7 @@ def _problem(module: LoRALinear, op: str, tokens: int) -> CallShape:
 
 
 def _phrase(module: LoRALinear, tokens: int, chip: Chip | None) -> str:
-    """One phrase for a layer: its backend, and on Triton the forward and backward plan at ``tokens`` rows."""
+    """Describe a layer in one phrase: its backend, and on Triton the forward and backward plan at ``tokens`` rows."""
     kind, forced = _kind(module, chip)
     if kind != "triton":
         return "reference"
@@ -220,7 +220,7 @@ def _phrase(module: LoRALinear, tokens: int, chip: Chip | None) -> str:
 
 
 def _plans(module: LoRALinear, tokens: int, chip: Chip | None) -> str:
-    """Every plan of the layer in both directions, what each costs or why it is refused, and which one runs."""
+    """List every plan of the layer for forward and backward: its cost or the reason for refusal, and which one runs."""
     kind, forced = _kind(module, chip)
     if module.merged:
         return "merged: one GEMM runs, no plan"

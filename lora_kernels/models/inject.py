@@ -1,4 +1,4 @@
-"""Put LoRA layers into a model somebody already has, and say for each of its layers what happened and why."""
+"""Puts LoRA layers into an existing model, and records for each linear layer whether it was adapted and why not."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 def plan_injection(model: nn.Module, config: LoRAConfig) -> Injection:
-    """What apply_lora(model, config) would do. Changes nothing.
+    """Return what apply_lora(model, config) would do. Changes nothing.
 
-    Raises ConfigError for a target that is no plain nn.Linear, for no target at all, and for modules_to_save that hold
-    a target or are mere containers.
+    Raises ConfigError for a target that is not a plain nn.Linear, if there is no target, and for modules_to_save that
+    contain a target or have no forward.
     """
     if any(nn.parameter.is_lazy(parameter) for parameter in model.parameters()):
         raise ConfigError("the model has lazy parameters without a shape; run it once on an example first")

@@ -1,4 +1,4 @@
-"""Which modules of a model a LoRAConfig names. The semantics of every match are PEFT's."""
+"""Finds the modules that a LoRAConfig names, with PEFT's matching rules."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _default_targets(model: nn.Module, linear: tuple[type[nn.Module], ...]) -> l
 
 
 class Matcher:
-    """Answers, for one resolved configuration, which paths are adapted and with which rank.
+    """Decides, for one resolved configuration, which paths are adapted and with which rank.
 
     Its methods raise ConfigError if the patterns of the configuration take too many steps (patterns.Budget).
     """
@@ -158,7 +158,7 @@ class Matcher:
         self._budget = Budget()
 
     def why_not(self, path: str) -> str | None:
-        """None where the module at `path` is to be adapted, else the reason why it is not."""
+        """Return None if the module at `path` is adapted, else the reason why it is not."""
         text = Text(path, self._budget)
         if not self._excluded.isdisjoint(_ends(path)) or (
             self.config.exclude_modules and self._exclude and self._exclude.fullmatch(text)
@@ -195,7 +195,7 @@ class Matcher:
         return None
 
     def rank_and_alpha(self, path: str) -> tuple[int, float]:
-        """r and lora_alpha of the layer at `path`."""
+        """Return r and lora_alpha of the layer at `path`."""
         config, text = self.config, Text(path, self._budget)
         rank = next((key for key, pattern in self._ranks.items() if pattern.match(text)), None)
         alpha = next((key for key, pattern in self._alphas.items() if pattern.match(text)), None)
@@ -205,7 +205,7 @@ class Matcher:
         )
 
     def slips(self, paths: list[str], adapted: Iterable[str]) -> Iterator[str]:
-        """What the configuration names and the model, of these paths, does not have: most likely slips of the pen."""
+        """List names and patterns of the configuration that match none of these paths, most likely typing errors."""
         config, ends = self.config, {end for path in paths for end in _ends(path)}
         for name in sorted(self._targets - ends):
             yield f"target_modules: no module is called {name!r}"

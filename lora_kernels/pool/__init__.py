@@ -1,4 +1,4 @@
-"""Many adapters over one model, with a batch whose requests each name their own."""
+"""Serves many adapters over one model; each request of a batch names its adapter."""
 
 from lora_kernels.pool.pool import AdapterPool
 

@@ -1,4 +1,4 @@
-"""An open batch, which gives each row of a layer's input its adapter id."""
+"""OpenBatch: finds the adapter id of each row of a layer's input."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from lora_kernels.autograd.call import batched, derived
 from lora_kernels.errors import AdapterPoolError, UnknownRowsError
 from lora_kernels.operands.slots import Slots
+from lora_kernels.pool.active import ActiveBatch, Refusing
 from lora_kernels.pool.call import Call, Dims
-from lora_kernels.pool.here import Here, Refusing
 from lora_kernels.pool.ids import BatchIds, with_factors
 from lora_kernels.pool.rows import RowLayout
 
@@ -37,14 +37,14 @@ class OpenBatch:
 
     def __init__(
         self,
-        here: Here,
+        active: ActiveBatch,
         requests: BatchIds,
         images: BatchIds | None = None,
         touched: Container[str] = (),
         held: set[int] | None = None,
         virtual: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        self.here, self.requests, self.images, self.touched = here, requests, images, touched
+        self.active, self.requests, self.images, self.touched = active, requests, images, touched
         self.held, self.virtual = held or set(), virtual
         self.frame: FrameType | None = None
         self.expand, self.tokens, self.problem, self.refusal = 1, False, "", ""
@@ -64,7 +64,7 @@ class OpenBatch:
 
     def enter(self, call: Call) -> None:
         """Note a call of the model; find out whether an id belongs to a sequence or to a token of its inputs."""
-        self.call, count, dim = call, self.requests.count * self.expand, self.here.batch_dim
+        self.call, count, dim = call, self.requests.count * self.expand, self.active.batch_dim
         dims = call.dims(count, dim)
         self.tokens, self.problem = dims == [(0, 1)], ""
         if call.main and not dims:
@@ -80,13 +80,13 @@ class OpenBatch:
 
     def dims(self) -> Dims:
         """The dimensions of the model's inputs that count the requests."""
-        return (0, 1) if self.tokens else (self.here.batch_dim or 0,)
+        return (0, 1) if self.tokens else (self.active.batch_dim or 0,)
 
     def of(self, x: Tensor, layer: Any) -> Tensor | None:
         """int32 (M,): the slot of each of the M rows of the layer's input x (..., K); None if x is empty.
 
-        Raises UnknownRowsError if the pool does not know which request a row belongs to, ShapeError for ids out of
-        range, AdapterPoolError if a CUDA graph would keep ids that the batch frees at its end.
+        Raises UnknownRowsError if no probe has shown which request a row belongs to, ShapeError for ids out of range,
+        AdapterPoolError if a CUDA graph would keep ids that the batch frees at its end.
         """
         layout = layer.pool_rows.get((self.tokens, x.dim()))
         ids = self.requests if layout is None or not layout.images or self.images is None else self.images
@@ -130,7 +130,7 @@ class OpenBatch:
                 found = self._known(x, layer)
                 if isinstance(found, Tensor):
                     return found.to(x.device)
-                if not self.here.learn(self):
+                if not self.active.learn(self):
                     break
         images = f" and {self.images.count} image ids" if self.images is not None else ""
         raise UnknownRowsError(
@@ -150,7 +150,8 @@ class OpenBatch:
         if one is not None:
             return one.expand(math.prod(lead)).contiguous()
         if layout is None or (layout.places is None and not layout.images):
-            return self.problem or f"no probe has shown which row belongs to which request{self.here.failure}. {REMEDY}"
+            failure = self.active.failure
+            return self.problem or f"no probe has shown which row belongs to which request{failure}. {REMEDY}"
         ids = self.images if layout.images else self.requests
         if ids is None:
             return (
@@ -161,7 +162,7 @@ class OpenBatch:
             return self.problem
         sizes, key = ({}, None) if self.call is None else self.call.view(self.dims())
         if self.call is not None and self.call.numbers and not layout.has_seen(key):
-            return f"no probe has shown it for a call with these sizes and numbers{self.here.failure}. {REMEDY}"
+            return f"no probe has shown it for a call with these sizes and numbers{self.active.failure}. {REMEDY}"
         found = layout.find(lead, ids.count * self.expand, sizes, key)
         if found is not None:
             return found.spread(ids.repeated(self.expand), lead)

@@ -1,4 +1,4 @@
-"""An adapter of PEFT's for a pool: read, matched with the pool's layers and checked whole, before the pool is asked."""
+"""Reads a PEFT adapter for a pool, matches it with the pooled layers, and checks it before the pool changes."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from lora_kernels.pool.layer import _Pooled
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 REMEDY = ". Load it with load_adapter into a separate model"
-TOLD = 4  # names in a message
+MAX_NAMES = 4  # in a message
 
 
 class Update(NamedTuple):
-    """What an adapter adds to one layer: A (r, K), B (N, r) and s in s B A; with lora_bias also s times bias (N,)."""
+    """The operands of the update s B A that an adapter adds to one layer: A (r, K), B (N, r), s = scaling. With
+    lora_bias the layer also adds s bias, bias (N,)."""
 
     A: Tensor
     B: Tensor
@@ -52,13 +53,13 @@ def read_updates(
     follow_symlinks: bool = False,
     key_mapping: KeyMapping | None = None,
 ) -> dict[str, Update]:
-    """{path: update} of every pooled layer that the adapter targets, its tensors as they lie in the file.
+    """Return {path: update} for every pooled layer that the adapter targets, with the tensors of the file unchanged.
 
     adapter: a folder, or PEFT's tensors by PEFT's keys, with the ``config`` that belongs to them (a LoRAConfig, PEFT's
     LoraConfig, or a dictionary). left_out: {path: reason} of linear layers that are not pooled.
 
-    Raises AdapterFormatError for anything malformed and for an adapter of another model, UnservableAdapterError for a
-    sound one of a kind that a pool does not serve or that targets modules which are not pooled.
+    Raises AdapterFormatError for malformed input and for an adapter of another model, UnservableAdapterError for a
+    valid adapter of a kind that a pool does not serve, or that targets modules which are not pooled.
     """
     if isinstance(adapter, Mapping):
         if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in adapter.items()):
@@ -91,8 +92,8 @@ def _fitted(
     raw: Any,
     origin: str,
 ) -> tuple[LoRAConfig, dict[str, float]]:
-    """The configuration and {path: scaling} of its targets. Checks that the keys, shapes and dtypes of ``tensors`` fit
-    them; values are not read."""
+    """Return the configuration and {path: scaling} of its targets. Checks that the keys, shapes and dtypes of
+    ``tensors`` fit them; values are not read."""
     settings = _served(model, raw, any(layer.pool_bias is not None for layer in layers.values()))
     try:
         settings = resolve(model, settings, (nn.Linear,))
@@ -118,13 +119,13 @@ def _fitted(
 
 
 def _keys(path: str, config: LoRAConfig) -> list[str]:
-    """PEFT's keys of one layer: A, B, and with lora_bias the bias of B."""
+    """Return PEFT's keys of one layer: A, B, and with lora_bias the bias of B."""
     ends = ("lora_A.weight", "lora_B.weight", *(["lora_B.bias"] if config.lora_bias else []))
     return [f"{PREFIX}{path}.{end}" for end in ends]
 
 
 def _plain(config: Any) -> Any:
-    """A configuration as adapter_config.json holds it."""
+    """Return the configuration in the form of adapter_config.json."""
     if isinstance(config, LoRAConfig):
         return config.to_peft_dict()
     if isinstance(config, Mapping):
@@ -136,7 +137,7 @@ def _plain(config: Any) -> Any:
 
 
 def _served(model: nn.Module, raw: Any, lora_bias: bool) -> LoRAConfig:
-    """The configuration. Raises UnservableAdapterError if a pool over this model cannot serve such an adapter."""
+    """Parse the configuration. Raises UnservableAdapterError if a pool over this model cannot serve such an adapter."""
     try:
         config = _parse_config(raw)
     except ConfigError as error:
@@ -166,14 +167,14 @@ def _check_targets(
     missing = [path for path in targets if path not in layers]
     if not missing:
         return
-    told = []
-    for path in missing[:TOLD]:
+    shown_paths = []
+    for path in missing[:MAX_NAMES]:
         kind = type(model.get_submodule(path)).__name__
-        told.append(f"{path} ({left_out.get(path) or f'a {kind}, no linear layer'})")
-    more = f" and {len(missing) - TOLD} more" if len(missing) > TOLD else ""
+        shown_paths.append(f"{path} ({left_out.get(path) or f'a {kind}, no linear layer'})")
+    more = f" and {len(missing) - MAX_NAMES} more" if len(missing) > MAX_NAMES else ""
     raise UnservableAdapterError(
         f"the adapter targets {len(missing)} of its {len(targets)} modules that this pool does not hold: "
-        f"{', '.join(told)}{more}"
+        f"{', '.join(shown_paths)}{more}"
     )
 
 
@@ -194,7 +195,7 @@ def _check_keys(model: nn.Module, config: LoRAConfig, targets: list[str], tensor
 
 
 def _kind(model: nn.Module, name: str, config: LoRAConfig) -> str | None:
-    """What a sound adapter of PEFT's keeps under this name, beside A and B of linear layers."""
+    """Return the kind of PEFT tensor that has this name, or None; A and B of linear layers are handled elsewhere."""
     if name.endswith(".lora_magnitude_vector") or ".lora_magnitude_vector." in name:
         return "magnitudes of DoRA"
     if ".lora_embedding_" in name:
@@ -227,7 +228,7 @@ def _check_values(key: str, tensor: Tensor) -> None:
 
 
 def check_ranks(name: str, updates: Mapping[str, Update], max_rank: int) -> None:
-    """Raise UnservableAdapterError where one has too large a rank."""
+    """Raise UnservableAdapterError if the largest rank exceeds ``max_rank``."""
     path, update = max(updates.items(), key=lambda item: item[1].rank)
     if update.rank > max_rank:
         raise UnservableAdapterError(
@@ -237,7 +238,7 @@ def check_ranks(name: str, updates: Mapping[str, Update], max_rank: int) -> None
 
 
 def convert_updates(updates: Mapping[str, Update], layers: Mapping[str, _Pooled]) -> dict[str, Update]:
-    """The updates in the dtype and on the device of their layers; AdapterFormatError where that overflows."""
+    """Convert the updates to the dtype and device of their layers. Raises AdapterFormatError if a value overflows."""
     return {
         path: Update(
             _converted(f"{path}.lora_A", A, layers[path].pool_A),

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lora_kernels.pool.layer import Here
+from lora_kernels.pool.active import ActiveBatch
 from lora_kernels.pool.rows import places_of
 
-RUNS = 8  # at least; so many that rows routed by content do not look ordered by chance in all runs
+RUNS = 8  # the minimum; with fewer, rows routed by content can look ordered by chance in all runs
 STRONG = 0.01
 SEED = 0x10AD_C0DE  # an unusual one: the inputs must not have been drawn with it
 Seen = dict[str, list[tuple[tuple[int, ...], Tensor, Tensor]]]  # {path: (leading dims, hashes, sketches) of each call}
@@ -87,14 +87,14 @@ NOTHING = Isolation({}, frozenset())
 
 
 def isolate(
-    model: nn.Module, here: Here, args: Any, kwargs: Any, count: int, alter: Alter, flat: bool = False
+    model: nn.Module, active: ActiveBatch, args: Any, kwargs: Any, count: int, alter: Alter, flat: bool = False
 ) -> Isolation:
     """Run the model on its inputs and on altered ones, and find which rows each of ``count`` requests changes.
 
     flat: the requests are tokens, and all leading dimensions are counted as one. The inputs, random states and training
     flags stay as they are. Errors of the model are passed on.
     """
-    first = _run(model, here, args, kwargs)
+    first = _run(model, active, args, kwargs)
     codes = {
         path: [(torch.zeros_like(rows), torch.zeros_like(rows)) for _, rows, _ in calls]
         for path, calls in first.items()
@@ -107,7 +107,7 @@ def isolate(
             changed = alter(leaf, subset, generator) if isinstance(leaf, Tensor) else None
             return leaf if changed is None else changed
 
-        seen = _run(model, here, *tree_map(change, (args, kwargs)))
+        seen = _run(model, active, *tree_map(change, (args, kwargs)))
         full |= subset.long() << number
         for path in first.keys() | seen.keys():
             before, after = first.get(path, []), seen.get(path, [])
@@ -145,9 +145,9 @@ def _subsets(count: int) -> Iterator[Tensor]:
         yield bit == number % 2
 
 
-def _run(model: nn.Module, here: Here, args: Any, kwargs: Any) -> Seen:
-    recording = Recording(here.get())
-    with _apart(model, here, recording):
+def _run(model: nn.Module, active: ActiveBatch, args: Any, kwargs: Any) -> Seen:
+    recording = Recording(active.get())
+    with _apart(model, active, recording):
         args, kwargs = tree_map(_copied, (args, kwargs))
         model(*args, **kwargs)
     return recording.seen
@@ -158,13 +158,13 @@ def _copied(leaf: Any) -> Any:
 
 
 @contextmanager
-def _apart(model: nn.Module, here: Here, recording: Recording) -> Iterator[None]:
+def _apart(model: nn.Module, active: ActiveBatch, recording: Recording) -> Iterator[None]:
     """Restore training flags and random states after the block; in it, modules are in eval mode without gradients."""
     training = [module for module in model.modules() if module.training]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    state, token = random.getstate(), here.var.set(recording)
+    state, token = random.getstate(), active.var.set(recording)
     with ExitStack() as stack:
-        stack.callback(here.var.reset, token)
+        stack.callback(active.var.reset, token)
         stack.callback(random.setstate, state)
         for module in training:
             stack.callback(setattr, module, "training", True)

@@ -1,4 +1,4 @@
-"""Which rows of a pooled layer belong to which slot: bookkeeping on the host, in plain integers."""
+"""Assigns the rows of a pooled layer to slots, on the host, with plain integers."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 
 class Span(NamedTuple):
-    """``rank`` rows from ``start`` on."""
+    """The ``rank`` rows that begin at ``start``."""
 
     start: int
     rank: int
 
 
 class Move(NamedTuple):
-    """The rows of ``slot`` go from ``old`` down to ``new``, in the order given."""
+    """Moves the ``rank`` rows of ``slot`` from row ``old`` to the lower row ``new``, in ascending order."""
 
     slot: int
     old: int
@@ -25,17 +25,17 @@ class Move(NamedTuple):
 
 @dataclass
 class Layout:
-    """The rows of one layer. ``spans``: of each slot that has some."""
+    """The ``total`` rows of one layer. ``spans``: {slot: its rows}, for slots with at least one row."""
 
     total: int
     spans: dict[int, Span] = field(default_factory=dict)
 
     def used(self) -> int:
-        """Rows that somebody has."""
+        """Return the number of rows that are assigned to slots."""
         return sum(span.rank for span in self.spans.values())
 
     def gaps(self, without: Collection[int] = ()) -> Iterator[Span]:
-        """The runs of free rows, from the first, once the slots of ``without`` are gone."""
+        """Yield the runs of free rows in ascending order, with the rows of ``without`` counted as free."""
         end = 0
         for start, rank in sorted(span for slot, span in self.spans.items() if slot not in without):
             if start > end:
@@ -45,22 +45,25 @@ class Layout:
             yield Span(end, self.total - end)
 
     def place(self, slot: int, rank: int, without: Collection[int] = ()) -> int | None:
-        """Where ``rank`` rows for ``slot`` go: where its rows are, if they are enough, else the first gap that holds
-        them. None where no gap does."""
+        """Return the first row of a run of ``rank`` rows for ``slot``: its own rows if they are enough, else the first
+        gap that is large enough. None if there is no such gap."""
         own = self.spans.get(slot)
         if own is not None and rank <= own.rank:
             return own.start
         return next((gap.start for gap in self.gaps({*without, slot}) if gap.rank >= rank), 0 if rank == 0 else None)
 
     def put(self, slot: int, start: int, rank: int) -> None:
-        """Give ``slot`` these rows in place of those it has."""
+        """Assign these rows to ``slot`` and free its old rows."""
         self.spans.pop(slot, None)
         if rank:
             self.spans[slot] = Span(start, rank)
 
     def packed(self, without: Collection[int] = (), fixed: Collection[int] = ()) -> tuple[Layout, list[Move]]:
-        """The rows pushed to the front, once the slots of ``without`` are gone; those of ``fixed`` stay where they are,
-        and nobody passes them. And the moves, in an order in which no row is overwritten unread."""
+        """Return a layout without the slots of ``without`` and with its rows moved to the front, and the moves.
+
+        Rows of ``fixed`` slots stay in place, and no row moves past them. The order of the moves is such that no row is
+        overwritten before it is read.
+        """
         spans, moves, end = dict[int, Span](), list[Move](), 0
         for slot, (start, rank) in sorted(self.spans.items(), key=lambda item: item[1]):
             if slot in without:
@@ -77,8 +80,8 @@ class Layout:
 def holds(
     layouts: Mapping[str, Layout], slot: int, ranks: Mapping[str, int], without: Collection[int], fixed: Collection[int]
 ) -> bool:
-    """Whether every layer has ``ranks`` rows in one run for ``slot`` once the slots of ``without`` are gone, if need be
-    after the rows of the others have moved, but for those of ``fixed``."""
+    """Return whether every layer has a run of ``ranks[path]`` rows for ``slot`` when the slots of ``without`` are
+    freed. Rows of other slots may be moved for this, except those of ``fixed``."""
     for path, layout in layouts.items():
         rank = ranks.get(path, 0)
         if layout.place(slot, rank, without) is None:
@@ -95,11 +98,11 @@ def victims(
     candidates: Iterable[int],
     fixed: Collection[int],
 ) -> tuple[int, list[int]] | None:
-    """The slot that an adapter of these ranks gets, and whom it takes it and its rows from.
+    """Return the slot for an adapter of these ranks, and the slots that must be freed for it.
 
-    ``slot``: the one that it has, or one that is free; None where none is. ``candidates``: slots that may go, first
-    those that should. ``fixed``: slots whose rows may not move. Only those go whose going helps. None where all of them
-    are not enough.
+    ``slot``: its present slot, or a free slot; None if no slot is free. ``candidates``: slots that may be freed, in the
+    order of preference. ``fixed``: slots whose rows may not move. A slot is freed only if that makes room. Returns None
+    if freeing all candidates does not make enough room.
     """
     gone: list[int] = []
     left = iter(candidates)

@@ -1,4 +1,4 @@
-"""Which linear layers of a model a pool takes, why not the others, and how they are put back."""
+"""Chooses the linear layers of a model that are pooled, gives a reason for each other layer, and restores them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from lora_kernels.models.fast_paths import switch_off, switch_on
 from lora_kernels.models.inject import FLOATS
 from lora_kernels.models.targets import Matcher, is_conv1d, left_out, uncalled
 from lora_kernels.planning.multi_plan import resolve
-from lora_kernels.pool.layer import Here, _Pooled, into_pooled, out_of_pooled
+from lora_kernels.pool.active import ActiveBatch
+from lora_kernels.pool.layer import PoolSettings, _Pooled, into_pooled, out_of_pooled
 
 Targets = str | Sequence[str] | None
-# Linear layers of a mixture's experts, as they are called where each is a module: they see some rows, in another order.
+# Paths of the linear layers of experts, if each expert is a module. Their inputs are reordered subsets of the rows.
 EXPERT = re.compile(r"(^|\.)(?!shared)\w*experts?\.\d+(\.|$)")
 
 
@@ -28,7 +29,7 @@ MAX_RANK = 64  # the default of max_rank; the memory that kernels reserve for a 
 
 
 def check_sizes(capacity: object, max_rank_total: int, max_rank: int | None, batch_dim: object) -> int:
-    """The largest rank of one adapter. Raises ConfigError for sizes out of range."""
+    """Return the largest rank of one adapter. Raises ConfigError for sizes out of range."""
     sizes = {"capacity": capacity, "max_rank_total": max_rank_total, "max_rank": 1 if max_rank is None else max_rank}
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
@@ -42,13 +43,15 @@ def check_sizes(capacity: object, max_rank_total: int, max_rank: int | None, bat
 
 
 def choose_layers(model: nn.Module, target_modules: Targets = None) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The layers that are pooled, by path, and {path: reason} of the linear layers that are not. Changes nothing.
+    """Return {path: layer} of the layers to pool, and {path: reason} of the other linear layers. Changes nothing.
 
-    target_modules: as in LoRAConfig. None: all linear layers but the one that makes a transformers model's logits.
-    Raises ConfigError for a model that has LoRA layers, for a named layer that cannot be pooled, and for none at all.
+    target_modules: as in LoRAConfig. None: all linear layers except the output head of a transformers model.
+    Raises ConfigError for a model that has LoRA layers, for a named layer that cannot be pooled, and if no layer is
+    left.
     """
     _check_model(model)
-    config = LoRAConfig(target_modules=ALL_LINEAR if target_modules is None else list_or_pattern(target_modules))
+    targets = ALL_LINEAR if target_modules is None else target_modules
+    config = LoRAConfig(target_modules=targets if isinstance(targets, str) else list(targets))
     everything = config.target_modules == ALL_LINEAR
     skipped = left_out(model, config) if everything else uncalled(model)
     matcher = None if everything else Matcher(config)
@@ -72,11 +75,6 @@ def choose_layers(model: nn.Module, target_modules: Targets = None) -> tuple[dic
     return layers, left
 
 
-def list_or_pattern(target_modules: str | Sequence[str]) -> str | list[str]:
-    """As LoRAConfig takes it."""
-    return target_modules if isinstance(target_modules, str) else list(target_modules)
-
-
 def _check_model(model: nn.Module) -> None:
     if unwrap(model) is not model:
         raise ConfigError("call AdapterPool before torch.compile and before (Distributed)DataParallel wrap the model")
@@ -91,7 +89,7 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _why_not(path: str, module: nn.Module) -> str | None:
-    """Why this layer cannot be pooled; None where it can."""
+    """Return the reason why this layer cannot be pooled, or None if it can."""
     weight = module._parameters.get("weight")
     if not path:
         return "the model itself"
@@ -109,33 +107,22 @@ def _why_not(path: str, module: nn.Module) -> str | None:
 
 
 class PooledModel:
-    """A model whose ``layers`` are pooled; ``restore`` makes it what it was.
+    """A model whose ``layers`` are pooled, until ``restore`` undoes all changes.
 
-    The weights of the layers are frozen, and nn.TransformerEncoder's inference path, which reads the weights of its
-    linear layers and calls none of them, is off meanwhile. BackendUnavailableError for a backend that cannot run here.
+    The weights of the layers are frozen. nn.TransformerEncoder's inference path is switched off, since it reads the
+    weights of its linear layers without calling them. Raises BackendUnavailableError for a backend that cannot run.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        target_modules: Targets,
-        capacity: int,
-        max_rank_total: int,
-        max_rank: int,
-        here: Here,
-        backend: str,
-        lora_bias: bool = False,
-    ) -> None:
+    def __init__(self, model: nn.Module, target_modules: Targets, settings: PoolSettings, active: ActiveBatch) -> None:
         chosen, self.left_out = choose_layers(model, target_modules)
         for weight in (layer.get_parameter("weight") for layer in chosen.values()):
-            resolve(backend, weight.device.type, weight.dtype)
-        self.model = model
+            resolve(settings.backend, weight.device.type, weight.dtype)
+        self.model, self.settings = model, settings
         self.layers = dict[str, _Pooled]()
         self._undo = ExitStack()
         try:
             for path, layer in chosen.items():
-                sizes = capacity, max_rank_total, max_rank
-                self.layers[path] = into_pooled(layer, *sizes, here, backend, path, lora_bias)
+                self.layers[path] = into_pooled(layer, settings, active, path)
                 self._undo.callback(out_of_pooled, self.layers[path])
             for layer in chosen.values():
                 for name, parameter in layer.named_parameters(recurse=False):
@@ -143,12 +130,12 @@ class PooledModel:
                     _set_flag(layer, name, False)
             self._undo.callback(switch_on, model)
             switch_off(model, lambda module: isinstance(module, _Pooled))
-        except BaseException:  # out of memory, as a rule
+        except BaseException:  # usually out of memory
             self.restore()
             raise
 
     def device(self) -> torch.device:
-        """The device of the first layer."""
+        """Return the device of the first layer."""
         return next(iter(self.layers.values())).pool_slots.A.device
 
     def restore(self) -> None:

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from lora_kernels.errors import AdapterPoolError, ShapeError
+from lora_kernels.pool.active import ActiveBatch, running
 from lora_kernels.pool.batch import OpenBatch
-from lora_kernels.pool.here import running
 from lora_kernels.pool.ids import BatchIds
-from lora_kernels.pool.layer import Here
 from lora_kernels.pool.state import PoolState
 
 Name = str | None | tuple[str, float]
@@ -29,17 +28,17 @@ OVERLAP = (
 
 
 class Opening:
-    """A batch for one with statement."""
+    """Context manager that opens one batch, once."""
 
-    def __init__(self, here: Here, begin: Callable[[], OpenBatch], end: Callable[[OpenBatch], None]) -> None:
-        self._here, self._begin, self._end = here, begin, end
+    def __init__(self, active: ActiveBatch, begin: Callable[[], OpenBatch], end: Callable[[OpenBatch], None]) -> None:
+        self._active, self._begin, self._end = active, begin, end
         self._batch: OpenBatch | None = None
 
     def __enter__(self) -> None:
         if self._batch is not None:
             raise AdapterPoolError("this batch was opened before; call pool.batch again for each with statement")
-        here, frame = self._here, generator_of(sys._getframe(1))
-        outer: OpenBatch | None = here.get()
+        active, frame = self._active, generator_of(sys._getframe(1))
+        outer: OpenBatch | None = active.get()
         if outer is not None and outer.frame is not None and not running(outer.frame):
             raise AdapterPoolError(
                 "a suspended generator has a batch open in this context; run the generator to its end first, or open "
@@ -47,31 +46,31 @@ class Opening:
             )
         batch = self._batch = self._begin()
         batch.frame, batch.outer = frame, _still_open(outer, "outer")
-        batch.outer_in_thread = _still_open(here.thread.batch, "outer_in_thread")
+        batch.outer_in_thread = _still_open(active.thread.batch, "outer_in_thread")
         if batch.outer_in_thread is not batch.outer:  # opened by another task or thread
             for other in (batch, batch.outer_in_thread):
                 if other is not None:
                     other.interleaved = True
-        here.var.set(batch)
-        here.thread.batch = batch
+        active.var.set(batch)
+        active.thread.batch = batch
         if frame is not None:
-            here.generators[frame] = batch
+            active.generators[frame] = batch
 
     def __exit__(self, *_: object) -> None:
-        here, batch = self._here, self._batch
+        active, batch = self._active, self._batch
         assert batch is not None
         try:
             self._end(batch)
         finally:
             batch.ended = True
             if batch.frame is not None:
-                here.generators.pop(batch.frame, None)
+                active.generators.pop(batch.frame, None)
             batch.refuse("the batch that is open in this context has ended; open one where the model is called")
-            innermost: OpenBatch | None = here.get()
-            if here.thread.batch is batch:
-                here.thread.batch = _still_open(batch.outer_in_thread, "outer_in_thread")
+            innermost: OpenBatch | None = active.get()
+            if active.thread.batch is batch:
+                active.thread.batch = _still_open(batch.outer_in_thread, "outer_in_thread")
             if innermost is batch:
-                here.var.set(_still_open(batch.outer, "outer"))
+                active.var.set(_still_open(batch.outer, "outer"))
         if innermost is not batch:
             inside = []
             while innermost is not None and innermost is not batch:
@@ -159,11 +158,11 @@ class Wanted:
             slots, factors = zip(*self._virtual, strict=True)
             return torch.tensor(slots, device=self._device), torch.tensor(factors, device=self._device)
 
-    def batch(self, here: Here, requests: BatchIds, images: BatchIds | None) -> OpenBatch:
+    def batch(self, active: ActiveBatch, requests: BatchIds, images: BatchIds | None) -> OpenBatch:
         """The batch, not yet opened."""
         self.held.discard(-1)
         touched = self._state.touched if self.live else self._state.touched_by(frozenset(self.held))
-        return OpenBatch(here, requests, images, touched, self.held, self.virtual())
+        return OpenBatch(active, requests, images, touched, self.held, self.virtual())
 
 
 def ids_tensor(slots: list[int], device: torch.device) -> Tensor:

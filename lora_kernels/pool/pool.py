@@ -1,4 +1,4 @@
-"""Many adapters over one frozen model, and for each sequence of a batch the one it asks for."""
+"""AdapterPool: many adapters over one frozen model, one of them for each sequence of a batch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from lora_kernels.adapters.keys import KeyMapping
 from lora_kernels.errors import AdapterBusyError, AdapterPoolError, ShapeError
 from lora_kernels.locks import fork_safe_rlock
+from lora_kernels.pool.active import ActiveBatch
 from lora_kernels.pool.batch import OpenBatch
 from lora_kernels.pool.files import Source, check_ranks, convert_updates, read_updates
-from lora_kernels.pool.layer import Here
+from lora_kernels.pool.layer import PoolSettings
 from lora_kernels.pool.model import PooledModel, Targets, check_sizes
 from lora_kernels.pool.opening import Asked, Opening, Wanted, ids_tensor
 from lora_kernels.pool.probe import Probe
@@ -24,7 +25,7 @@ from lora_kernels.pool.state import TORN, PoolState
 
 
 class AdapterPool:
-    """Slots for ``capacity`` adapters in every linear layer of ``model``, which stays the caller's to call:
+    """Slots for ``capacity`` adapters in every linear layer of ``model``, which is called as before:
 
         pool = lk.AdapterPool(model, capacity=8, max_rank_total=256)
         pool.load("sql", "adapters/sql")
@@ -32,22 +33,22 @@ class AdapterPool:
             model.generate(**three_prompts)
 
     Args:
-        model: of PyTorch or transformers, without adapters. Its weights are frozen; ``close`` gives it back.
-        capacity: adapters at a time.
-        max_rank_total: ranks of all adapters of a layer at a time.
+        model: of PyTorch or transformers, without adapters. Its weights are frozen until ``close`` restores it.
+        capacity: the largest number of adapters that are loaded at the same time.
+        max_rank_total: the largest sum of the ranks of all loaded adapters, in each layer.
         max_rank: the largest rank of one adapter; min(64, max_rank_total) if None.
-        target_modules: which layers, as in LoRAConfig; all linear ones but the output head if None.
-        backend: as multi_lora_linear takes it.
+        target_modules: which layers, as in LoRAConfig; all linear layers except the output head if None.
+        backend: as in multi_lora_linear.
         batch_dim: the dimension of the model's inputs that counts the sequences, 0 or 1; found by a probe if None.
         lora_bias: also serve adapters with a bias on lora_B (PEFT's lora_bias); one more addition in every layer.
 
-    Buffers are allocated here, (max_rank_total, K) and (max_rank_total, N) for a layer W (N, K), and never again: a
-    captured CUDA graph stays valid whatever is loaded or evicted. All methods may be called from any thread; a batch
-    is open in the thread or asyncio task that opened it.
+    All buffers, (max_rank_total, K) and (max_rank_total, N) for a layer W (N, K), are allocated by the constructor. A
+    captured CUDA graph therefore stays valid when adapters are loaded or evicted. All methods may be called from any
+    thread; a batch is open in the thread or asyncio task that opened it.
 
     Raises:
-        ConfigError: sizes that make no sense, a model that has adapters, a named layer that cannot be pooled.
-        BackendUnavailableError: a backend asked for by name that cannot run here.
+        ConfigError: sizes out of range, a model that has adapters, a named layer that cannot be pooled.
+        BackendUnavailableError: the named backend cannot run on this machine.
     """
 
     def __init__(
@@ -64,12 +65,12 @@ class AdapterPool:
     ) -> None:
         max_rank = check_sizes(capacity, max_rank_total, max_rank, batch_dim)
         self.capacity, self.max_rank_total, self.max_rank = capacity, max_rank_total, max_rank
-        self._here, self._lock, self._closed = Here(), fork_safe_rlock(), False
-        sizes = capacity, max_rank_total, max_rank
-        self._pooled = PooledModel(model, target_modules, *sizes, self._here, backend, lora_bias)
-        self._state = PoolState(self._pooled, capacity, max_rank_total)
-        self._probe = Probe(self._pooled, self._here, batch_dim)
-        self._root = Root(model, self._here)
+        self._active, self._lock, self._closed = ActiveBatch(), fork_safe_rlock(), False
+        settings = PoolSettings(capacity, max_rank_total, max_rank, backend, lora_bias)
+        self._pooled = PooledModel(model, target_modules, settings, self._active)
+        self._state = PoolState(self._pooled)
+        self._probe = Probe(self._pooled, self._active, batch_dim)
+        self._root = Root(model, self._active)
 
     def load(
         self,
@@ -81,18 +82,18 @@ class AdapterPool:
         follow_symlinks: bool = False,
         key_mapping: KeyMapping | None = None,
     ) -> int:
-        """Put an adapter into the pool under ``name``, in place of one that has the name; returns its slot.
+        """Load an adapter into the pool under ``name``; returns its slot. Replaces the adapter of that name, if any.
 
-        adapter: a folder as PEFT or save_adapter write it, or its tensors by PEFT's keys with their ``config`` (a
-        LoRAConfig, PEFT's LoraConfig, or a dictionary). pin: as ``pin`` does. The others: as in load_adapter.
-        It is read, checked and converted first, while batches run. Where there is no room for it, those adapters go
-        that were used least recently and that are neither pinned nor in use. A replaced one keeps its slot.
+        adapter: a folder that PEFT or save_adapter wrote, or tensors by PEFT's keys with their ``config`` (a
+        LoRAConfig, PEFT's LoraConfig, or a dictionary). pin: also call ``pin``. Others: as in load_adapter.
+        The adapter is read, checked and converted first, while batches run. If there is no room, the least recently
+        used adapters that are neither pinned nor in use are evicted. A replaced adapter keeps its slot.
 
-        Raises, with the pool as it was:
-            AdapterFormatError: malformed, or of another model.
-            UnservableAdapterError: of another kind, for modules that are not pooled, of too large a rank.
+        Raises, with the pool unchanged:
+            AdapterFormatError: the adapter is malformed, or belongs to another model.
+            UnservableAdapterError: it is of another kind, targets modules that are not pooled, or has too large a rank.
             AdapterBusyError: a running batch uses the adapter of this name.
-            PoolFullError: no room, and nobody may go.
+            PoolFullError: there is no room, and no adapter may be evicted.
         """
         if not isinstance(name, str) or not name:
             raise AdapterPoolError(f"an adapter's name is a string of at least one character, not {name!r}")
@@ -113,7 +114,7 @@ class AdapterPool:
                 state.running -= 1
 
     def evict(self, name: str) -> None:
-        """Take the adapter out. Raises UnknownAdapterError; AdapterBusyError if a running batch uses it;
+        """Remove the adapter. Raises UnknownAdapterError; AdapterBusyError if a running batch uses it;
         AdapterPoolError if it is pinned."""
         with self._opened() as state:
             if state.idle(name, "evict it").pinned:
@@ -121,12 +122,12 @@ class AdapterPool:
             state.remove(name)
 
     def pin(self, name: str) -> None:
-        """Keep the adapter until ``unpin``: it gives way to no other, and its slot stays. UnknownAdapterError."""
+        """Never evict the adapter to make room, until ``unpin``; its slot stays. Raises UnknownAdapterError."""
         with self._opened() as state:
             state.held[name] = state.entry(name)._replace(pinned=True)
 
     def unpin(self, name: str) -> None:
-        """Let the adapter go when room is wanted. Raises UnknownAdapterError."""
+        """Allow evicting the adapter to make room. Raises UnknownAdapterError."""
         with self._opened() as state:
             state.held[name] = state.entry(name)._replace(pinned=False)
 
@@ -140,16 +141,16 @@ class AdapterPool:
         needed if adapters have weights in layers whose input comes from images only. Blocks may be nested; the
         innermost is used.
 
-        The adapters that are named are neither evicted nor replaced nor moved meanwhile; with a tensor, all that the
-        pool holds when the block is entered, and those that ``ids`` is asked for inside.
+        The named adapters are not evicted, replaced or moved while the block is open. With a tensor this holds for all
+        adapters that are loaded when the block is entered, and for those that are passed to ``ids`` inside it.
 
         Probes find which row of a layer's input belongs to which sequence. A probe runs the model without adapters on
         altered inputs, once for each kind of call, when a batch first has several adapters.
 
         Raises UnknownAdapterError, ShapeError, and AdapterPoolError if batches overlap without being nested. The
-        model's layers raise UnknownRowsError if the pool does not know which rows belong to which sequence.
+        model's layers raise UnknownRowsError if no probe has shown which rows belong to which sequence.
         """
-        return Opening(self._here, lambda: self._begin(adapters, image_ids), self._end)
+        return Opening(self._active, lambda: self._begin(adapters, image_ids), self._end)
 
     def probe(self, *args: Any, **kwargs: Any) -> None:
         """Find which rows belong to which sequence from a call of the model with these arguments.
@@ -169,15 +170,15 @@ class AdapterPool:
     def ids(self, names: Sequence[str | None], out: Tensor | None = None) -> Tensor:
         """int32 (n,): the slot of each name, -1 for None; into ``out`` (m,), m >= n, whose rest gets -1.
 
-        A slot is its adapter's until that is evicted. Ask inside of ``pool.batch(tensor)`` to keep it until the end of
-        the batch: ``with pool.batch(static): pool.ids(names, out=static); graph.replay()``.
+        A slot keeps its adapter until the adapter is evicted. Call this inside of ``pool.batch(tensor)`` to prevent
+        that until the end of the batch: ``with pool.batch(static): pool.ids(names, out=static); graph.replay()``.
         Raises UnknownAdapterError, and ShapeError for an ``out`` that is too short or not int32.
         """
         with self._opened() as state:
             if out is not None and (out.dtype != torch.int32 or out.dim() != 1 or len(out) < len(names)):
                 raise ShapeError(f"out is {out.dtype} {tuple(out.shape)}; expected torch.int32 (m,), m >= {len(names)}")
             slots = state.slots(names)
-            batch = self._here.get()
+            batch = self._active.get()
             if batch is not None and not batch.refusal:
                 new = {slot for slot in slots if slot >= 0} - batch.held
                 state.users.update(new)
@@ -189,7 +190,7 @@ class AdapterPool:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The adapters that are loaded, the least recently used first."""
+        """Names of the loaded adapters, the least recently used first."""
         with self._lock:
             return tuple(self._state.held)
 
@@ -199,12 +200,12 @@ class AdapterPool:
         return dict(self._pooled.left_out)
 
     def info(self, name: str) -> AdapterInfo:
-        """Slot, ranks, and whether it is pinned or in use. Raises UnknownAdapterError."""
+        """Return the slot and ranks of an adapter, and whether it is pinned or in use. Raises UnknownAdapterError."""
         with self._opened() as state:
             return state.entry(name)
 
     def close(self) -> None:
-        """Give the model back as it was, without adapters; the pool is then of no more use. AdapterBusyError while
+        """Restore the model, without adapters; the pool cannot be used afterwards. Raises AdapterBusyError while
         batches or loads run."""
         with self._lock:
             if self._state.running:
@@ -230,11 +231,11 @@ class AdapterPool:
 
     def __repr__(self) -> str:
         with self._lock:
-            return table(self._pooled, self.capacity, self.max_rank, self._state.layouts, self._state.entries())
+            return table(self._pooled, self._state.layouts, self._state.entries())
 
     @contextmanager
     def _opened(self) -> Iterator[PoolState]:
-        """The lock, if the pool is not closed."""
+        """Hold the lock while the block runs. Raises AdapterPoolError if the pool is closed."""
         with self._lock:
             if self._closed:
                 raise AdapterPoolError("this pool is closed and its model is as it was; make a new AdapterPool")
@@ -246,7 +247,7 @@ class AdapterPool:
         with self._opened() as state:
             wanted = Wanted(state, self.capacity, self._pooled.device())
             requests = wanted.ids(adapters)
-            batch = wanted.batch(self._here, requests, None if image_ids is None else wanted.ids(image_ids))
+            batch = wanted.batch(self._active, requests, None if image_ids is None else wanted.ids(image_ids))
             state.begin(batch.held)
             if batch.mixed:
                 self._root.attach()

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from lora_kernels.errors import AdapterPoolError
 from lora_kernels.locks import fork_safe_rlock
+from lora_kernels.pool.active import ActiveBatch
 from lora_kernels.pool.batch import OpenBatch
 from lora_kernels.pool.call import MEDIA, Call, Dims, len_of
 from lora_kernels.pool.content import is_content, is_extent, kept_values, other_content, with_other_extents
 from lora_kernels.pool.isolation import NOTHING, At, Isolation, isolate
-from lora_kernels.pool.layer import Here
 from lora_kernels.pool.model import PooledModel
 from lora_kernels.pool.rows import Evidence, RowLayout, first_layout
 
@@ -25,12 +25,12 @@ SEQUENCES, LENGTHS = 3, (7, 5)  # of the generated calls for a model of transfor
 class Probe:
     """Probes a model and stores the result in its layers' ``pool_rows``."""
 
-    def __init__(self, pooled: PooledModel, here: Here, batch_dim: int | None) -> None:
-        self.pooled, self.here = pooled, here
+    def __init__(self, pooled: PooledModel, active: ActiveBatch, batch_dim: int | None) -> None:
+        self.pooled, self.active = pooled, active
         model = pooled.model
         self._main = getattr(model, "main_input_name", None) if hasattr(model, "config") else None
-        here.batch_dim = 0 if batch_dim is None and self._main else batch_dim
-        here.learn, here.make_call = self.learn, self.call
+        active.batch_dim = 0 if batch_dim is None and self._main else batch_dim
+        active.learn, active.make_call = self.learn, self.call
         self.names = list(inspect.signature(model.forward).parameters)
         first = self._main if isinstance(self._main, str) else next(iter(self.names), "")
         self._reads_media = bool(MEDIA.search(first))
@@ -64,14 +64,14 @@ class Probe:
         count, images = batch.requests.count * batch.expand, batch.images
         items = None if images is None else images.count * batch.expand
         with self._lock:
-            dims = call.dims(count, self.here.batch_dim)
+            dims = call.dims(count, self.active.batch_dim)
             self._study(call, [(at, count) for at in dims], items)
         return True
 
     def show(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Probe with the given arguments. Raises AdapterPoolError if that shows nothing."""
         call = self.call(args, kwargs)
-        known = self.here.batch_dim
+        known = self.active.batch_dim
         dims: list[Dims] = [(0,), (1,)] if known is None else [(known,)]
         dims = [at for at in dims if next(_counts(call, at), 0) > 1]
         dims = dims if (dims and dims[0] != (1,)) or known == 1 else []
@@ -80,8 +80,8 @@ class Probe:
         if not found:
             raise AdapterPoolError(
                 f"the probe with {call.shapes()} did not show for any layer which row belongs to which request"
-                f"{self.here.failure}. Give the inputs of a call of the model with at least two requests of different "
-                "content on dimension 0 (or on batch_dim of the pool)"
+                f"{self.active.failure}. Give the inputs of a call of the model with at least two requests of "
+                "different content on dimension 0 (or on batch_dim of the pool)"
             )
 
     def _study(self, call: Call, options: list[tuple[Dims, int]], images: int | None, first: bool = False) -> bool:
@@ -89,10 +89,10 @@ class Probe:
 
         Returns whether the probe shows anything. first: prefer the first option if another one fits as well.
         """
-        self.here.failure = ""
+        self.active.failure = ""
         others = []
         if [dims for dims, _ in options] == [(1,)]:  # rows may be as independent along dimension 0
-            others = [((0,), count) for count in _counts(call, (0,)) if count > 1 and self.here.batch_dim is None][:1]
+            others = [((0,), count) for count in _counts(call, (0,)) if count > 1 and self.active.batch_dim is None][:1]
         results = list[tuple[Dims, int, Isolation]]()
         for dims, count in [*options, *others]:
             results.append((dims, count, self._best(call, dims, count)))
@@ -104,20 +104,20 @@ class Probe:
         for dims, _, other in results:
             apart = best[2].apart
             if dims != best[0] and not first and apart and not other.apart < apart:
-                self.here.failure = (
+                self.active.failure = (
                     f" (dimension {best[0][0]} or {dims[0]} of the inputs, {call.shapes()}, may be that of the "
                     "requests; make the pool with batch_dim=0 or 1, or first call the model with other sizes)"
                 )
                 return False
         dims, count, found = best
         if dims not in [at for at, _ in options]:
-            self.here.failure = f" (the probe found the requests on dimension {dims[0]} of {call.shapes()})"
+            self.active.failure = f" (the probe found the requests on dimension {dims[0]} of {call.shapes()})"
             return False
-        if not found.known() and count > 1 and self.here.batch_dim is None:
-            self.here.failure = self.here.failure or f" (the probe found no request's rows for {call.shapes()})"
+        if not found.known() and count > 1 and self.active.batch_dim is None:
+            self.active.failure = self.active.failure or f" (the probe found no request's rows for {call.shapes()})"
             return False
         if found.apart and len(dims) == 1:
-            self.here.batch_dim = dims[0]
+            self.active.batch_dim = dims[0]
         self._keep(call, dims, found.places, images=False)
         if call.media:
             count = images or next((tensor.shape[0] for tensor in call.media.values() if tensor.dim()), 0)
@@ -135,7 +135,7 @@ class Probe:
             if len_of(tensor, dims) == count and is_content(name)
         }  # fmt: skip
         if not content:
-            self.here.failure = f" (no input of {call.shapes()} has content for {count} requests)"
+            self.active.failure = f" (no input of {call.shapes()} has content for {count} requests)"
             return NOTHING
         found = None
         for kept in kept_values(content, bool(call.media)):
@@ -166,9 +166,9 @@ class Probe:
             return torch.where(subset.view(lead).to(tensor.device), other(tensor, generator), tensor.detach())
 
         try:
-            found = isolate(self.pooled.model, self.here, call.args, dict(call.kwargs), count, alter, len(dims) == 2)
+            found = isolate(self.pooled.model, self.active, call.args, dict(call.kwargs), count, alter, len(dims) == 2)
         except Exception as error:  # the model may refuse generated inputs
-            self.here.failure = f" (a probe failed: {type(error).__name__}: {error!s:.120})"
+            self.active.failure = f" (a probe failed: {type(error).__name__}: {error!s:.120})"
             return None
         if found.places and count == 1:  # one request: shows only which layers depend on it
             return Isolation(dict.fromkeys(found.places), found.apart)

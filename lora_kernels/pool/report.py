@@ -1,4 +1,4 @@
-"""What a pool holds, in words."""
+"""Describes the content of a pool in text."""
 
 from __future__ import annotations
 
@@ -28,19 +28,13 @@ class AdapterInfo(NamedTuple):
 
     @property
     def state(self) -> str:
-        """Why it stays, where it must."""
+        """The reasons why it cannot be evicted; "" if it can."""
         running = f"in {self.batches} batch{'es' if self.batches > 1 else ''}" if self.batches else ""
         return ", ".join(filter(None, ("pinned" if self.pinned else "", running)))
 
 
-def table(
-    pooled: PooledModel,
-    capacity: int,
-    max_rank: int,
-    layouts: Mapping[str, Layout],
-    adapters: Iterable[AdapterInfo],
-) -> str:
-    """The pool in one line, and a line for each adapter, the least recently used first."""
+def table(pooled: PooledModel, layouts: Mapping[str, Layout], adapters: Iterable[AdapterInfo]) -> str:
+    """Describe the pool in one line, and each adapter in a further line, the least recently used first."""
     held, kind = list(adapters), type(pooled.model).__name__
     if not pooled.layers:
         return f"AdapterPool({kind}, closed)"
@@ -49,8 +43,8 @@ def table(
     where = sorted({f"{str(layer.pool_A.dtype).removeprefix('torch.')} on {layer.pool_A.device}" for layer in layers})
     used, total = max((layout.used(), layout.total) for layout in layouts.values())
     lines = [
-        f"AdapterPool({kind}, {len(layers)} layers, {len(held)} of {capacity} slots, {used} of "
-        f"{total} ranks, up to {max_rank} each, {', '.join(where)}, "
+        f"AdapterPool({kind}, {len(layers)} layers, {len(held)} of {pooled.settings.capacity} slots, {used} of "
+        f"{total} ranks, up to {pooled.settings.max_rank} each, {', '.join(where)}, "
         f"{sum(buffer.nbytes for buffer in buffers) / 2**20:.1f} MiB)"
     ]
     if held:
@@ -68,7 +62,7 @@ def why_full(
     layouts: Mapping[str, Layout],
     adapters: Iterable[AdapterInfo],
 ) -> str:
-    """Why there is no room for an adapter of these ranks, and what helps."""
+    """Return the error message for an adapter of these ranks that does not fit into the pool."""
     held = list(adapters)
     path = max(ranks, key=lambda path: ranks[path] + layouts[path].used())
     return (

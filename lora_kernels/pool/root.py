@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
-from lora_kernels.pool.layer import Here
+from lora_kernels.pool.active import ActiveBatch
 
 GENERATE, EXPAND = "generate", "_expand_inputs_for_generation"  # of transformers' GenerationMixin
 
@@ -20,12 +20,12 @@ class Root:
     """Attaches hooks when the first batch opens, and removes them when the last one closes. The caller holds the pool's
     lock."""
 
-    def __init__(self, model: nn.Module, here: Here) -> None:
-        self.model, self.here = model, here
+    def __init__(self, model: nn.Module, active: ActiveBatch) -> None:
+        self.model, self.active = model, active
         self._users, self._undo = 0, list[Callable[[], object]]()
         self._before = RemovableHandle(model._forward_pre_hooks, extra_dict=model._forward_pre_hooks_with_kwargs)
         self._after = RemovableHandle(model._forward_hooks)
-        self._hooks = Entering(here), Leaving(here)
+        self._hooks = Entering(active), Leaving(active)
         self._generates = hasattr(model, EXPAND)
 
     def attach(self) -> None:
@@ -44,7 +44,7 @@ class Root:
                 own = vars(model)
                 undo = functools.partial(own.__setitem__, name, own[name]) if name in own else None
                 self._undo.append(undo or functools.partial(own.pop, name, None))
-                own[name] = kind(getattr(model, name), self.here)
+                own[name] = kind(getattr(model, name), self.active)
 
     def detach(self) -> None:
         """Count a batch that is closed, and remove the hooks if it was the last."""
@@ -56,15 +56,15 @@ class Root:
 class Entering:
     """Forward pre-hook: gives the call's arguments to the open batch."""
 
-    def __init__(self, here: Here) -> None:
-        self.here = here
+    def __init__(self, active: ActiveBatch) -> None:
+        self.active = active
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if is_compiling():
             return
-        batch = self.here.get()
+        batch = self.active.get()
         if batch is not None and batch.mixed and not batch.refusal:
-            batch.enter(self.here.make_call(args, kwargs))
+            batch.enter(self.active.make_call(args, kwargs))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Nothing, ()
@@ -73,13 +73,13 @@ class Entering:
 class Leaving:
     """Forward hook: notes in the open batch that the call has ended."""
 
-    def __init__(self, here: Here) -> None:
-        self.here = here
+    def __init__(self, active: ActiveBatch) -> None:
+        self.active = active
 
     def __call__(self, *_: object) -> None:
         if is_compiling():
             return
-        batch = self.here.get()
+        batch = self.active.get()
         if batch is not None and batch.mixed:
             batch.leave()
 
@@ -91,18 +91,18 @@ class Generating:
     """Wraps generate(): sets the number of copies of each request to 1 at its beginning, and restores it at its end.
     If generate() calls an encoder directly, a call of the model with the same inputs is noted for probing."""
 
-    def __init__(self, method: Callable[..., Any], here: Here) -> None:
+    def __init__(self, method: Callable[..., Any], active: ActiveBatch) -> None:
         functools.update_wrapper(self, method)
-        self.method, self.here = method, here
+        self.method, self.active = method, active
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        batch = self.here.get()
+        batch = self.active.get()
         if batch is None:
             return self.method(*args, **kwargs)
         before, batch.expand = batch.expand, 1
         inputs = _inputs(getattr(self.method, "__self__", None), args, kwargs) if batch.mixed else None
         if inputs is not None:
-            batch.enter(self.here.make_call((), inputs))
+            batch.enter(self.active.make_call((), inputs))
         try:
             return self.method(*args, **kwargs)
         finally:
@@ -113,7 +113,7 @@ class Expanding(Generating):
     """Wraps transformers' _expand_inputs_for_generation: records how often generate() repeats each request."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        batch = self.here.get()
+        batch = self.active.get()
         if batch is not None:
             batch.expand = kwargs.get("expand_size", args[0] if args else 1)
         return self.method(*args, **kwargs)

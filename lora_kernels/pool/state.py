@@ -1,4 +1,4 @@
-"""Who has which slot and which rows of a pool, who may go, and who is in use. The pool's lock is held by the caller."""
+"""The adapters of a pool, their slots and rows, and the slots that batches use. The caller holds the pool's lock."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ class PoolState:
     thread does not exist.
     """
 
-    def __init__(self, pooled: PooledModel, capacity: int, max_rank_total: int) -> None:
-        self.pooled, self.capacity = pooled, capacity
+    def __init__(self, pooled: PooledModel) -> None:
+        self.pooled, self.capacity = pooled, pooled.settings.capacity
         self.held = OrderedDict[str, AdapterInfo]()
         self.users, self.running, self.changing = Counter[int](), 0, False
-        self.layouts = {path: Layout(max_rank_total) for path in pooled.layers}
+        self.layouts = {path: Layout(pooled.settings.max_rank_total) for path in pooled.layers}
         self.touched = set[str]()
         self._touched_by = dict[frozenset[int], frozenset[str]]()
         self._order = LoadOrder(lambda: (layer.pool_slots.A.device for layer in pooled.layers.values()))
         self.converting = self._order.converting
 
     def entry(self, name: object) -> AdapterInfo:
-        """The adapter of this name. Raises UnknownAdapterError."""
+        """Return the adapter of this name. Raises UnknownAdapterError."""
         entry = self._held(name)
         return entry._replace(batches=self.users[entry.slot])
 
@@ -49,11 +49,11 @@ class PoolState:
         return entry
 
     def entries(self) -> Iterator[AdapterInfo]:
-        """All of them."""
+        """Iterate over all adapters, the least recently used first."""
         return map(self.entry, self.held)
 
     def idle(self, name: str, wanted: str) -> AdapterInfo:
-        """The adapter of this name, if no batch uses it. Raises AdapterBusyError: do what is ``wanted`` later."""
+        """Return the adapter of this name. Raises AdapterBusyError, which says ``wanted``, if a batch uses it."""
         entry = self.entry(name)
         if entry.batches:
             raise AdapterBusyError(
@@ -63,7 +63,7 @@ class PoolState:
         return entry
 
     def slots(self, names: Sequence[str | None]) -> list[int]:
-        """The slot of each name, -1 for None; they count as just used."""
+        """Return the slot of each name, -1 for None, and mark the adapters as just used."""
         if isinstance(names, str) or not isinstance(names, Sequence):
             raise AdapterPoolError(f"{names!r:.80}: expected a list of names, one a sequence, None for no adapter")
         slots = [-1 if name is None else self._held(name).slot for name in names]
@@ -73,19 +73,19 @@ class PoolState:
         return slots
 
     def touched_by(self, slots: frozenset[int]) -> frozenset[str]:
-        """Paths of the layers in which one of these slots has weights."""
+        """Return the paths of the layers in which one of these slots has weights."""
         if slots not in self._touched_by:
             spans = self.layouts.items()
             self._touched_by[slots] = frozenset(path for path, layout in spans if slots & layout.spans.keys())
         return self._touched_by[slots]
 
     def begin(self, slots: Iterable[int]) -> None:
-        """A batch starts that uses these slots."""
+        """Count a batch that starts and uses these slots."""
         self.users.update(slots)
         self.running += 1
 
     def end(self, slots: Iterable[int]) -> None:
-        """It has ended."""
+        """Count the end of a batch that used these slots."""
         try:
             self._order.batch_ended(slots)
         finally:
@@ -93,7 +93,7 @@ class PoolState:
             self.running -= 1
 
     def put(self, name: str, updates: Mapping[str, Update], pinned: bool) -> int:
-        """Give the adapter its slot and rows, write it, and let those go whose place it takes; the slot."""
+        """Write the adapter into a slot and rows, evict the adapters that it replaces, and return the slot."""
         slot, gone = self._room(name, updates)
         ranks = {path: update.rank for path, update in updates.items()}
         scaling = max(abs(update.scaling) for update in updates.values())
@@ -105,13 +105,13 @@ class PoolState:
         return slot
 
     def remove(self, name: str) -> None:
-        """Take the adapter out."""
+        """Remove the adapter."""
         with self._incomplete():
             self._change(self.held[name].slot, {}, [])
             del self.held[name]
 
     def _room(self, name: str, updates: Mapping[str, Update]) -> tuple[int, list[int]]:
-        """The slot for ``name`` and those that it takes the place of. Raises PoolFullError."""
+        """Return the slot for ``name`` and the slots to free for it. Raises PoolFullError."""
         own = self.held.get(name)
         taken = {entry.slot for entry in self.held.values()}
         slot = own.slot if own else min(set(range(self.capacity)) - taken, default=None)
@@ -132,7 +132,7 @@ class PoolState:
             self.changing = False
 
     def _fixed(self) -> list[int]:
-        """Slots that running batches read."""
+        """Return the slots that running batches read."""
         return [slot for slot, batches in self.users.items() if batches]
 
     def _change(self, slot: int, updates: Mapping[str, Update], gone: Sequence[int]) -> None:

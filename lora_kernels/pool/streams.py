@@ -1,4 +1,4 @@
-"""When rows of the pool may be written on a GPU: after the last kernel that reads them, before the next one."""
+"""Orders writes to rows of the pool on a GPU: after the last kernel that reads them, before the next one."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 
 
 class LoadOrder:
-    """Loads run on streams of their own, one a GPU, so that they wait for no batch but those whose slots they take.
+    """Runs loads on separate streams, one for each GPU, so that a load waits only for batches whose slots it writes.
 
-    A batch leaves an event on the stream it ran on when it ends; a load waits, on the device, for the events of the
-    slots that it writes, and on the host for itself: whatever is launched later, on any stream, finds the new weights.
-    Elsewhere than on CUDA, where every operation is done when its call returns, nothing is done.
+    When a batch ends, an event is recorded on its stream. A load waits on the device for the events of the slots that
+    it writes, and then synchronises its stream on the host, so that later launches on any stream read the new weights.
+    On other devices every operation is complete when its call returns, and nothing needs to be ordered.
 
-    ``devices``: asked at each call, as a model may be moved. ``cuda``: torch.cuda, or what stands for it in a test.
+    ``devices``: called each time, since a model may be moved. ``cuda``: torch.cuda, or a replacement in a test.
     """
 
     def __init__(self, devices: Callable[[], Iterable[torch.device]], cuda: Any = torch.cuda) -> None:
@@ -26,7 +26,7 @@ class LoadOrder:
         self._last: defaultdict[int, list[Any]] = defaultdict(list)
 
     def _streams(self) -> dict[torch.device, Any]:
-        """The load stream of each GPU that the pool is on."""
+        """Return the load stream of each GPU that holds layers of the pool."""
         there = sorted({device for device in self._devices() if device.type == "cuda"}, key=str)
         for device in there:
             if device not in self._made:
@@ -36,7 +36,7 @@ class LoadOrder:
     def batch_ended(self, slots: Iterable[int]) -> None:
         """Note that kernels launched so far, on the current streams, read these slots.
 
-        While a graph is captured nothing runs; its replays belong into batches of their own.
+        Does nothing while a graph is captured, since no kernel runs; a replay must be inside of a batch.
         """
         events = []
         for device in self._streams():
@@ -50,8 +50,8 @@ class LoadOrder:
 
     @contextmanager
     def converting(self, sources: Iterable[torch.Tensor]) -> Iterator[None]:
-        """Kernels and copies of the block are launched on the load streams, and are done when it ends. Where one of
-        the ``sources`` is on a GPU they come after what the caller has launched, which may have made it."""
+        """Launch the kernels and copies of the block on the load streams, and wait for them at its end. If one of the
+        ``sources`` is on a GPU, they run after the caller's earlier launches, which may compute it."""
         made_there = any(source.device.type == "cuda" for source in sources)
         streams = self._streams()
         with ExitStack() as stack:
@@ -65,8 +65,8 @@ class LoadOrder:
 
     @contextmanager
     def writing(self, slots: Collection[int]) -> Iterator[None]:
-        """Kernels and copies of the block are launched on the load streams, after the last use of ``slots``, and are
-        done when it ends, also where it raises and puts back what it has written."""
+        """Launch the kernels and copies of the block on the load streams, after the last use of ``slots``, and wait for
+        them at its end, also if the block raises after restoring what it wrote."""
         streams = self._streams()
         with ExitStack() as stack:
             for stream in streams.values():

@@ -1,4 +1,4 @@
-"""Adapters into the buffers of a pool's layers: in place, all or nothing, a slot's rank first and last."""
+"""Writes adapters into the buffers of pooled layers, in place and all or nothing; a slot has rank 0 meanwhile."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Put = Callable[[Tensor, Tensor | float], None]
 
 
 class Change(NamedTuple):
-    """What happens in one layer: the slots of ``emptied`` lose their adapter, rows move, ``slot`` gets ``update`` at
-    ``start`` (none: nothing for it here), and ``layout`` holds from then on."""
+    """The change of one layer: the slots of ``emptied`` are freed, rows are moved, and ``slot`` gets ``update`` at row
+    ``start`` (None: the adapter has no weights in this layer). ``layout`` is the layout afterwards."""
 
     layout: Layout
     emptied: list[int]
@@ -28,7 +28,7 @@ class Change(NamedTuple):
 
 
 def plan_change(layout: Layout, slot: int, update: Update | None, gone: Sequence[int], fixed: Sequence[int]) -> Change:
-    """How ``slot`` gets its rows once the slots of ``gone`` have none, where the layer ``holds`` them."""
+    """Plan the rows of ``slot`` after the slots of ``gone`` are freed. ``holds`` must be true for these arguments."""
     rank, moves = (update.rank if update else 0), list[Move]()
     start = layout.place(slot, rank, gone)
     after = Layout(layout.total, {other: span for other, span in layout.spans.items() if other not in gone})
@@ -41,9 +41,9 @@ def plan_change(layout: Layout, slot: int, update: Update | None, gone: Sequence
 
 
 def write(layers: Sequence[_Pooled], changes: Sequence[Change]) -> None:
-    """Carry out the changes, one a layer. If anything raises, every buffer has the bits that it had.
+    """Carry out the changes, one for each layer. If a step raises, all buffers get their old bits back.
 
-    A slot that is written to has rank 0 meanwhile, in all layers: whoever reads it then gets the base alone.
+    A slot has rank 0 in all layers while it is written; a kernel that reads it then computes the base alone.
     """
     pairs = list(zip(layers, changes, strict=True))
     with undone_on_failure() as put:
@@ -73,7 +73,7 @@ def write(layers: Sequence[_Pooled], changes: Sequence[Change]) -> None:
 
 @contextmanager
 def undone_on_failure() -> Iterator[Put]:
-    """``put(place, value)`` writes; if the block raises, every place gets its bits back, the last written first."""
+    """Yield ``put(place, value)``, which writes. If the block raises, the old bits are restored in reverse order."""
     before: list[tuple[Tensor, Tensor]] = []
 
     def put(place: Tensor, value: Tensor | float) -> None:

@@ -1,4 +1,4 @@
-"""merge_lora folds all layers or none; unmerge_lora gives back the very bits."""
+"""merge_lora folds all layers or none; unmerge_lora restores the bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""explain tells, for each linear layer, what happened and why, and what is trained."""
+"""Checks that explain shows, for each linear layer, whether it is adapted and why not, and what is trained."""
 
 from __future__ import annotations
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lora_kernels.errors import AdapterPoolError, UnknownRowsError
+from lora_kernels.pool.active import ActiveBatch
 from lora_kernels.pool.batch import OpenBatch
 from lora_kernels.pool.call import Call
-from lora_kernels.pool.here import Here
 from lora_kernels.pool.ids import BatchIds
 from lora_kernels.pool.rows import BLOCK, RowLayout
 
@@ -44,7 +44,7 @@ def slots(batch: OpenBatch, layer: Any, *lead: int) -> list[int]:
 
 
 def test_what_a_call_says_of_its_rows() -> None:
-    batch, layer = OpenBatch(Here(), named(4, 6)), Layer(rows((0, "x", 1)))
+    batch, layer = OpenBatch(ActiveBatch(), named(4, 6)), Layer(rows((0, "x", 1)))
     for length in (3, 2):
         batch.enter(call(x=(2, length)))
         assert slots(batch, layer, 2 * length) == [4] * length + [6] * length
@@ -58,7 +58,7 @@ def test_what_a_call_says_of_its_rows() -> None:
 
 
 def test_requests_that_generate_repeats() -> None:
-    batch, layer = OpenBatch(Here(), named(4, 6)), Layer(rows((0, "", 1)))
+    batch, layer = OpenBatch(ActiveBatch(), named(4, 6)), Layer(rows((0, "", 1)))
     assert slots(batch, layer, 2) == [4, 6]
     batch.expand = 3
     assert slots(batch, layer, 6) == [4, 4, 4, 6, 6, 6]
@@ -68,7 +68,7 @@ def test_requests_that_generate_repeats() -> None:
 
 
 def test_inputs_that_hold_other_requests() -> None:
-    batch, layer = OpenBatch(Here(), named(4, 6)), Layer(rows((0, "", 1)))
+    batch, layer = OpenBatch(ActiveBatch(), named(4, 6)), Layer(rows((0, "", 1)))
     batch.enter(call(x=(5, 3)))
     with pytest.raises(UnknownRowsError, match=r"none of the model's inputs \(x \(5, 3\)\) has 2 requests"):
         batch.of(torch.empty(2, K), layer)
@@ -81,33 +81,33 @@ def test_inputs_that_hold_other_requests() -> None:
 
 def test_images() -> None:
     images, text = Layer(rows((0, "", 1), images=True)), Layer(rows((0, "", 1)))
-    batch = OpenBatch(Here(), named(4, 6))
+    batch = OpenBatch(ActiveBatch(), named(4, 6))
     with pytest.raises(UnknownRowsError, match=r"from the images alone.*pool\.batch\(ids, image_ids=\.\.\.\)"):
         batch.of(torch.empty(2, K), images)
-    batch = OpenBatch(Here(), named(4, 6), named(1, 2, 3))
+    batch = OpenBatch(ActiveBatch(), named(4, 6), named(1, 2, 3))
     assert slots(batch, images, 3) == [1, 2, 3]
     assert slots(batch, text, 2) == [4, 6]
     with pytest.raises(UnknownRowsError, match="2 adapter ids and 3 image ids"):
         batch.of(torch.empty(2, K), images)
-    batch = OpenBatch(Here(), named(4, 6), named(1, 1))
+    batch = OpenBatch(ActiveBatch(), named(4, 6), named(1, 1))
     assert slots(batch, images, 7) == [1] * 7
     with pytest.raises(UnknownRowsError):
         batch.of(torch.empty(7, K), Layer())
-    batch = OpenBatch(Here(), named(4, 4), named(4, 4))
+    batch = OpenBatch(ActiveBatch(), named(4, 4), named(4, 4))
     assert not batch.mixed
     assert slots(batch, Layer(), 7) == [4] * 7
 
 
 def test_what_is_missing_is_learned_once() -> None:
-    here, layer, asked = Here(), Layer(), []
+    active, layer, asked = ActiveBatch(), Layer(), []
 
     def learn(batch: OpenBatch) -> bool:
         asked.append(batch)
         layer.pool_rows[False, 2] = rows((0, "", 1))
         return len(asked) == 1
 
-    here.learn = learn
-    batch = OpenBatch(here, named(4, 6))
+    active.learn = learn
+    batch = OpenBatch(active, named(4, 6))
     assert slots(batch, layer, 2) == slots(batch, layer, 2) == [4, 6]
     assert asked == [batch]
     with pytest.raises(UnknownRowsError):
@@ -116,7 +116,7 @@ def test_what_is_missing_is_learned_once() -> None:
 
 
 def test_after_its_end_nothing_is_served() -> None:
-    batch = OpenBatch(Here(), named(4, 6), touched={"its.path"})
+    batch = OpenBatch(ActiveBatch(), named(4, 6), touched={"its.path"})
     batch.refuse("it has ended")
     with pytest.raises(AdapterPoolError, match="it has ended"):
         assert "its.path" in batch.touched

@@ -23,7 +23,7 @@ SHAPES: list[tuple[tuple[str, ...], tuple[int, ...]]] = [
 
 
 def poison(pool: lk.AdapterPool) -> None:
-    """Rows that belong to nobody hold NaN."""
+    """Rows that belong to no slot hold NaN."""
     for path, layout in pool._state.layouts.items():
         layer = pool._pooled.layers[path]
         for start, rank in layout.gaps():

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.pool.active import ActiveBatch
 from lora_kernels.pool.isolation import Isolation, isolate
-from lora_kernels.pool.layer import Here, into_pooled
+from lora_kernels.pool.layer import PoolSettings, into_pooled
 from lora_kernels.pool.rows import BLOCK, TILED
 
 K = 4
@@ -20,8 +21,8 @@ class Model(nn.Module):
     def __init__(self, arrange: Any) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.arrange, self.layer, self.here = arrange, nn.Linear(K, K), Here()
-        into_pooled(self.layer, 1, 1, 1, self.here, "auto", "layer")
+        self.arrange, self.layer, self.active = arrange, nn.Linear(K, K), ActiveBatch()
+        into_pooled(self.layer, PoolSettings(1, 1, 1), self.active, "layer")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(self.arrange(x))
@@ -35,7 +36,7 @@ def probe(arrange: Any, x: Tensor, subsets: tuple[int, ...] = (-1, 1, 1), **opti
 
     model = Model(arrange)
     count = x.shape[:2].numel() if options.get("flat") else len(x)
-    return isolate(model, model.here, (x,), {}, count, alter, **options)
+    return isolate(model, model.active, (x,), {}, count, alter, **options)
 
 
 def axes(found: Isolation) -> dict[int, set[str]]:

@@ -14,9 +14,10 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from lora_kernels.errors import AdapterPoolError, ShapeError
+from lora_kernels.pool.active import ActiveBatch
 from lora_kernels.pool.batch import OpenBatch
 from lora_kernels.pool.ids import BatchIds
-from lora_kernels.pool.layer import BUFFERS, HOST, Here, PooledLinear, _Pooled, base_class, into_pooled
+from lora_kernels.pool.layer import BUFFERS, HOST, PooledLinear, PoolSettings, _Pooled, base_class, into_pooled
 from lora_kernels.pool.layer import out_of_pooled as undo
 from lora_kernels.pool.rows import BLOCK, TILED, RowLayout
 
@@ -32,7 +33,7 @@ def layer(kind: type[nn.Module] = nn.Linear, **options: Any) -> Any:
     torch.manual_seed(0)
     made = kind(K, N, **options) if kind is nn.Linear else kind(N, K)
     made.requires_grad_(False)
-    made = into_pooled(made, CAPACITY, 6, 4, Here(), "auto", "its.path")
+    made = into_pooled(made, PoolSettings(CAPACITY, 6, 4), ActiveBatch(), "its.path")
     with torch.no_grad():
         made.pool_A.normal_()
         made.pool_Bt.normal_()
@@ -52,9 +53,9 @@ def batch(made: Any, *ids: int, named: bool = True, **options: Any) -> OpenBatch
     """A batch of one id a request, open; rows of sequences in the first dimension."""
     made.pool_rows = {(False, dim): rows(0) for dim in (2, 3, 4)}
     options = {"touched": {"its.path"}, "held": {0, 2}} | options
-    opened = OpenBatch(made.pool_here, BatchIds(ints(*ids), CAPACITY, named=named, values=[*ids]), **options)
-    made.pool_here.var.set(opened)
-    made.pool_here.thread.batch = opened
+    opened = OpenBatch(made.pool_active, BatchIds(ints(*ids), CAPACITY, named=named, values=[*ids]), **options)
+    made.pool_active.var.set(opened)
+    made.pool_active.thread.batch = opened
     return opened
 
 
@@ -150,7 +151,7 @@ def test_a_thread_starts_with_nothing_open() -> None:
     batch(made, 0, 2)
 
     def run() -> None:
-        seen.append((made.pool_here.get(), made.pool_here.thread.batch, made(x)))
+        seen.append((made.pool_active.get(), made.pool_active.thread.batch, made(x)))
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -205,7 +206,7 @@ def test_made_and_unmade(kind: type[nn.Module]) -> None:
     before = {name: id(value) for name, value in vars(original).items()}
     keys, hooks = list(original.state_dict()), []
     original.register_forward_hook(lambda *_: hooks.append(1))
-    made = into_pooled(original, CAPACITY, 6, 4, Here(), "auto", "p")
+    made = into_pooled(original, PoolSettings(CAPACITY, 6, 4), ActiveBatch(), "p")
     assert made is original
     assert isinstance(made, _Pooled)
     assert isinstance(made, kind)
@@ -243,7 +244,7 @@ def test_copies_are_the_frozen_layer(kind: type[nn.Module]) -> None:
     ("weight", "adapters"), [(torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)], ids=str
 )
 def test_a_small_B_stays_what_it_is_over_float16(weight: torch.dtype, adapters: torch.dtype) -> None:
-    made = into_pooled(nn.Linear(K, N).to(weight), CAPACITY, 6, 4, Here(), "auto", "its.path")
+    made = into_pooled(nn.Linear(K, N).to(weight), PoolSettings(CAPACITY, 6, 4), ActiveBatch(), "its.path")
     assert (made.pool_A.dtype, made.pool_Bt.dtype) == (adapters, adapters)
 
 

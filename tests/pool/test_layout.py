@@ -1,4 +1,4 @@
-"""Rows and slots on paper: where they go, who gives way, and that nothing is overwritten unread."""
+"""Checks where rows are placed, which slots are freed, and that no row is overwritten before it is read."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_packed_goes_up_to_who_stays() -> None:
     after, moves = layout.packed(without=[0], fixed=[1])
     assert after.spans == {1: (8, 3), 2: (11, 4), 3: (15, 1)}
     assert [move.slot for move in moves] == [2, 3]
-    assert layout.spans[0] == (3, 2)  # it was asked, not changed
+    assert layout.spans[0] == (3, 2)  # unchanged by the call
 
 
 def test_packing_overwrites_nothing_unread() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import lora_kernels as lk
+from lora_kernels.pool.files import read_updates
 from tests.pool.pools import X, fill
 
 
@@ -41,7 +42,7 @@ def test_close_gives_the_model_back(model: nn.Module, adapter: Any) -> None:
 
 
 def test_a_pool_stays_open_while_it_loads(pool: lk.AdapterPool, adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    one, read = adapter(0, 2), lk.adapters.pool.read_updates
+    one, read = adapter(0, 2), read_updates
 
     def closing(*given: Any) -> Any:
         with pytest.raises(lk.AdapterBusyError, match="1 batches or loads are running"):

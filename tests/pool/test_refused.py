@@ -10,6 +10,7 @@ from torch import nn
 
 import lora_kernels as lk
 from lora_kernels.pool import write as pool_write
+from lora_kernels.pool.layer import _Pooled
 from tests.pool.pools import X, fill
 
 
@@ -157,7 +158,7 @@ def test_a_pool_that_cannot_be_made_leaves_the_model_alone(
 ) -> None:
     with pytest.raises(error, match=message):
         lk.AdapterPool(model, **{"capacity": 3, "max_rank_total": 12, **options})
-    assert {type(layer) for layer in model.modules()}.isdisjoint({lk.adapters.pool_model._Pooled})
+    assert {type(layer) for layer in model.modules()}.isdisjoint({_Pooled})
     assert not list(model.named_buffers())
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_kernels.pool.layer import Here
+from lora_kernels.pool.active import ActiveBatch
+from lora_kernels.pool.layer import PoolSettings
 from lora_kernels.pool.layout import Layout, Span
 from lora_kernels.pool.model import PooledModel
 from lora_kernels.pool.report import AdapterInfo, table, why_full
@@ -19,13 +20,13 @@ def test_state_of_an_adapter() -> None:
 
 
 def test_table(served: Any) -> None:
-    pooled = PooledModel(served().half(), ["q"], 2, 8, 4, Here(), "auto")
+    pooled = PooledModel(served().half(), ["q"], PoolSettings(2, 8, 4), ActiveBatch())
     layouts = {"x": Layout(8, {1: Span(0, 3)}), "y": Layout(8)}
-    first, *rest = table(pooled, 2, 4, layouts, [AdapterInfo("longest name", 1, {"x": 3}, True)]).splitlines()
+    first, *rest = table(pooled, layouts, [AdapterInfo("longest name", 1, {"x": 3}, True)]).splitlines()
     assert first.startswith("AdapterPool(Served, 2 layers, 1 of 2 slots, 3 of 8 ranks, up to 4 each, float32 on cpu, ")
     assert rest == ["slot  name          rank  layers  state", "1     longest name  3     1       pinned"]
     pooled.restore()
-    assert table(pooled, 2, 4, layouts, []) == "AdapterPool(Served, closed)"
+    assert table(pooled, layouts, []) == "AdapterPool(Served, closed)"
 
 
 def test_why_full_tells_of_the_fullest_layer() -> None:

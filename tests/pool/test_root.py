@@ -10,20 +10,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.pool.active import ActiveBatch
 from lora_kernels.pool.batch import OpenBatch
 from lora_kernels.pool.call import Call
 from lora_kernels.pool.ids import BatchIds
-from lora_kernels.pool.layer import Here
 from lora_kernels.pool.root import Root
 
 
 class Model(nn.Module):
     def forward(self, x: Tensor) -> int:
-        self.seen = here.get() and here.get().call
+        self.seen = active.get() and active.get().call
         return 0
 
     def generate(self, expand: int) -> list[int]:
-        batch: Any = here.get()
+        batch: Any = active.get()
         seen = [batch.expand]
         self._expand_inputs_for_generation(expand_size=expand)
         self(torch.zeros(2 * expand, 1))
@@ -35,19 +35,19 @@ class Model(nn.Module):
             raise ValueError("mine")
 
 
-here = Here()
+active = ActiveBatch()
 
 
 @pytest.fixture
 def root() -> Root:
-    here.var.set(None)
-    here.make_call = lambda args, kwargs: Call(args, kwargs, ["x"], False)
-    return Root(Model(), here)
+    active.var.set(None)
+    active.make_call = lambda args, kwargs: Call(args, kwargs, ["x"], False)
+    return Root(Model(), active)
 
 
 def opened() -> OpenBatch:
-    batch = OpenBatch(here, BatchIds(torch.tensor([0, 1], dtype=torch.int32), 2, named=True, values=[0, 1]))
-    here.var.set(batch)
+    batch = OpenBatch(active, BatchIds(torch.tensor([0, 1], dtype=torch.int32), 2, named=True, values=[0, 1]))
+    active.var.set(batch)
     return batch
 
 

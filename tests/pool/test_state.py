@@ -1,4 +1,4 @@
-"""The pool's books: who is least recently used, who may go, who is in use."""
+"""Checks which adapter is least recently used, which may be evicted, and which is in use."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from lora_kernels.errors import AdapterBusyError, AdapterPoolError, PoolFullError, UnknownAdapterError
+from lora_kernels.pool.active import ActiveBatch
 from lora_kernels.pool.files import Update
-from lora_kernels.pool.layer import Here
+from lora_kernels.pool.layer import PoolSettings
 from lora_kernels.pool.model import PooledModel
 from lora_kernels.pool.state import PoolState
 
@@ -20,7 +21,7 @@ def updates(rank: int) -> dict[str, Update]:
 
 @pytest.fixture
 def state(served: Any) -> PoolState:
-    state = PoolState(PooledModel(served(), ["q"], 3, 8, 8, Here(), "auto"), 3, 8)
+    state = PoolState(PooledModel(served(), ["q"], PoolSettings(3, 8, 8), ActiveBatch()))
     for name in "abc":
         state.put(name, updates(2), False)
     return state

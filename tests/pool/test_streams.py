@@ -1,4 +1,4 @@
-"""When a load may write, told by what it asks of torch.cuda: here something that keeps a list of what it is asked."""
+"""Checks when a load may write, with a replacement of torch.cuda that records its calls."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Stream:
 
 
 class Cuda:
-    """The part of torch.cuda that is asked."""
+    """The part of torch.cuda that is used."""
 
     def __init__(self) -> None:
         self.said: list[str] = []

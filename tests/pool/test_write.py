@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.pool import write as pool_write
+from lora_kernels.pool.active import ActiveBatch
 from lora_kernels.pool.files import Update
-from lora_kernels.pool.layer import Here, _Pooled, into_pooled
+from lora_kernels.pool.layer import PoolSettings, _Pooled, into_pooled
 from lora_kernels.pool.layout import Layout, Span
 from lora_kernels.pool.write import plan_change, undone_on_failure, write
 
@@ -22,7 +23,7 @@ def update(rank: int, seed: int) -> Update:
 
 @pytest.fixture
 def layer() -> _Pooled:
-    return into_pooled(nn.Linear(3, 2), 4, 8, 8, Here(), "auto", "x")
+    return into_pooled(nn.Linear(3, 2), PoolSettings(4, 8, 8), ActiveBatch(), "x")
 
 
 def held(layer: _Pooled, slot: int) -> tuple[Tensor, Tensor, float]:
@@ -70,7 +71,7 @@ def test_a_layer_that_the_adapter_leaves_out(layer: _Pooled) -> None:
 
 
 def test_a_rank_is_the_first_and_the_last_that_is_written(layer: _Pooled, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = into_pooled(nn.Linear(3, 2), 4, 8, 8, Here(), "auto", "y")
+    other = into_pooled(nn.Linear(3, 2), PoolSettings(4, 8, 8), ActiveBatch(), "y")
     layout = Layout(8, {0: Span(0, 2), 1: Span(2, 2), 2: Span(5, 2)})
     names = {layer.pool_ranks.data_ptr(): "rank", other.pool_ranks.data_ptr(): "rank"}
     said, undo = [], pool_write.undone_on_failure

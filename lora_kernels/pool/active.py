@@ -1,4 +1,4 @@
-"""Finds the batch that is open where the model is called: by context variable, by thread, by generator."""
+"""Stores the open batch of each context, thread and generator, and returns it where the model is called."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Thread(threading.local):
     batch: OpenBatch | None = None
 
 
-class Here:
+class ActiveBatch:
     """The batch that is open in this context (a thread, an asyncio task). ``thread``: the batch that is open in this
     thread, for torch.compile, which cannot trace context variables.
 
@@ -54,11 +54,11 @@ class Here:
                 "in another thread or task; open the batch where the model is called, and not across a yield"
             )
 
-    def __deepcopy__(self, memo: object) -> Here:
+    def __deepcopy__(self, memo: object) -> ActiveBatch:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Here, ()
+        return ActiveBatch, ()
 
 
 class Refusing:

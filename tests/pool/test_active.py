@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lora_kernels.errors import AdapterPoolError
-from lora_kernels.pool.here import Here, Refusing, running
+from lora_kernels.pool.active import ActiveBatch, Refusing, running
 
 
 class Batch:
@@ -21,18 +21,18 @@ class Batch:
 
 
 def test_a_context_has_its_own() -> None:
-    here = Here()
+    active = ActiveBatch()
     context = copy_context()
-    context.run(here.var.set, 1)
-    assert here.get() is None
-    assert context.run(here.get) == 1
+    context.run(active.var.set, 1)
+    assert active.get() is None
+    assert context.run(active.get) == 1
 
 
 def test_copies_of_a_model_share_it_and_pickles_have_none() -> None:
-    here = Here()
-    assert copy.deepcopy(here) is here
-    here.var.set(1)
-    assert pickle.loads(pickle.dumps(here)).get() is None
+    active = ActiveBatch()
+    assert copy.deepcopy(active) is active
+    active.var.set(1)
+    assert pickle.loads(pickle.dumps(active)).get() is None
 
 
 def test_running() -> None:
@@ -50,27 +50,27 @@ def test_running() -> None:
 
 
 def test_a_generators_batch_counts_inside_the_generator() -> None:
-    here = Here()
+    active = ActiveBatch()
 
     def steps() -> Any:
         while True:
-            here.check_generator(current)
+            active.check_generator(current)
             yield
 
     current: Any = None
     generator: Any = steps()
     next(generator)
     mine = Batch(frame=generator.gi_frame)
-    here.generators[generator.gi_frame] = mine  # type: ignore[assignment]
-    here.check_generator(None)  # another thread
+    active.generators[generator.gi_frame] = mine  # type: ignore[assignment]
+    active.check_generator(None)  # another thread
     with pytest.raises(AdapterPoolError, match="outside of the generator"):
-        here.check_generator(mine)
+        active.check_generator(mine)
     for inside in (mine, Batch(outer=mine)):
         current = inside
         next(generator)
     for outside in (None, Batch()):
         current, other = outside, steps()
-        here.generators[other.gi_frame] = mine  # type: ignore
+        active.generators[other.gi_frame] = mine  # type: ignore
         with pytest.raises(AdapterPoolError, match="resumed in another thread or task"):
             next(other)
 
