@@ -54,9 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default=SMOLLM2)
     parser.add_argument("--steps", type=int, default=16, help="steps of each training")
-    parser.add_argument(
-        "--sentences", type=int, default=3, help="each is sent to all three adapters and to the base model"
-    )
+    parser.add_argument("--sentences", type=int, default=3, help="each goes to the three adapters and the base model")
     parser.add_argument("--repeats", type=int, default=1, help="repeats of the timing; medians are shown")
     parser.add_argument("--out", type=Path, default=Path("out/serve_adapters"))
     arguments = parser.parse_args()

@@ -91,7 +91,7 @@ def _case(kernel: str, M: int = 8192) -> Case:
 
 def test_a_launch_meets_the_cost_model_by_its_name_and_sizes() -> None:
     told = matrix.predicted(_case("dx_da"), "dx_da", CHIPS["sm_90"])
-    problem = cost.Problem("bwd", 8192, 4096, 4096, 16, torch.bfloat16, dropout=True, bits=True)
+    problem = cost.CallShape("bwd", 8192, 4096, 4096, 16, torch.bfloat16, dropout=True, bits=True)
     assert told["flop"] == cost.dx_da(problem).flop
     assert told["moved"] == cost.dx_da(problem).bytes
     assert told["seconds"] == cost.seconds(cost.dx_da(problem), torch.bfloat16, CHIPS["sm_90"])
@@ -106,7 +106,7 @@ def test_stacked_projections_are_costed_together() -> None:
     case = replace(_case("stacked_extend"), N=sum(Ns), Ns=Ns)
     told = matrix.predicted(case, "stacked_extend", CHIPS["sm_90"])
     assert told["flop"] == 2 * 8192 * sum(Ns) * (4096 + 16)
-    problem = cost.Problem("bwd", 8192, sum(Ns), 4096, 3 * 16, torch.bfloat16, dropout=True, bits=True)
+    problem = cost.CallShape("bwd", 8192, sum(Ns), 4096, 3 * 16, torch.bfloat16, dropout=True, bits=True)
     told = matrix.predicted(replace(case, kernel="stacked_dx"), "reduce", CHIPS["sm_90"])
     assert told["moved"] == cost.reduce_da(problem).bytes
 
@@ -117,6 +117,6 @@ def test_kernels_element_by_element_move_their_matrices_once() -> None:
 
 
 def test_the_sum_after_a_kernel_is_as_large_as_its_partials() -> None:
-    problem = cost.Problem("bwd", 8192, 4096, 4096, 16, torch.bfloat16, dropout=True, bits=True)
+    problem = cost.CallShape("bwd", 8192, 4096, 4096, 16, torch.bfloat16, dropout=True, bits=True)
     for kernel, launch in (("dyb_db", cost.reduce(problem)), ("dx_da", cost.reduce_da(problem))):
         assert matrix.predicted(_case(kernel), "reduce", CHIPS["sm_90"])["moved"] == launch.bytes
