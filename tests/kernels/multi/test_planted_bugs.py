@@ -51,7 +51,7 @@ BUGS = [
     ("a slot writes into its neighbour", "multi/grads.py", "mask=mask_c[:, None] & (offs_r < rank)[None, :]", "mask=mask_c[:, None]"),
     ("spans overlap", "multi/grads.py", "tl.minimum(span * length + length, count)", "count"),
     ("the last span is left out", "multi/grads.py", "for _ in range(0, used):", "for _ in range(0, tl.maximum(used - 1, 1)):"),
-    ("spans that nobody made are summed", "multi/grads.py", "used = tl.cdiv(count, span_length(count, spans, BLOCK_M))", "used = spans"),
+    ("spans without a program are summed", "multi/grads.py", "used = tl.cdiv(count, span_length(count, spans, BLOCK_M))", "used = spans"),
     ("dA is put down as its transpose", "multi/grads.py", "(start + offs // C) * stride_or + (offs % C) * stride_oc", "(start + offs // C) * stride_oc + (offs % C) * stride_or"),
     ("dB's last block is left out", "multi/grads.py", "block -= tl.cdiv(K, BLOCK_N)", "block -= tl.cdiv(K, BLOCK_N) + 1"),
     ("a 32-bit row of dY", "multi/grads.py", "other=0)[:, None].to(tl.int64)", "other=0)[:, None]"),
