@@ -100,6 +100,7 @@ def test_refused_adapters_change_nothing(model: nn.Module, pool: lk.AdapterPool,
         (lambda p: p.evict("b"), lk.AdapterPoolError, "'b' is pinned; unpin it first"),
         (lambda p: p.ids(["a", "x"]), lk.UnknownAdapterError, "no adapter 'x'"),
         (lambda p: p.ids(["a", 0]), lk.UnknownAdapterError, "no adapter 0"),
+        (lambda p: p.ids(["a", ["b"]]), lk.UnknownAdapterError, r"no adapter \['b'\]"),
         (lambda p: p.ids("a"), lk.AdapterPoolError, "expected a list of names"),
         (lambda p: p.ids({"a"}), lk.AdapterPoolError, "expected a list of names"),
         (

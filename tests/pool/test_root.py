@@ -86,6 +86,18 @@ def test_the_batch_sees_the_call_while_it_runs(root: Root) -> None:
     root.detach()
 
 
+def test_the_batch_sees_the_arguments_as_given_before_hooks_change_them(root: Root) -> None:
+    model: Any = root.model
+    mine = model.register_forward_pre_hook(lambda module, args: (torch.cat([args[0], args[0]]),))
+    root.attach()
+    opened()
+    x = torch.zeros(2, 1)
+    model(x)
+    assert model.seen.main["x"] is x
+    root.detach()
+    mine.remove()
+
+
 def test_generate_repeats_requests_until_it_ends(root: Root) -> None:
     model: Any = root.model
     root.attach()
