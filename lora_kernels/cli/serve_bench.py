@@ -175,7 +175,7 @@ def _table(case: ServingCase, layers: int, graph: bool, trial: Trial) -> list[st
 
 def _beside_peft(trial: Trial) -> list[str]:
     """Compare with PEFT's time: this package, and the frozen layer, which is the lower bound for adapters."""
-    # reversed: of this package's plans the first one, which it chose, is kept
+    # In reverse, so that of several plans of this package the first one, the planner's choice, is kept.
     times = {timing.contender.name: timing.ms_p50 for timing in reversed(trial.timings)}
     lines = []
     for peft in (PEFT.name, PEFT_FP32.name):

@@ -41,7 +41,7 @@ MODELS = {
 }  # fmt: skip
 MODEL_HELP = f"a folder, a config.json, a hub id, or one of {', '.join(MODELS)}"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-MAX_LAYERS = 10_000  # of a configuration that is built; also the limit for labels
+MAX_LAYERS = 10_000  # most layers, and most labels, of a configuration that is built
 
 # Configurations to build these models without a network. Other values are the defaults of transformers.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -153,7 +153,7 @@ def problems_of(
     ops: Sequence[str],
     chip: Chip,
 ) -> list[CallShape]:
-    """List every problem with an entry of its own in a table, in descending order of predicted time in the model."""
+    """List one problem for each entry of a tuned table, in descending order of predicted time in the model."""
     weights: Counter[tuple[object, ...]] = Counter()
     problems: dict[tuple[object, ...], CallShape] = {}
     for (N, K, bias), count in shapes.items():

@@ -169,7 +169,7 @@ def space_of(arguments: argparse.Namespace, sets: dict[str, str]) -> dict[str, A
 
 
 def first_of(space: dict[str, Axis]) -> Params:
-    """Choose the first trial's parameters: train's default if it is on the axis, else the first choice or middle."""
+    """Choose the first trial's parameters: train's default if the axis has it, else the first choice or the middle."""
     usual = dict(zip(_AXES, (16, "2r", 0.0, "all-linear", "default", 1e-3, 1.0), strict=True))
     middle = {name: math.sqrt(axis.low * axis.high) for name, axis in space.items() if not axis.choices}
     return {

@@ -1,4 +1,4 @@
-"""The one function through which every Triton and Gluon launch of the package goes."""
+"""Launches every Triton and Gluon kernel of the package; no other code launches one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def launch(
 ) -> None:
     """Launch ``kernel`` on ``device``, where its tensors are; ``options`` are keyword arguments and Triton's options.
 
-    Triton launches on the current CUDA device and its stream, so another device is made current for the launch. CPU
+    Triton launches on the current CUDA device and its stream, so ``device`` is made current for the launch. CPU
     tensors (interpreter, emulator, dry GPU) cause no CUDA call.
 
     Args:

@@ -28,7 +28,7 @@ from lora_kernels.planning.plans import MULTI, VARIANTS, Variant, switched_off
 from lora_kernels.planning.tuned import Entry, table_for
 
 BACKENDS = ("auto", "reference", "triton", "cuda", "cpp")
-PLANS = tuple(variant.name for variant in VARIANTS if not variant.opt_in)  # the planner's own
+PLANS = tuple(variant.name for variant in VARIANTS if not variant.opt_in)  # the planner chooses among these
 OPT_IN = tuple(variant.name for variant in VARIANTS if variant.opt_in)
 FORWARD_ONLY = {variant.name: variant.backward for variant in VARIANTS if variant.bwd is None}
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -140,7 +140,7 @@ def _plan(variant: Variant, problem: CallShape, chip: Chip, entry: Entry | None)
     if direction is None:
         return Plan(variant.name, (), math.inf, "it is a forward plan", variant.opt_in)
     found = None if entry is None else entry.best(variant.name)
-    tiles = found.tiles if found and entry and entry.r == problem.r else None  # tiles are for one rank
+    tiles = found.tiles if found and entry and entry.r == problem.r else None  # tiles were measured at one rank
     if tiles is not None and direction.refused(problem, chip, tiles):
         tiles = None
     if refused := switched_off(variant.name) or direction.refused(problem, chip, tiles):
@@ -153,14 +153,15 @@ def _plan(variant: Variant, problem: CallShape, chip: Chip, entry: Entry | None)
 
 @functools.lru_cache(maxsize=4096)
 def candidates(problem: CallShape, chip: Chip) -> tuple[Plan, ...]:
-    """Every plan for ``problem``, the fastest predicted first, refused ones last; opt-in ones after all others."""
+    """Every plan for ``problem``: first those not opt-in, then the opt-in ones; in each part the fastest predicted
+    first and refused ones last."""
     entry = table_for(chip.name).lookup(problem)
     plans = (_plan(variant, problem, chip, entry) for variant in VARIANTS)
     return tuple(sorted(plans, key=lambda plan: (plan.opt_in, plan.seconds)))
 
 
 def _own_choice(problem: CallShape, chip: Chip) -> Plan:
-    """The tuned table's plan if it can run, else the plan with the least prediction among those not opt-in."""
+    """The tuned table's plan if it can run, else the plan of least predicted time among those not opt-in."""
     plans = candidates(problem, chip)
     entry = table_for(chip.name).lookup(problem)
     if entry is not None:
@@ -175,8 +176,8 @@ def _own_choice(problem: CallShape, chip: Chip) -> Plan:
 def choose(problem: CallShape, chip: Chip, forced: str | None = None) -> Plan:
     """The plan that runs: ``forced``, else the tuned table's, else the model's among PLANS.
 
-    No FORWARD_ONLY plan has a backward: if one is named, its counterpart runs if it has one that is valid, otherwise
-    the planner's own choice.
+    A FORWARD_ONLY plan has no backward. If one is named, the backward is run by the plan that FORWARD_ONLY assigns to
+    it, if there is one and it is valid; otherwise by the planner's own choice.
 
     Raises:
         BackendUnavailableError: the plan requested by name is not valid for this problem.
@@ -215,7 +216,7 @@ def plan_call(
     bits: bool,
     forced: str | None,
 ) -> tuple[Plan, Chip]:
-    """The plan and the Chip of one call, whose matrices are ``operands``: X, W, or dY, X, W, the first with M rows.
+    """The plan and the Chip of one call. ``operands``: (X, W) forward, (dY, X, W) backward; the first has M rows.
 
     Costs one cache look-up. If descriptors cannot take these matrices, "auto" chooses again and a plan requested by
     name raises. If the matrices do not allow the wide loads that tuned tiles need, the default tiles are used.
@@ -233,7 +234,7 @@ def plan_call(
 
 
 def descriptors_take(*matrices: torch.Tensor) -> bool:
-    """Whether TMA descriptors can take these matrices: rows contiguous, 16 bytes aligned and a multiple of it apart."""
+    """Whether TMA descriptors can take these matrices: contiguous rows that begin at multiples of 16 bytes."""
     for t in matrices:
         rows, columns = t.shape
         stride, step = t.stride()

@@ -1,6 +1,6 @@
 """Cost model of a LoRA linear layer: FLOP and bytes of every kernel, and the time predicted for them on a chip.
 
-A kernel's time is the larger of FLOP over rate and bytes over bandwidth, plus a fixed cost a launch. Rates are
+A kernel's time is the larger of FLOP / rate and bytes / bandwidth, plus a fixed cost for each launch. Rates are
 data-sheet figures times efficiencies that have not been measured on a GPU yet. They are chosen so that the vendor's
 library computes the base GEMM unless the prediction clearly favours a kernel of this package. plans.py composes
 kernels into plans.
@@ -118,7 +118,7 @@ def seconds(launch: Launch, dtype: torch.dtype, chip: Chip) -> float:
 
 
 def _passes(q: CallShape) -> int:
-    """Number of times that a pass which holds one tile of ranks reads its matrix."""
+    """Number of times that a kernel reads its matrix: once for each tile of ranks."""
     return -(-q.r // rank_block(q.dtype))
 
 
@@ -157,7 +157,7 @@ def _dyb_db_parts(q: CallShape) -> int:
 
 
 def _da_parts(q: CallShape) -> int:
-    """Bytes of dA's fp32 partials, one a row block; tma_dx adds up to eight of them first: there an upper estimate."""
+    """Bytes of dA's fp32 partials, one for each row block; an upper estimate for tma_dx, which first adds up to 8."""
     return 4 * q.r * q.K * -(-q.M // 128)
 
 

@@ -71,7 +71,7 @@ def decode(q: MultiCallShape, maker: str = "pointer") -> Launch:
 
 
 def rows(q: MultiCallShape) -> Launch:
-    """The rows of every slot from M ids; each slot reads the ids twice, once from memory."""
+    """The list of rows of each slot, from M ids. Every slot reads the ids twice; one read is counted as from memory."""
     return Launch("multi_rows", 0, 4 * (2 * q.M + 2 * q.L))
 
 
@@ -83,7 +83,7 @@ def gradients(q: MultiCallShape) -> Launch:
 
 
 def sums(q: MultiCallShape, spans: int = 4) -> Launch:
-    """dA_l and dB_l from float32 partials of ``spans`` spans of rows; none is launched for one span."""
+    """dA_l and dB_l from float32 partials of ``spans`` spans of rows; one span needs no such launch."""
     return Launch("multi_sum", 0, (4 * spans + q.dtype.itemsize) * q.R * (q.K + q.N))
 
 

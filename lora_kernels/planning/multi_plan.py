@@ -125,7 +125,7 @@ def candidates(problem: MultiCallShape, chip: Chip, unsuited: str | None = None)
 @functools.lru_cache(maxsize=4096)
 def choose(problem: MultiCallShape, chip: Chip, forced: str | None = None, unsuited: str | None = None) -> Plan:
     """The plan that runs: ``forced``, else the one with the least predicted time. If ``forced`` has no backward, the
-    planner chooses that of the backward.
+    planner chooses the plan of the backward.
 
     Raises:
         BackendUnavailableError: the plan requested by name is not valid for this problem.

@@ -1,9 +1,9 @@
-"""Finds the backend that ``use_backend`` blocks request: that of the calling thread's or task's innermost one.
+"""Finds the backend that ``use_backend`` blocks request: the innermost block of the calling thread or task.
 
-A block belongs to the context (contextvars) that entered it. It has no effect in other threads and tasks, except in
-tasks that are created inside of it, until it ends. Two callers cannot read a context and use the block that was entered
-last in the whole program: a graph of torch.compile, which guards on a global variable, and a recomputation in a thread
-of autograd's engine.
+A block belongs to the context (contextvars) that entered it. Until it ends it applies there and in tasks that are
+created inside of it, and in no other thread or task. Two callers cannot read a context and use the block that was
+entered last in the whole program: a graph of torch.compile, which guards on a global variable, and a recomputation in
+a thread of autograd's engine.
 """
 
 from __future__ import annotations

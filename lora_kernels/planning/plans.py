@@ -41,9 +41,9 @@ def _nothing_else(q: CallShape, chip: Chip) -> str | None:
 class Pass:
     """One direction of a plan.
 
-    ``launches``: of a CallShape, in order. ``tiles``: the default configuration of the main product; None if the
-    vendor's library computes it. ``others``: configurations of the other kernels, which must also be valid.
-    ``refusal``: any other reason why it cannot run, or None. ``descriptors``: it reads its matrices by TMA.
+    ``launches``: maps a CallShape to its launches, in order. ``tiles``: the default configuration of the main product;
+    None if the vendor's library computes it. ``others``: configurations of the other kernels, which must also be
+    valid. ``refusal``: any other reason why it cannot run, or None. ``descriptors``: it reads its matrices by TMA.
     """
 
     launches: Callable[[CallShape], tuple[Launch, ...]]
@@ -76,8 +76,8 @@ def invalid(tiles: Tiles, q: CallShape, chip: Chip) -> str | None:
 @dataclass(frozen=True)
 class Variant:
     """A plan. ``opt_in``: it runs only if it is named or chosen by a tuned table of this GPU, since it has not been
-    measured on a GPU yet. ``backward``: for a plan without a backward, the plan of the backward when this one is named;
-    None: the planner's own choice.
+    measured on a GPU yet. ``backward``: for a plan without a backward, the plan that runs the backward if this one is
+    named; None: the planner's own choice.
     """
 
     name: str
@@ -92,7 +92,7 @@ def _made_by(*kernels: str) -> Callable[[CallShape], tuple[Launch, ...]]:
 
 
 def _library_cannot(q: CallShape) -> bool:
-    """Whether the products of rank r take operands of two dtypes, which the vendor's library does not multiply."""
+    """Whether operands of the products of rank r have two dtypes; the vendor's library cannot multiply those."""
     return low_rank_dtype(q.dtype) is not q.dtype
 
 

@@ -1,6 +1,6 @@
 """Choose the plan of P stacked LoRA linear layers: the launches of each plan, their FLOP and bytes.
 
-cost.py has the kernels that compute one projection at a time; this file has the two that compute all of them.
+cost.py has the costs of kernels that compute one projection; this file has those of the two that compute all.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def candidates(problem: StackedCallShape, chip: Chip) -> tuple[Plan, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def choose(problem: StackedCallShape, chip: Chip, forced: str | None = None) -> Plan:
-    """The plan that runs: ``forced`` if it is one of PLANS, otherwise (a plan of one layer) the planner's choice."""
+    """The plan that runs: ``forced`` if it is one of PLANS, otherwise (None, or a plan of one layer) its own choice."""
     plans = candidates(problem, chip)
     named = next((plan for plan in plans if plan.name == forced), None)
     return replace(plans[0], why="model") if named is None else replace(named, why="named")

@@ -40,8 +40,9 @@ class ActiveBatch:
         self.generators: dict[FrameType, OpenBatch] = {}
 
     def check_generator(self, batch: Any) -> None:
-        """Raise AdapterPoolError if a batch that a generator opened is used wrongly: the model is called outside of the
-        generator while its batch is open; or inside of it, resumed in a thread or task where it is not open."""
+        """Raise AdapterPoolError for two wrong uses of a batch that a generator opened: a call of the model outside of
+        the generator while the batch is open; and a call inside of the generator after it was resumed in another thread
+        or task, where the batch is not open."""
         at, owner = sys._getframe(1), None
         while at is not None and owner is None:
             owner, at = self.generators.get(at), at.f_back  # type: ignore[assignment]

@@ -25,7 +25,7 @@ REMEDY = (
 
 
 class OpenBatch:
-    """requests: the ids of the model's sequences. images: the ids of the items of its image inputs, or None.
+    """An open batch. requests: ids of the model's sequences. images: ids of the items of its image inputs, or None.
 
     touched: paths of the layers in which one of its adapters has weights. held: slots that are kept while it is open.
     virtual: slots int64 (v,) and factors float32 (v,) of adapters that a request uses with its own scale; their ids
@@ -53,7 +53,7 @@ class OpenBatch:
         self.outer_in_thread: OpenBatch | None = None
         self.ended = self.interleaved = False
         self.mixed = not requests.named or self._one() is None
-        self.none = requests.named and not self.held  # no adapter at all
+        self.none = requests.named and not self.held  # no request uses an adapter
         self._scaled: dict[str, Slots] = {}
 
     def refuse(self, message: str) -> None:
@@ -96,7 +96,7 @@ class OpenBatch:
                     "a CUDA graph is captured inside a batch of names, whose ids are freed when it ends; allocate a "
                     "tensor, fill it by pool.ids(names, out=tensor), and capture inside pool.batch(tensor)"
                 )
-            return self._find(x, layer)  # the graph does it: a replay reads other ids
+            return self._find(x, layer)  # part of the graph, since a replay may read other ids
         if derived():  # a tensor made under a transform must not outlive it
             if batched(x) and self._one() is None:
                 raise AdapterPoolError(
@@ -140,7 +140,7 @@ class OpenBatch:
         )
 
     def _known(self, x: Tensor, layer: Any) -> Tensor | str:
-        """The id of each row, or the reason why it is not known."""
+        """Return the id of each row, or the reason why no probe has shown it."""
         layout, lead = layer.pool_rows.get((self.tokens, x.dim())), tuple(x.shape[:-1])
         if self.tokens:
             lead = (math.prod(lead),)
@@ -182,7 +182,7 @@ class OpenBatch:
         return one if images is None or (images.value is not None and images.value == self.requests.value) else None
 
     def traced(self, x: Tensor, layer: Any) -> Tensor | None:
-        """As ``of``, for torch.compile: uses only the results of earlier probes. None for the base alone."""
+        """Return what ``of`` returns, under torch.compile, from earlier probes only; None: only the base layer runs."""
         if self.refusal:
             raise AdapterPoolError(self.refusal)
         if self.interleaved:
@@ -200,7 +200,7 @@ class OpenBatch:
                 lead = (x.shape[:-1].numel(),) if tokens else x.shape[:-1]
                 ids = (
                     None if given is None else given.repeated(self.expand, live=True)
-                )  # of a size that a graph leaves open
+                )  # its size may be symbolic in the graph
                 if ids is not None and lead[place.axis] == ids.shape[0] * place.repeats:
                     return place.spread(ids, lead).to(x.device)
             known = known or layout

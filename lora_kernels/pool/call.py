@@ -15,7 +15,7 @@ Dims = tuple[int, ...]  # (0,) or (1,): the dimension of the requests; (0, 1): a
 
 
 def tensors_of(args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a call, also inside lists, tuples and dicts. ``names``: names of the positional arguments."""
+    """Yield (name, tensor) for each tensor, also in lists, tuples and dicts. ``names``: of the positional arguments."""
     given = [(names[i] if i < len(names) else f"args.{i}", value) for i, value in enumerate(args)]
     for name, value in (*given, *kwargs.items()):
         if isinstance(value, Tensor):
@@ -29,7 +29,7 @@ def tensors_of(args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[s
 class Call:
     """args, kwargs: arguments of the model. media: its image, audio and video inputs, if it reads text. main: the other
     tensors. numbers: arguments that are lists of numbers, such as lengths, and may decide where rows are; with
-    ``single`` also numbers alone."""
+    ``single`` also single numbers."""
 
     def __init__(
         self,

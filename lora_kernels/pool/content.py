@@ -40,7 +40,7 @@ def with_other_extents(extents: Sequence[Tensor], args: Any, kwargs: Any) -> Any
 
 
 def kept_values(content: Mapping[str, Tensor], media: bool) -> Iterator[tuple[int, ...]]:
-    """Sets of tokens that a probe keeps in place, one set for each attempt: one may be the placeholder of an image."""
+    """Yield, for each attempt of a probe, the tokens that it leaves unchanged: one may be an image's placeholder."""
     yield ()
     for tokens in content.values() if media else ():
         if not tokens.is_floating_point() and tokens.numel():

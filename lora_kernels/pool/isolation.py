@@ -1,7 +1,8 @@
 """The isolation probe: which rows of every pooled layer change when some requests are altered and others are not.
 
     run 0        the inputs as they are
-    run j        other content for the requests of subset j; each request is in half of the subsets, no two in the same
+    run j        other content for the requests of subset j; each request is in half of the subsets, no two
+                 requests are in the same ones
     code[row]    bit j set if the row's bits in run j differ from those in run 0
 
 A row that belongs to request i alone changes only in runs in which request i is altered. If rows share products whose
@@ -28,7 +29,7 @@ from lora_kernels.pool.rows import places_of
 
 RUNS = 8  # the minimum; with fewer, rows routed by content can look ordered by chance in all runs
 STRONG = 0.01
-SEED = 0x10AD_C0DE  # an unusual one: the inputs must not have been drawn with it
+SEED = 0x10AD_C0DE  # unlikely to be the seed with which the inputs were drawn
 Seen = dict[str, list[tuple[tuple[int, ...], Tensor, Tensor]]]  # {path: (leading dims, hashes, sketches) of each call}
 Alter = Callable[[Tensor, Tensor, torch.Generator], Tensor | None]  # (an input, which requests, ...): altered or None
 
@@ -74,7 +75,7 @@ class Isolation(NamedTuple):
         return 0 < self.known() == len(self.places)
 
     def agreeing(self, other: Isolation) -> Isolation:
-        """The places that a probe of other inputs confirms; those of layers that it did not run are kept."""
+        """Keep the places that a probe of other inputs confirms, and those of layers that this probe did not run."""
         places = dict(self.places)
         for at, mine in self.places.items():
             theirs = {} if at[0] in other.varies else other.places.get(at)
@@ -137,8 +138,8 @@ def isolate(
 
 
 def _subsets(count: int) -> Iterator[Tensor]:
-    """bool (count,) for each run: the requests whose number (from 1) has a certain binary digit 1, and then those that
-    have a 0; repeated until there are at least RUNS."""
+    """Yield bool (count,) for each run. Each binary digit of the request numbers (from 1) gives two subsets: the
+    requests in which it is 0, and those in which it is 1. All are repeated until there are at least RUNS."""
     digits = count.bit_length()
     for number in range(max(2 * digits, RUNS + RUNS % 2)):
         bit = (torch.arange(1, count + 1) >> (number // 2 % digits)) & 1
@@ -159,7 +160,7 @@ def _copied(leaf: Any) -> Any:
 
 @contextmanager
 def _apart(model: nn.Module, active: ActiveBatch, recording: Recording) -> Iterator[None]:
-    """Restore training flags and random states after the block; in it, modules are in eval mode without gradients."""
+    """Run the block in eval mode without gradients; then restore training flags and random states."""
     training = [module for module in model.modules() if module.training]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     state, token = random.getstate(), active.var.set(recording)

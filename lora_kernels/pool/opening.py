@@ -106,8 +106,8 @@ def generator_of(frame: FrameType | None) -> FrameType | None:
 
 
 def split(asked: Sequence[Name]) -> tuple[list[str | None], dict[int, float]]:
-    """(["sql", "fr", None], {1: 0.5}) from ["sql", ("fr", 0.5), None]: names, and {position: scale} of scales other
-    than 1."""
+    """Return the names, and {position: scale} of scales other than 1. ["sql", ("fr", 0.5), None] gives
+    (["sql", "fr", None], {1: 0.5})."""
     if isinstance(asked, str) or not isinstance(asked, Sequence):
         raise AdapterPoolError(f"{asked!r:.80}: expected a list of names, one for each sequence, None for no adapter")
     names, factors = list[Any](asked), dict[int, float]()

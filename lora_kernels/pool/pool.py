@@ -168,7 +168,7 @@ class AdapterPool:
                 state.running -= 1
 
     def ids(self, names: Sequence[str | None], out: Tensor | None = None) -> Tensor:
-        """int32 (n,): the slot of each name, -1 for None; into ``out`` (m,), m >= n, whose rest gets -1.
+        """Return the slot of each name, -1 for None: int32 (n,), or ``out`` (m,), m >= n, filled up with -1.
 
         A slot keeps its adapter until the adapter is evicted. Call this inside of ``pool.batch(tensor)`` to prevent
         that until the end of the batch: ``with pool.batch(static): pool.ids(names, out=static); graph.replay()``.

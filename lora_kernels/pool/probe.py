@@ -91,7 +91,7 @@ class Probe:
         """
         self.active.failure = ""
         others = []
-        if [dims for dims, _ in options] == [(1,)]:  # rows may be as independent along dimension 0
+        if [dims for dims, _ in options] == [(1,)]:  # rows may be equally independent along dimension 0
             others = [((0,), count) for count in _counts(call, (0,)) if count > 1 and self.active.batch_dim is None][:1]
         results = list[tuple[Dims, int, Isolation]]()
         for dims, count in [*options, *others]:
@@ -129,7 +129,7 @@ class Probe:
         return bool(found.known())
 
     def _best(self, call: Call, dims: Dims, count: int) -> Isolation:
-        """Alter the inputs in several ways, and return what shows most; NOTHING if the model refuses all of them."""
+        """Alter the inputs in several ways, and return what shows most; NOTHING if each raises in the model."""
         content = {
             name: tensor for name, tensor in call.main.items()
             if len_of(tensor, dims) == count and is_content(name)

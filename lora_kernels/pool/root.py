@@ -33,7 +33,7 @@ class Root:
         self._users += 1
         if self._users > 1:
             return
-        # as register_forward_pre_hook(prepend=True, with_kwargs=True) does, which takes 10 us to make its handles
+        # register_forward_pre_hook(prepend=True, with_kwargs=True) does the same, but takes 10 us to make its handles
         model, before = self.model, self._before.id
         model._forward_pre_hooks[before], model._forward_hooks[self._after.id] = self._hooks
         model._forward_pre_hooks.move_to_end(before, last=False)  # type: ignore[attr-defined]  # an OrderedDict

@@ -1,4 +1,4 @@
-"""Rules, found by probes of the model, for which request each row of a layer's input belongs to."""
+"""Rules that assign each row of a layer's input to a request. Probes of the model find them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 BLOCK, TILED = "block", "tiled"  # (0, 0, 1, 1) or (0, 1, 0, 1) for two requests with two rows each
 Sizes = Mapping[str, int]  # {input of the model: size of its first dimension that does not count the requests}
-Rule = tuple[int, str, int]  # (axis, name, factor): each request has factor * sizes[name] indices; for "" factor
+Rule = tuple[int, str, int]  # (axis, name, factor): a request has factor * sizes[name] indices, or factor if name is ""
 
 
 class Found(NamedTuple):
@@ -25,7 +25,7 @@ class Found(NamedTuple):
         return self.spread(torch.arange(count), lead)
 
     def spread(self, ids: Tensor, lead: torch.Size | tuple[int, ...]) -> Tensor:
-        """(M,): for each row the entry of ``ids`` (count,) for its request; ``ids`` itself if the two are equal."""
+        """Return (M,): for each row, the entry of ``ids`` (count,) for its request. May return ``ids`` itself."""
         if self.repeats != 1:
             ids = ids.repeat_interleave(self.repeats) if self.order == BLOCK else ids.repeat(self.repeats)
         behind = len(lead) - 1 - self.axis
@@ -49,7 +49,7 @@ class RowLayout:
     """The places of the requests that no probe has refuted. Empty ``places``: the rows follow no known order; None: no
     probe had several requests.
 
-    ``plain``: the answer if it depends only on the number of requests, else None.
+    ``plain``: the place that ``find`` returns, if it depends only on the number of requests; else None.
     """
 
     __slots__ = ("images", "places", "plain", "rules", "seen")

@@ -21,10 +21,10 @@ TORN = (
 
 
 class PoolState:
-    """``held``: the adapters, the least recently used first. ``users``: open batches of each slot. ``running``: all,
-    and loads. ``touched``: paths of the layers in which an adapter has weights now; always the same set object.
-    ``changing``: a thread is writing. Another thread can see it set only in the child of a fork, where the writing
-    thread does not exist.
+    """``held``: the adapters, the least recently used first. ``users``: number of open batches of each slot.
+    ``running``: number of all open batches and running loads. ``touched``: paths of the layers in which an adapter has
+    weights now; always the same set object. ``changing``: a thread is writing. Another thread can see it set only in
+    the child of a fork, where the writing thread does not exist.
     """
 
     def __init__(self, pooled: PooledModel) -> None:
@@ -53,7 +53,7 @@ class PoolState:
         return map(self.entry, self.held)
 
     def idle(self, name: str, wanted: str) -> AdapterInfo:
-        """Return the adapter of this name. Raises AdapterBusyError, which says ``wanted``, if a batch uses it."""
+        """Return the adapter of this name. Raises AdapterBusyError, with ``wanted`` in its text, if in use."""
         entry = self.entry(name)
         if entry.batches:
             raise AdapterBusyError(

@@ -29,7 +29,7 @@ Call = Callable[[], tuple[Tensor | None, ...]]
 Candidate = tuple[str, Tiles | None]  # a plan, and the tiles of its main product (None: the default ones)
 SCALING = 1.7  # not a power of two, so that the check detects a kernel that rounds scaling * B
 SWEEP_BYTES = 256 << 20
-SWEEP_HOST_US = 20.0  # to queue the read of the sweep and two events
+SWEEP_HOST_US = 20.0  # host time to queue the read that clears L2, and two events
 
 
 class Times(NamedTuple):
@@ -187,7 +187,7 @@ def timed(calls: Mapping[str, Call], device: torch.device, rounds: int) -> dict[
 
 
 def _cuda_round(calls: Mapping[str, Call], order: list[str], sweep: Tensor, queueing: float) -> dict[str, Times]:
-    """Times of one round. The GPU sleeps until about all calls are queued, so that no event waits for the host."""
+    """Times of one round. The GPU sleeps while the host queues the calls, so that no event waits for the host."""
     torch.cuda.synchronize()
     torch.cuda._sleep(int(min(0.05, 1.5 * queueing) * 2e9))  # cycles, at no more than 2 GHz
     events, hosts = [], []

@@ -164,7 +164,7 @@ def _measure(
 
 
 class _Attempts:
-    """Log of candidates that began and ended. One that began and did not end has ended the process."""
+    """Log of candidates that began and ended. A candidate that began and has no end in the log ended the process."""
 
     def __init__(self, path: Path, fresh: bool) -> None:
         self._path = path
@@ -189,7 +189,8 @@ class _Attempts:
         self._write("begin", label)
         try:
             yield None
-        except KeyboardInterrupt:  # not a fault of the candidate; an error that arrives here is a broken device
+        except KeyboardInterrupt:
+            # Not a fault of the candidate. Any other error that arrives here means a broken device: no end is logged.
             self._write("end", label)
             raise
         self._write("end", label)

@@ -30,9 +30,10 @@ class CausalLM(Task):
     """Continued training on a text.
 
     model, dtype: the model to fine-tune, see pretrained.py. data: a UTF-8 text file, or "movies" (movies.py).
-    The text is cut into blocks of max_length tokens. The last blocks are for the test and those before them for
-    validation, a share of held_out each. limit: most blocks to train on, 0 for all. prompt: start of the sample; the
-    first words of the test part if empty. new_tokens: tokens to generate for the sample, 0 for no sample.
+    The text is cut into blocks of max_length tokens. The last blocks are the test part, the blocks before them
+    the validation part; each is the fraction held_out of all. limit: most blocks to train on, 0 for all. prompt: start
+    of the sample; the first words of the test part if empty. new_tokens: tokens to generate for the sample, 0 for no
+    sample.
     """
 
     name: ClassVar[str] = "causal-lm"

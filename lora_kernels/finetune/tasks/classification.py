@@ -30,7 +30,7 @@ class Classification(Task):
     """Sentence classification.
 
     model, dtype: the model to fine-tune, see pretrained.py. data: "movies" (movies.py) or a CSV, TSV or JSONL file.
-    limit: most sentences to train on, 0 for all. max_length: sentences are cut after so many tokens.
+    limit: most sentences to train on, 0 for all. max_length: sentences are cut to this many tokens.
     neutral: movie sentences with a smaller |rating| are left out. held_out, split_seed: see data.files.split.
     """
 

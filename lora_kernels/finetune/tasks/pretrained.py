@@ -89,7 +89,7 @@ def hub_unreachable() -> str | None:
 def hub(source: str) -> Iterator[str | None]:
     """If ``source`` is not a folder and the hub cannot be reached, restrict libraries to the cache. Yields the reason.
 
-    Otherwise they would retry for minutes, for each file of a model.
+    Without the restriction the libraries would retry for minutes, for each file of a model.
     """
     reason = None if Path(source).is_dir() else hub_unreachable()
     constants = require("huggingface_hub.constants")
@@ -102,7 +102,7 @@ def hub(source: str) -> Iterator[str | None]:
 
 
 def refusal(what: str, error: Exception) -> ConfigError:
-    """Make the ConfigError for a model that a library refused: ``what``, a short reason, and what is accepted."""
+    """Make the ConfigError for a model that a library cannot load: ``what``, a short reason, and what is accepted."""
     reason = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, KeyError | IndexError | AttributeError | TypeError):
         reason = f"{type(error).__name__}: {reason}"

@@ -37,10 +37,10 @@ _warned: set[str] = set()
 
 
 class LoraModel(lora.LoraModel):
-    """PEFT's LoraModel that also fuses layers added with later adapters. The name is PEFT's, which reports it."""
+    """PEFT's LoraModel that also fuses layers added with later adapters. PEFT reports the name of this class."""
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """Do as PEFT's, then fuse the new layers of the model."""
+        """Call PEFT's inject_adapter, then fuse the new layers of the model."""
         super().inject_adapter(model, *args, **kwargs)
         refresh(model, self.__dict__.get(GROUP, True))
 
@@ -49,7 +49,7 @@ class MixedModel(mixed.MixedModel):
     """PEFT's MixedModel, for adapters of several methods, that also fuses LoRA layers added with later adapters."""
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """Do as PEFT's, then fuse the new layers of the model."""
+        """Call PEFT's inject_adapter, then fuse the new layers of the model."""
         super().inject_adapter(model, *args, **kwargs)
         refresh(model, self.__dict__.get(GROUP, True))
 
@@ -60,7 +60,7 @@ TUNERS: dict[type, type] = {lora.LoraModel: LoraModel, mixed.MixedModel: MixedMo
 
 
 class Root:
-    """Refer weakly to the accelerated model, from one of its layers, if the model holds no tuner of PEFT's.
+    """Hold a weak reference to the accelerated model, in one of its layers, if the model has no tuner of PEFT's.
 
     A copy of the model gets its own. A pickle of a layer holds an empty one, so that it does not contain the model.
     """
@@ -163,7 +163,7 @@ def swap(model: nn.Module) -> list[nn.Module]:
 
 
 def _remember(model: nn.Module, group: bool) -> None:
-    """Prepare for layers added later: the tuner fuses them, or one layer with a Root if PEFT discarded the tuner."""
+    """Prepare for layers added later: the tuner fuses them; if PEFT discarded the tuner, one layer with a Root does."""
     tuners = [module for module in model.modules() if type(module) in TUNERS.values()]
     for tuner in tuners:
         tuner.__dict__[GROUP] = group

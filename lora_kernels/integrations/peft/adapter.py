@@ -24,7 +24,7 @@ def read_adapter(layer: Any, name: str, dtype: torch.dtype, kind: type[nn.Module
 
     Args:
         dtype: of the input.
-        kind: the class of lora_A and lora_B; nn.Embedding where they are parameters instead, without dropout and bias.
+        kind: the class of lora_A and lora_B; nn.Embedding if A and B are parameters, without dropout and bias.
     """
     variants = layer.lora_variant
     if name in variants and not is_dora(layer, name):

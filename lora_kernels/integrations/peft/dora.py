@@ -1,4 +1,4 @@
-"""Runs PEFT's DoRA on nn.Linear and Conv1D by dora_linear: conditions beyond those of a plain adapter, and the call."""
+"""Runs PEFT's DoRA on nn.Linear and Conv1D by dora_linear: the call, and the conditions that DoRA adds."""
 
 from __future__ import annotations
 

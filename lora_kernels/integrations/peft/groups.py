@@ -1,4 +1,4 @@
-"""Runs LoRA layers that read one input (q, k, v; gate, up) as one: candidates by structure, partners by identity of x.
+"""Runs LoRA layers that read one input (q, k, v; gate, up) in one call; the identity of x shows which.
 
     first sibling called:  Y_1, Y_2, ... = lora_linear_stacked(X, ...); Y_1 is returned, the others are cached
     the others:            each returns its cached Y_p if it is called with the same X in the same state
@@ -75,7 +75,7 @@ class Group:
         return f"{self.path}: {runs} in one call" if runs else f"{self.path}: {names} read inputs apart"
 
     def start(self, index: int, partners: Partners, x: Tensor) -> dict[int, tuple[Tensor, FusedLinear]] | None:
-        """Return output and layer, by index, of all that can run with layer ``index`` now; None if it runs alone."""
+        """Run layer ``index`` and its partners in one call: {index: (output, layer)}; None if it must run alone."""
         compiling = torch.compiler.is_compiling()
         found: dict[int, tuple[FusedLinear, Projection, float]] = {}
         for i in partners[index] if compiling else self.sharing.pending(index, partners[index], x):
@@ -124,13 +124,13 @@ class GroupMember:
         if torch.compiler.is_compiling():
             return self._traced(x)
         made = unclaimed.made
-        if x.is_inference():  # it has no version counter to detect changes
+        if x.is_inference():  # without a version counter, so changes cannot be detected
             if made is not None:
                 discard_unclaimed()
             return None
         if self.layer() is not layer:  # a replica of the layer
             return None
-        if derived():  # the version of x does not count changes of tangents and transforms
+        if derived():  # x._version does not count changes by tangents and transforms
             return None
         group, mode = self.group, _mode(x)
         partners = group.sharing.partners
@@ -140,7 +140,7 @@ class GroupMember:
                 if not made.outputs:
                     unclaimed.made = made.x = None
                     group.sharing.complete()
-                return y if state == _state(layer) else None  # alone if it was not in the call or has changed
+                return y if state == _state(layer) else None  # None: not in the call, or changed since
             if partners is None:
                 discard_unclaimed()
         if partners is not None:
@@ -163,7 +163,7 @@ class GroupMember:
         return y
 
     def _traced(self, x: Tensor) -> Tensor | None:
-        """Do as ``take`` while a graph is traced: with partners known before, no records, and no versions."""
+        """Return what ``take`` returns, while a graph is traced: with known partners, without records and versions."""
         group, mode, partners = self.group, _mode(x), self.group.sharing.partners
         if partners is None or not partners[self.index]:
             return None

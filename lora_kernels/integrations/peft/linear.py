@@ -96,7 +96,7 @@ def operands(layer: Linear, x: Tensor | None = None) -> Operands | str:
     elif any(p > 0.0 for *_, p in parts):
         return "several adapters are active with a dropout each"
     else:
-        dtype = low_rank_dtype(parts[0][0].dtype)  # scaling * B needs its range
+        dtype = low_rank_dtype(parts[0][0].dtype)  # scaling * B may exceed the range of float16
         A = torch.cat([a.to(dtype) for a, *_ in parts])
         B = torch.cat([b.to(dtype) * scaling for _, b, _, scaling, _ in parts], 1)
         lora_biases = [b * scaling for _, _, b, scaling, _ in parts if b is not None]
@@ -193,7 +193,7 @@ class FusedLinear(ExplainMixin, Linear):
         return found if isinstance(found, str) else mixed_forward(self, x, names, *found)
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Do as PEFT's, then fuse new layers: PEFT calls this on every layer after an adapter was added anywhere."""
+        """Call PEFT's, then fuse new layers: PEFT calls this on every layer after it added an adapter to the model."""
         super().set_adapter(*args, **kwargs)
         root = self.__dict__.get(ROOT)
         if root is not None:

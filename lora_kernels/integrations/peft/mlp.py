@@ -44,7 +44,7 @@ class Names(NamedTuple):
 
 
 class GatedMLP(nn.Module):
-    """First base of a block's class: its forward is lora_mlp, in all states where both compute the same.
+    """First base class of a fused block's class: it runs lora_mlp in all states in which both compute the same.
 
     It is never built: form_mlps changes the class of a model's blocks.
     """
@@ -60,7 +60,7 @@ class GatedMLP(nn.Module):
         return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickle the block with its own class; ours is derived from it on loading."""
+        """Pickle the block with its own class; loading derives the fused class from it."""
         reduced: Any = super().__reduce_ex__(protocol)
         build, args, *rest = reduced
         own = own_class(type(self))
@@ -89,7 +89,8 @@ def whole(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
     """Return the block's output (..., N) by lora_mlp for x (..., K), or None if lora_mlp cannot run it now."""
     modules: dict[str, Any] = block._modules
     gate, up, down, act = map(modules.get, names)
-    # Without gradients nothing is saved. But checkpointing runs a forward without them, and must draw the same masks.
+    # Without gradients lora_mlp saves no memory. With dropout it runs even then: checkpointing first runs the forward
+    # without gradients, and its recomputation must draw the same masks.
     if not isinstance(gate, FusedLinear) or not (torch.is_grad_enabled() or drops(gate)):
         return None
     if len(modules) != len(names) or type(act) not in SILU or _hooked((gate, up, down, act)):
@@ -98,7 +99,7 @@ def whole(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
     p = 0.0
     layers: tuple[Any, ...] = gate, up, down
     for layer in layers:
-        one = projection_of(layer, x)  # of its input, down checks only type and dtype, which are those of x
+        one = projection_of(layer, x)  # for down too: only type and dtype of an input are checked
         if one is None or (found and one[1] != p):
             return None
         found.append(one[0])
@@ -194,9 +195,9 @@ class _StandIn(nn.Module):
 
 
 def _tried(block: nn.Module, ways: tuple[Names, ...]) -> Names | None:
-    """Return the assignment whose output equals that of the block's own forward in every bit, if the other's does not.
+    """Return the one assignment that computes the bits of the block's own forward; None if none or both do.
 
-    The trial runs on a copy of the block with small layers of random weights, independent of its own sizes and devices.
+    The trial runs on a copy of the block, on the CPU, with small layers of random weights.
     """
     if not _can_be_tried(block):
         return None
@@ -220,7 +221,7 @@ def _tried(block: nn.Module, ways: tuple[Names, ...]) -> Names | None:
                 shadow.training = training
                 try:
                     y = type(block).forward(shadow, x.clone())
-                except Exception:  # a forward of any code may raise anything: then it is not a gated MLP
+                except Exception:  # any error of the block's code: not a gated MLP
                     return None
                 agree = [held and _equal(y, wanted) for held, wanted in zip(agree, expected, strict=True)]
     return ways[agree.index(True)] if sum(agree) == 1 else None

@@ -2,10 +2,10 @@
 
 The result changes how the layers run, and a forward must be recomputed as it ran: activation checkpointing draws the
 same dropout masks again only if the same operators request them, and it counts the tensors that they save. So the
-change is delayed until no earlier forward can be recomputed.
+change is delayed until no earlier forward can be recomputed. A forward can be recomputed
 
-    checkpoint(use_reentrant=False)   its saved-tensor hooks are alive as long as the recomputation can happen
-    checkpoint(use_reentrant=True)    calls without gradients and with dropout, until a backward has made as many calls
+    checkpoint(use_reentrant=False)   while the saved-tensor hooks of the call are alive
+    checkpoint(use_reentrant=True)    after calls without gradients and with dropout, until a backward has made as many
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class SharingDetector:
         self._round = _Round()
 
     def observe(self, index: int, x: Tensor, dropout: bool) -> Partners | None:
-        """Record a call, and return the partners: known from the call that begins the second round."""
+        """Record a call and return the partners; None, at least until the call that begins the second round."""
         with _lock:  # no other thread may set partners between this record and its call
             seen = self._round
             if not in_backward() and not x.is_inference():
@@ -100,8 +100,8 @@ class SharingDetector:
     def pending(self, index: int, indices: tuple[int, ...], x: Tensor) -> tuple[int, ...]:
         """Return those of ``indices`` that this thread has not called with ``x`` in this round.
 
-        These are all, unless another thread found the partners during this thread's round. An output for a layer that
-        was already called would never be used.
+        Returns all of them, unless another thread found the partners during this thread's round: then the output for a
+        layer that was already called would never be used.
         """
         calls = self._round.calls
         if not calls:

@@ -3,9 +3,9 @@
     XA  = s/(1-p) (D*X) A^T        Y  = X W^T + bias + XA B^T
     dYB = s dY B                   dX = dY W + D/(1-p) * (dYB A)       dA = dYB^T (D*X) / (1-p)       dB = dY^T XA
 
-eager computes the base product by the vendor's library and adds the update; no plan may be slower. The library also
-computes the products of rank r if there is no mask and all operands share a dtype (library_low_rank). planning/plans.py
-has the launches of each plan as data, planning/choose.py chooses among them.
+eager computes the base product by the vendor's library and adds the update; no other plan may be slower. The
+library also computes the products of rank r if there is no mask and all operands share a dtype (library_low_rank).
+planning/plans.py has the launches of each plan as data, planning/choose.py chooses among them.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def _eager_bwd(
     chip: Chip,
     dZ: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The vendor's library for every product; our kernels for what dropout masks, and for float32 low-rank operands."""
+    """Run products by the vendor's library, but by our kernels those with a mask or with float32 low-rank operands."""
     need_x, need_a, need_b, need_bias = needs
     (M, K), dtype = X.shape, X.dtype
     dX = dA = None

@@ -1,14 +1,17 @@
-"""Gradients of the adapters of a batch in which every row has one of its own, or none.
+"""Computes the gradients of the adapters of a mixed batch, in which each row uses one adapter or none.
 
     dA_l = sum over rows m of slot l: dYB[m]^T X[m]  (R, K)        dB_l = sum over m of l: dY[m]^T XA[m]  (N, R)
 
-multi_rows   the rows of every slot, in their order in the batch: one launch, one program a slot. It reads the ids twice
-             (how many rows belong to slots before it; which are its own): no sort, no atomics, nothing on the host.
-multi_grads  both sums from those lists: a program gathers a slot's rows, whatever lies between them, and sums a span of
-             them in fp32. One span a slot is written at once; several are partials that a second launch adds in order.
+multi_rows   lists the rows of each slot in the order of the batch: one launch, one program for each slot. A program
+             reads the ids twice: to count the rows of the slots before its own, then to list its own rows. It needs no
+             sort, no atomics and no work on the host.
+multi_grads  computes both sums from those lists: a program gathers the rows of one span of a slot, which need not be
+             adjacent, and sums them in fp32. With one span for each slot the sum is the result; with several, a second
+             launch adds the partials in order.
 
-dYB and XA are as multi_shrink.py leaves them: float32 where X and dY are float16, which are widened for the dots.
-The same bits in every run. A row's X and dY reach its own slot's sums only. Rows of slots no token uses stay zero.
+dYB and XA are as shrink.py returns them: float32 if X and dY are float16, which are then widened for the dots. The bits
+are the same in every run. X and dY of a row are added only to the sums of its own slot. The gradients of a slot that no
+row uses are zero.
 """
 
 from __future__ import annotations
@@ -27,12 +30,12 @@ from lora_kernels.kernels.multi.tiles import grads_rank_tile
 from lora_kernels.kernels.tiles import SplitConfig
 from lora_kernels.operands.slots import Slots
 
-ROWS_BLOCK = 1024  # ids a step of multi_rows
-SUM_BLOCK = 1024  # elements a program of the last sum
+ROWS_BLOCK = 1024  # ids in one step of multi_rows
+SUM_BLOCK = 1024  # elements for each program of the last sum
 
 
 class Rows(NamedTuple):
-    """Rows by slot, all int32: slot l has order[begins[l]] .. order[begins[l] + counts[l] - 1], rising."""
+    """Rows by slot, all int32: slot l has order[begins[l]] .. order[begins[l] + counts[l] - 1], ascending."""
 
     order: Tensor
     begins: Tensor
@@ -107,7 +110,7 @@ def _span_sum(
 
 @triton.jit
 def span_length(count, spans, BLOCK_M: tl.constexpr):
-    """Rows a span of a slot of ``count`` rows that is cut into at most ``spans``, each a multiple of BLOCK_M."""
+    """Return the rows of one span, a multiple of BLOCK_M, if ``count`` rows are cut into at most ``spans`` spans."""
     return tl.cdiv(tl.cdiv(count, BLOCK_M), spans) * BLOCK_M
 
 
@@ -148,9 +151,9 @@ def _multi_grads_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """dA_l = dYB^T X, dB_l = dY^T XA over one span of slot l's rows; consecutive programs serve dA, then dB.
+    """dA_l = dYB^T X, dB_l = dY^T XA over one span of slot l's rows: first the programs of dA, then those of dB.
 
-    Slots, spans and columns share the grid's first axis: the others end at 65,535 programs.
+    Slots, spans and columns share the grid's first axis, since the others are limited to 65,535 programs.
     """
     blocks = 0
     if MAKE_DA:
@@ -260,7 +263,7 @@ def multi_grads(
     config: SplitConfig,
     spans: int = 1,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dA (R, K) in A's dtype where there is dYB, dB (N, R) in B's where there is XA; each laid out as A and B are.
+    """dA (R, K) in A's dtype if dYB is given, dB (N, R) in B's if XA is given, with the strides of A and B.
 
     dY (M, N) and X (M, K) of any strides, XA and dYB (M, max_rank), ids int32 (M,); M > 0. Two launches, three where a
     slot's rows are cut into several ``spans``, and the zeros.

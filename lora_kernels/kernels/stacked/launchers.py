@@ -1,12 +1,12 @@
-"""The plans of P LoRA linear layers of one input: which launches, in which order. Importing it imports Triton.
+"""Launch sequences of the plans of P LoRA linear layers of one input. Importing this module imports Triton.
 
     XA  = [s_p/(1-p) (D*X) A_p^T ...]       Y_p = X W_p^T + bias_p + XA_p B_p^T
     dYB = [s_p dY_p B_p ...]                dX  = sum_p dY_p W_p + D/(1-p) * (dYB A)     dA = dYB^T (D*X) / (1-p)
 
-eager          products by the vendor's library: one over the stacked weight where the W_p lie side by side in memory,
-               else one a projection; the updates are added to their parts
+eager          products by the vendor's library: one over the stacked weight if the W_p are adjacent in memory, else one
+               for each projection; each update is added to its part
 shrink_extend  shrink, then one launch for all Y_p; backward one launch for dX, and dA from its epilogue
-stacked_cost.py has the launches of each plan as data and chooses.
+planning/stacked_cost.py has the launches of each plan as data, and chooses the plan.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def stack(parts: Tensors) -> Tensor:
 def _make_xa(
     X: Tensor, A: Tensors, scaling: Sequence[float], drop: Dropout | None, library: bool, chip: Chip, wide: bool
 ) -> Tensor:
-    """XA (M, R), each projection's columns with its own scaling, applied to fp32 sums; fills ``drop.bits``."""
+    """XA (M, R). The columns of projection p are scaled by s_p as fp32 sums. Fills ``drop.bits``."""
     A_all, M, dtype = stack(A), X.shape[0], X.dtype
     R, same = A_all.shape[0], len(set(scaling)) == 1
     if library and library_low_rank(dtype, drop) and same:
@@ -77,9 +77,10 @@ def lora_linear_stacked_fwd(
     chip: Chip,
     W_all: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Y_p (M, N_p) and XA (M, R) by ``plan``; M > 0. Fills ``drop.bits`` where there are any.
+    """Y_p (M, N_p) and XA (M, R) by ``plan``; M > 0. Fills ``drop.bits`` if they exist.
 
-    ``W_all`` (sum of N_p, K): the W_p as one tensor, where they are one; then Y_p share the memory of one product.
+    ``W_all`` (sum of N_p, K): all W_p as one tensor, or None. With it the eager plan computes one product, whose memory
+    the Y_p share.
     """
     M, dtype, Ns = X.shape[0], X.dtype, [w.shape[0] for w in W]
     wide = wide_loads(X, *W)
@@ -113,7 +114,7 @@ def low_rank_grads(
 ) -> tuple[Tensor | None, Grads, Grads]:
     """dYB (M, R), the dB_p in B's dtype and the dbias_p: every dY_p is read once (eager: once for each).
 
-    float16 has one way: no library makes float32 products of its operands.
+    For float16 every plan uses our kernels: the library cannot return float32 products of float16 operands.
     """
     M, dtype = dY[0].shape[0], dY[0].dtype
     if plan == "eager" and low_rank_dtype(dtype) is dtype:
@@ -156,9 +157,9 @@ def dx_of(
     chip: Chip,
     need_a: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """dX (M, K) = sum_p dY_p W_p + D/(1-p) * (dYB A), and dA (R, K) where ``need_a`` and dX's epilogue yields it.
+    """dX (M, K) = sum_p dY_p W_p + D/(1-p) * (dYB A), and dA (R, K) if ``need_a`` and dX's epilogue computes it.
 
-    If it does not, and always in the eager plan, only X.shape is used.
+    If it does not, and always in the eager plan, only X.shape is used, not the values of X.
     """
     (M, K), dtype = X.shape, X.dtype
     wide = wide_loads(*dY, *W, X)
